@@ -1,0 +1,121 @@
+"""One attention function for transformers' models whose keys are laid out by us: trees in training, shared queries in
+sampling.
+
+Models that look their attention up in transformers' interface are switched to ``rrhf``. Where a forward call carries
+a layout (keyword ``rrhf_layout``), the layout decides who sees whom; where it does not, the call is plain
+``sdpa``. The layout travels as an argument, so that recomputation under gradient checkpointing sees it too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+NAME = "rrhf"
+
+# What attention modules may pass beside the tensors that changes their result and that no layout implements.
+_UNSUPPORTED = ("s_aux", "position_bias", "indexer")
+
+
+class Layout(Protocol):
+    """Who sees whom in one forward call."""
+
+    def attend(
+        self,
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        *,
+        scaling: float,
+        window: int | None,
+        softcap: float | None,
+        dropout: float,
+    ) -> Tensor:
+        """Attend from ``query`` [1, H, T, D] to ``key``, ``value`` [1, H_kv, T, D]; returns [1, T, H, D]."""
+        ...
+
+
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    rrhf_layout: Layout | None = None,
+    **options: Any,
+) -> tuple[Tensor, None]:
+    """The function registered with transformers' attention interface under the name ``rrhf``."""
+    if rrhf_layout is None:
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
+        )
+    for name in _UNSUPPORTED:
+        if options.get(name) is not None:
+            raise NotImplementedError(f"attention option {name}")
+    output = rrhf_layout.attend(
+        module.layer_idx,
+        query,
+        key,
+        value,
+        scaling=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        window=options.get("sliding_window"),
+        softcap=options.get("softcap"),
+        dropout=dropout,
+    )
+    return output, None
+
+
+def masked_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    softcap: float | None = None,
+    dropout: float = 0.0,
+    causal: bool = False,
+) -> Tensor:
+    """softmax(scaling · q kᵀ + mask) v over [B, H, T, D]; with ``softcap`` (Gemma 2) the weights pass a tanh first."""
+    if softcap is None:
+        return nn.functional.scaled_dot_product_attention(
+            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+        )
+    weights = softcap * torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap)
+    weights = nn.functional.softmax(weights + mask, dim=-1, dtype=torch.float32).to(query.dtype)
+    return nn.functional.dropout(weights, dropout) @ value
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, sdpa_mask)
+
+# A mask that is already 4-D is passed through untouched, so no [T, T] mask is built that a layout would not read.
+NO_MASK = torch.zeros(1, 1, 1, 1)
+
+
+def takes_layouts(model: PreTrainedModel) -> bool:
+    """Whether the model looks its attention up in transformers' interface (its numbers are checked elsewhere)."""
+    return bool(model._can_set_attn_implementation())
+
+
+@contextlib.contextmanager
+def our_attention(model: PreTrainedModel) -> Iterator[None]:
+    """Switch ``model`` to the ``rrhf`` attention and back again."""
+    before = model.config._attn_implementation
+    if before == NAME:
+        yield
+        return
+    model.set_attn_implementation(NAME)
+    try:
+        yield
+    finally:
+        model.set_attn_implementation(before)

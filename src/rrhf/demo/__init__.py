@@ -1,0 +1,1 @@
+"""The demo's parts: film reviews as records, and two classifiers of their sentiment as rewards."""

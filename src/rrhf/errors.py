@@ -1,0 +1,21 @@
+"""The one exception a user can mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """Something the user can mend. Commands print it without a traceback and exit with code 2.
+
+    The message says what was wrong, where (file, line, record id, flag) and how to mend it.
+    """
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that lists ``known`` and, where one is close to ``name``, suggests it."""
+    known = sorted(known)
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.6)
+    suggestion = f"did you mean {close[0]!r}? " if close else ""
+    return f"{suggestion}known: {', '.join(known)}"

