@@ -20,12 +20,12 @@ _EXPORTS = {
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
-    from rrhf.errors import UserError
-    from rrhf.evaluation import evaluate
-    from rrhf.records import Record, read_records, write_records
-    from rrhf.rewards import score
-    from rrhf.sampling import sample
-    from rrhf.trainer import RRHFConfig, RRHFTrainer
+    from rrhf.errors import UserError as UserError
+    from rrhf.evaluation import evaluate as evaluate
+    from rrhf.records import Record as Record, read_records as read_records, write_records as write_records
+    from rrhf.rewards import score as score
+    from rrhf.sampling import sample as sample
+    from rrhf.trainer import RRHFConfig as RRHFConfig, RRHFTrainer as RRHFTrainer
 
 
 def __getattr__(name: str) -> Any:

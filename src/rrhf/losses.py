@@ -164,6 +164,12 @@ class LossSettings:
     )
 
     def __post_init__(self) -> None:
+        faults = self.faults()
+        if faults:
+            raise UserError("\n".join(faults))
+
+    def faults(self) -> list[str]:
+        """What is wrong with the settings, one sentence a fault."""
         faults = []
         if self.ranking_loss not in RANKING_LOSSES:
             faults.append(f"--ranking_loss {self.ranking_loss}: {nearest(self.ranking_loss, RANKING_LOSSES)}")
@@ -173,8 +179,9 @@ class LossSettings:
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 faults.append(f"--{name} {value}: must be a number that is not negative")
-        if faults:
-            raise UserError("\n".join(faults))
+        if not math.isfinite(self.length_exponent):
+            faults.append(f"--length_exponent {self.length_exponent}: must be a finite number")
+        return faults
 
 
 class Loss(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,7 @@ class TextSettings:
     system_prompt: str | None = field(
         default=None, metadata={"help": "put before the messages of queries that have no system message"}
     )
-    chat_template_kwargs: str | dict[str, Any] | None = field(
+    chat_template_kwargs: str | None = field(
         default=None, metadata={"help": 'arguments of the chat template, as JSON: {"enable_thinking": false}'}
     )
     max_query_length: int | None = field(
@@ -29,20 +30,22 @@ class TextSettings:
     )
 
     def __post_init__(self) -> None:
-        if isinstance(self.chat_template_kwargs, str):
-            import json
-
-            try:
-                parsed = json.loads(self.chat_template_kwargs)
-                if not isinstance(parsed, dict):
-                    raise ValueError("not an object")
-            except ValueError as error:
-                raise UserError(
-                    f"--chat_template_kwargs {self.chat_template_kwargs}: not a JSON object: {error}"
-                ) from error
-            object.__setattr__(self, "chat_template_kwargs", parsed)
+        faults = []
+        try:
+            self.template_options()
+        except ValueError as error:
+            faults.append(f"--chat_template_kwargs {self.chat_template_kwargs}: not a JSON object: {error}")
         if self.max_query_length is not None and self.max_query_length < 1:
-            raise UserError(f"--max_query_length {self.max_query_length}: must be at least 1")
+            faults.append(f"--max_query_length {self.max_query_length}: must be at least 1")
+        if faults:
+            raise UserError("\n".join(faults))
+
+    def template_options(self) -> dict[str, Any]:
+        """``chat_template_kwargs`` as the object it stands for."""
+        options = json.loads(self.chat_template_kwargs or "{}")
+        if not isinstance(options, dict):
+            raise ValueError("it is no object")
+        return options
 
 
 @dataclass(frozen=True)
@@ -93,7 +96,7 @@ class TextFormat:
             )
         import jinja2
 
-        options: Any = self.settings.chat_template_kwargs or {}
+        options = self.settings.template_options()
         try:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options

@@ -65,12 +65,16 @@ class RRHFConfig(TrainingArguments, LossSettings):
     )
 
     def __post_init__(self) -> None:
-        LossSettings.__post_init__(self)  # type: ignore[arg-type]
         faults = [
             f"--{name} {getattr(self, name)}: must be at least {least}"
             for name, least in (("max_length", 2), ("max_tokens_per_forward", 1), ("per_device_train_batch_size", 1))
             if getattr(self, name) < least
         ]
+        faults += self.faults()
+        try:
+            _ = self.text
+        except UserError as error:
+            faults.append(str(error))
         if faults:
             raise UserError("\n".join(faults))
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()

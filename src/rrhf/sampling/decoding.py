@@ -292,6 +292,7 @@ class TransformersCache:
         for i, query in enumerate(queries):
             self.mask[i, longest - len(query) :] = 1
         self.rows = torch.arange(len(queries), device=self.device) * width  # the slot each row of the cache holds
+        self.stepped = False
 
     def prefill(self) -> Tensor:
         ids = torch.zeros_like(self.mask)
@@ -301,7 +302,10 @@ class TransformersCache:
 
     def step(self, advance: Advance) -> Tensor:
         row_of = {int(slot): row for row, slot in enumerate(self.rows)}
-        rows = torch.tensor([row_of[int(parent)] for parent in advance.parents], device=self.device)
+        # After the prefill a query has one row, which all its slots continue.
+        parents = advance.parents if self.stepped else advance.parents // self.width * self.width
+        self.stepped = True
+        rows = torch.tensor([row_of[int(parent)] for parent in parents], device=self.device)
         self.cache.reorder_cache(rows)
         self.mask = torch.cat([self.mask[rows], self.mask.new_ones(len(rows), 1)], dim=1)
         self.rows = advance.slots

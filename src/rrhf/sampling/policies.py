@@ -230,10 +230,10 @@ class Beams:
         if self.stops is not None:
             hit = [[self.stops(row) for row in rows] for rows in sequences[:, :, : self.step + 1].tolist()]
             ended |= torch.tensor(hit, device=self.device)
+        # What goes on is also what later groups avoid, at the last step too, where then all candidates end.
+        following = torch.topk(best.values + ended * NEVER, self.size, dim=-1)
         if self.step + 1 == self.settings.max_new_tokens:
             ended = torch.ones_like(ended)
-        going = best.values + ended * NEVER
-        following = torch.topk(going, self.size, dim=-1)
         self.improvable_before = self.improvable[live, group]
         self._finish(group, live, best.values, sequences, ended)
         self.running[live, group] = following.values

@@ -1,0 +1,179 @@
+"""The paper's workflow in a run folder: sample once, score, train, evaluate, report. Run again, it goes on."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from rrhf.datasets import load_dataset_records
+from rrhf.errors import UserError
+from rrhf.files import write_text
+from rrhf.models import ModelSettings
+from rrhf.recipes.config import DataSettings, RunConfig
+from rrhf.records import Record, record_from_row, write_records
+from rrhf.rewards import load_reward
+from rrhf.stages import Loaded, describe_counts, evaluate_models, is_trained, sample_file, score_file
+
+log = logging.getLogger("rrhf")
+
+
+class RunFolder:
+    """The files of a run; they mirror the data flow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.yaml"
+        self.queries = folder / "queries.jsonl"
+        self.held_out = folder / "held_out.jsonl"
+        self.responses = folder / "responses.jsonl"
+        self.scored = folder / "scored.jsonl"
+        self.model = folder / "model"
+        self.evaluation = folder / "evaluation.json"
+        self.report = folder / "report.html"
+        self.timings = folder / "timings.json"
+        self.log = folder / "log.txt"
+
+
+def remember_config(run: RunFolder, config: dict[str, Any], overwrite: bool = False) -> None:
+    """Write the configuration into the run folder; refuse to go on with a run that had another.
+
+    Raises:
+        UserError: the folder holds a run of another configuration; the message says where they differ.
+    """
+    import yaml
+
+    if run.config.exists() and not overwrite:
+        found = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8")))
+        wanted = _flat(config)
+        different = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
+        if different:
+            changes = "; ".join(f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}" for key in different)
+            raise UserError(
+                f"{run.folder} holds a run of another configuration ({changes}): go on with `rrhf run "
+                f"{run.config} --output {run.folder}`, or choose another --output"
+            )
+        return
+    if not run.config.exists() and any(path.exists() for path in (run.queries, run.scored, run.model)):
+        raise UserError(f"{run.folder} has a run's files but no config.yaml: choose another --output")
+    write_text(run.config, yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def run_offline(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+    """Bring the run to its end, stage by stage; a stage whose file is complete is not done again.
+
+    Returns:
+        The content of ``evaluation.json``.
+    """
+    from rrhf.report import write_report
+
+    loaded = Loaded()
+    stages: list[tuple[str, Path, Callable[[], object]]] = [
+        ("data", run.held_out, lambda: _write_data(run, config.data)),
+        ("sample", run.responses, lambda: _sample(run, config, loaded)),
+        ("score", run.scored, lambda: score_file(run.responses, run.scored, config.score)),
+        ("train", run.model, lambda: _train(run, config, loaded)),
+        ("evaluate", run.evaluation, lambda: _evaluate(run, config, loaded)),
+    ]
+    for name, result, stage in stages:
+        if result.exists() and (name != "train" or is_trained(run.model)):
+            log.info(f"{name}: {result.name} is complete")
+            continue
+        log.info(f"{name}: begins")
+        with _timed(run, name):
+            stage()
+    with _timed(run, "report"):
+        write_report([run.folder], run.report)
+    evaluation: dict[str, Any] = json.loads(run.evaluation.read_text(encoding="utf-8"))
+    return evaluation
+
+
+class _timed:  # noqa: N801 - reads as a statement
+    """Add a stage's seconds to timings.json, also those of attempts that were stopped."""
+
+    def __init__(self, run: RunFolder, stage: str) -> None:
+        self.place, self.stage = run.timings, stage
+
+    def __enter__(self) -> None:
+        self.begin = time.monotonic()
+
+    def __exit__(self, *error: object) -> None:
+        timings = json.loads(self.place.read_text(encoding="utf-8")) if self.place.exists() else {}
+        timings[self.stage] = round(timings.get(self.stage, 0.0) + time.monotonic() - self.begin, 2)
+        write_text(self.place, json.dumps(timings, indent=1) + "\n")
+
+
+def _source(source: str, settings: DataSettings, limit: int | None, counts: Counter[str]) -> Iterator[Record]:
+    if ":" in source and not Path(source).exists() and "/" not in source:
+        rows: Iterable[Any] = load_reward(source)(limit=limit, seed=settings.seed)
+        return (row if isinstance(row, Record) else record_from_row(row, source) for row in rows)
+    return load_dataset_records(source, settings.format, settings.split, limit, counts)
+
+
+def _write_data(run: RunFolder, settings: DataSettings) -> None:
+    """queries.jsonl and, written last, held_out.jsonl; no query stands in both."""
+    counts: Counter[str] = Counter()
+    wanted = None if settings.limit is None else settings.limit
+    if settings.held_out is not None:
+        held_out = list(_source(settings.held_out, settings, settings.held_out_limit, counts))
+        records = _source(settings.source, settings, wanted, counts)
+    else:
+        both = _source(settings.source, settings, None if wanted is None else wanted + settings.held_out_limit, counts)
+        held_out = list(islice(both, settings.held_out_limit))
+        records = both
+    first = next(records, None)
+    if first is None or not held_out:
+        raise UserError(
+            f"data: {settings.source} has too few records: {len(held_out)} are held out and "
+            f"{'none is' if first is None else 'some are'} left to train on; lower data.held_out_limit"
+        )
+    taken = {json.dumps(record.query) for record in held_out}
+    fresh = (record for record in chain([first], records) if json.dumps(record.query) not in taken)
+    if not settings.provided:
+        fresh = (replace(r, responses=[], sources=[], finish=[], scores=[], rewards={}) for r in fresh)
+    count = write_records(run.queries, fresh, overwrite=True)
+    write_records(run.held_out, held_out, overwrite=True)
+    dropped = describe_counts(counts)
+    log.info(f"data: {count} queries to train on, {len(held_out)} held out{'; ' + dropped if dropped else ''}")
+
+
+def _sample(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
+    if config.sample is None:
+        from rrhf.records import read_records
+
+        write_records(run.responses, read_records(run.queries, require="responses"))
+        return
+    sample_file(run.queries, run.responses, config.model, config.sample, config.text, loaded=loaded)
+
+
+def _train(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
+    from rrhf.training import train_model
+
+    loaded.policy = None  # free the sampling weights
+    train_model(run.scored, config.model, config.train, config.adapter)
+
+
+def _evaluate(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
+    models = {"rho": config.model, "pi": ModelSettings(**{**vars(config.model), "model": str(run.model)})}
+    evaluate_models(
+        run.held_out,
+        run.evaluation,
+        models,
+        config.evaluate_rewards,
+        config.evaluate_sampling,
+        config.text,
+        config.evaluate,
+        loaded=loaded,
+    )

@@ -1,0 +1,160 @@
+"""The training stage: from a file of scored records to a model folder, with checkpoints, signals and a summary."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_utils import get_last_checkpoint
+
+from rrhf.adapters import AdapterSettings, peft_config
+from rrhf.errors import UserError
+from rrhf.files import write_text
+from rrhf.models import ModelSettings, load_policy
+from rrhf.records import read_records
+from rrhf.stages import TRAINED, is_trained
+from rrhf.trainer import RRHFConfig, RRHFTrainer
+
+log = logging.getLogger("rrhf")
+
+SETTINGS = "training-settings.json"
+
+# What a resumed run may change without becoming another run.
+FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "disable_tqdm", "report_to", "run_name",
+        "logging_dir", "overwrite", "eval_steps", "eval_strategy", "max_tokens_per_forward"}  # fmt: skip
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """A signal stopped the training after a checkpoint was written; ``code`` is the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class _StopOnSignal(TrainerCallback):
+    """On SIGINT or SIGTERM: finish the optimiser step, write a checkpoint, stop."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def remember(number: int, frame: Any) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt  # asked twice: at once, from the last checkpoint
+            self.signal = number
+            log.info("stopping after this step; a checkpoint is written first (once more to stop at once)")
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+def train_model(
+    data: Path,
+    model: ModelSettings,
+    config: RRHFConfig,
+    adapter: AdapterSettings,
+    *,
+    eval_data: Path | None = None,
+    overwrite: bool = False,
+    callbacks: list[TrainerCallback] | None = None,
+) -> dict[str, Any]:
+    """Train ``model`` on the scored records of ``data`` and write it to ``config.output_dir``.
+
+    A folder that holds checkpoints of the same settings is continued.
+
+    Returns:
+        The summary that stands in ``training.json``.
+
+    Raises:
+        UserError: the folder is complete already, or holds a run with other settings.
+        Stopped: a signal came; everything up to the last step is kept.
+    """
+    folder = Path(str(config.output_dir))
+    if overwrite and folder.exists():
+        shutil.rmtree(folder)
+    if is_trained(folder):
+        raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
+    settings = _remember_settings(folder, data, model, config, adapter)
+    policy, tokenizer = load_policy(model, training=True)
+    trainer = RRHFTrainer(
+        model=policy,
+        args=config,
+        train_dataset=read_records(data, require="scores", empty_responses="drop"),
+        eval_dataset=None if eval_data is None else read_records(eval_data, require="scores", empty_responses="drop"),
+        processing_class=tokenizer,
+        peft_config=peft_config(adapter),
+        callbacks=callbacks,
+    )
+    precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "no autocast"
+    log.info(f"train: {trainer.train_dataset.summary()}")
+    log.info(f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, {config.world_size} process(es)")
+    checkpoint = get_last_checkpoint(str(folder))
+    if checkpoint is not None:
+        log.info(f"train: going on from {checkpoint}")
+    stop = _StopOnSignal()
+    trainer.add_callback(stop)
+    with stop.listening():
+        result = trainer.train(resume_from_checkpoint=checkpoint)
+    if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(128 + stop.signal)
+    if adapter.peft is not None and adapter.merge_adapter:
+        trainer.model = trainer.model.merge_and_unload()
+    trainer.save_model(str(folder))
+    summary = {
+        "settings": settings,
+        "records": len(trainer.train_dataset),
+        "skipped": dict(trainer.train_dataset.skipped),
+        "unranked": trainer.train_dataset.unranked,
+        "queries_cut": trainer.train_dataset.queries_cut,
+        "responses_cut": trainer.train_dataset.responses_cut,
+        "path": trainer.path,
+        "precision": precision,
+        "steps": trainer.state.global_step,
+        "train_loss": result.training_loss,
+    }
+    if trainer.is_world_process_zero():
+        trainer.save_state()
+        write_text(folder / TRAINED, json.dumps(summary, indent=2) + "\n")
+        if config.save_total_limit is None:
+            for old in folder.glob("checkpoint-*"):
+                shutil.rmtree(old)
+    return summary
+
+
+def _remember_settings(
+    folder: Path, data: Path, model: ModelSettings, config: RRHFConfig, adapter: AdapterSettings
+) -> dict[str, Any]:
+    """Write down what this run is; refuse to go on with a run that was another."""
+    everything = {**json.loads(config.to_json_string()), **asdict(adapter), "model": model.model, "data": str(data)}
+    settings = {name: value for name, value in sorted(everything.items()) if name not in FREE and value is not None}
+    place = folder / SETTINGS
+    if place.exists():
+        found = json.loads(place.read_text(encoding="utf-8"))
+        different = [name for name in sorted(settings | found) if settings.get(name) != found.get(name)]
+        if different:
+            changes = "; ".join(f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in different)
+            raise UserError(
+                f"{folder} holds a training run with other settings ({changes}): run with those to go on, "
+                "or give --overwrite to train anew"
+            )
+    else:
+        write_text(place, json.dumps(settings, indent=1) + "\n")
+    return settings

@@ -1,0 +1,247 @@
+"""Eq. 1-5 and the other ranking losses: against naive loops, and against numbers worked out by hand."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from oracles import losses as oracle
+
+from rrhf.errors import UserError
+from rrhf.losses import (
+    RANKING_LOSSES,
+    SFT_REDUCTIONS,
+    LossSettings,
+    best_response,
+    normalised_logprobs,
+    ordered_pairs,
+    ranks,
+    rrhf_loss,
+    sft,
+)
+
+Case = tuple[list[float], list[int], list[float | None]]
+TOLERANCE = 1e-10
+
+
+@st.composite
+def responses(draw: st.DrawFn) -> Case:
+    """(sums, lengths, scores) of one record of 1 to 7 responses; few score values, so that ties are common."""
+    k = draw(st.integers(1, 7))
+    lengths = draw(st.lists(st.integers(0, 40), min_size=k, max_size=k))
+    token = st.floats(-12, -1e-3)
+    sums = [length * draw(token) for length in lengths]
+    score = st.one_of(st.none(), st.integers(-2, 2).map(float), st.floats(-5, 5))
+    return sums, lengths, draw(st.lists(score, min_size=k, max_size=k))
+
+
+def tensors(case: Case) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    sums, lengths, scores = case
+    return (
+        torch.tensor(sums, dtype=torch.float64, requires_grad=True),
+        torch.tensor(lengths),
+        torch.tensor([math.nan if score is None else score for score in scores], dtype=torch.float64),
+    )
+
+
+def close(ours: torch.Tensor, naive: float) -> bool:
+    return abs(ours.item() - naive) <= TOLERANCE * max(1.0, abs(naive))
+
+
+def test_every_loss_has_an_oracle() -> None:
+    assert set(RANKING_LOSSES) == set(oracle.RANKING)
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+@settings(max_examples=150, deadline=None)
+@given(case=responses(), margin=st.floats(0, 2), scale=st.floats(0, 5), exponent=st.sampled_from([0.0, 0.5, 1.0, 2.0]))
+@example(case=([-3.0], [2], [1.0]), margin=0.5, scale=2.0, exponent=1.0)  # k = 1
+@example(case=([-3.0, -1.0, -7.0], [2, 1, 3], [1.0, 1.0, 1.0]), margin=0.5, scale=2.0, exponent=1.0)  # all equal
+@example(case=([-3.0, -1.0], [2, 1], [None, None]), margin=0.5, scale=2.0, exponent=1.0)  # nothing scored
+@example(case=([-3.0, 0.0], [2, 0], [0.0, 1.0]), margin=0.5, scale=2.0, exponent=1.0)  # an empty response
+def test_ranking_losses_equal_the_naive_loops(
+    name: str, case: Case, margin: float, scale: float, exponent: float
+) -> None:
+    sums, lengths, scores = tensors(case)
+    p = normalised_logprobs(sums, lengths, exponent)
+    naive_p = oracle.logprobs(case[0], case[1], exponent)
+    assert all(close(a, b) for a, b in zip(p, naive_p, strict=True))
+    ours = RANKING_LOSSES[name](p, scores, margin=margin, scale=scale)
+    # e^z near an overflow is no matter of the loss: the oracle's p feeds both
+    assert close(ours, oracle.RANKING[name](naive_p, case[2], margin, scale))
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=responses(), reduction=st.sampled_from(sorted(SFT_REDUCTIONS)))
+def test_the_fit_equals_the_naive_loop(case: Case, reduction: str) -> None:
+    sums, lengths, scores = tensors(case)
+    assert close(sft(sums, lengths, scores, reduction), oracle.sft(*case, reduction))
+    assert best_response(scores) == oracle.best(case[2])
+    assert list(zip(*[index.tolist() for index in ordered_pairs(scores)], strict=True)) == oracle.pairs(case[2])
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=responses(), rank_weight=st.floats(0, 100), sft_weight=st.floats(0, 100))
+def test_eq_5_equals_the_naive_loop(case: Case, rank_weight: float, sft_weight: float) -> None:
+    sums, lengths, scores = tensors(case)
+    loss = rrhf_loss(sums, lengths, scores, LossSettings())
+    for ours, naive in zip(loss[:3], oracle.rrhf(*case), strict=True):
+        assert close(ours, naive)
+    weighted = rrhf_loss(sums, lengths, scores, LossSettings(rank_weight=rank_weight, sft_weight=sft_weight))
+    _, rank, fit = oracle.rrhf(*case)
+    assert close(weighted.total, rank_weight * rank + sft_weight * fit)
+
+
+@settings(max_examples=150, deadline=None)
+@given(case=responses(), padded_length=st.integers(1, 90))
+def test_released_compat_equals_the_naive_loop(case: Case, padded_length: int) -> None:
+    sums, lengths, scores = tensors(case)
+    loss = rrhf_loss(sums, lengths, scores, LossSettings(released_compat=True), padded_length)
+    for ours, naive in zip(loss[:3], oracle.released(case[0], padded_length, case[2]), strict=True):
+        assert close(ours, naive)
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+@pytest.mark.parametrize("seed", range(5))
+def test_gradients_equal_the_naive_loops_finite_differences(name: str, seed: int) -> None:
+    """Central differences of the oracle in plain floats; random values lie far from the kinks of the hinges."""
+    generator = torch.Generator().manual_seed(seed)
+    k = 6
+    lengths = torch.randint(1, 30, (k,), generator=generator)
+    sums = -lengths * (0.5 + 3 * torch.rand(k, generator=generator, dtype=torch.float64))
+    scores: list[float | None] = [0.5, 0.1, None, 0.5, 0.9, 0.3]
+    margin, scale = 0.2, 1.5
+    leaf = sums.clone().requires_grad_()
+    chosen = LossSettings(ranking_loss=name, margin=margin, logprob_scale=scale)
+    tensor_scores = torch.tensor([math.nan if s is None else s for s in scores], dtype=torch.float64)
+    (gradient,) = torch.autograd.grad(rrhf_loss(leaf, lengths, tensor_scores, chosen).total, leaf)
+
+    def naive(values: list[float]) -> float:
+        p = oracle.logprobs(values, lengths.tolist())
+        return oracle.RANKING[name](p, scores, margin, scale) + oracle.sft(values, lengths.tolist(), scores)
+
+    step = 1e-5
+    for i in range(k):
+        up, down = sums.tolist(), sums.tolist()
+        up[i] += step
+        down[i] -= step
+        assert float(gradient[i]) == pytest.approx((naive(up) - naive(down)) / (2 * step), abs=1e-8)
+    assert float(gradient[2]) == 0  # not scored: no part of any loss
+
+
+# --- worked by hand ---------------------------------------------------------------------------------------------
+
+
+def hand(sums: list[float], lengths: list[int], scores: list[float | None], **options: Any) -> tuple[float, ...]:
+    padded_length = options.pop("padded_length", None)
+    case = tensors((sums, lengths, scores))
+    return tuple(x.item() for x in rrhf_loss(*case, LossSettings(**options), padded_length)[:3])
+
+
+def test_hand_three_responses() -> None:
+    # p = (−6/3, −4/4, −9/3) = (−2, −1, −3); r = (0.9, 0.1, 0.5)
+    # r1 < r0: max(0, p1 − p0) = max(0, −1 + 2) = 1
+    # r1 < r2: max(0, p1 − p2) = max(0, −1 + 3) = 2
+    # r2 < r0: max(0, p2 − p0) = max(0, −3 + 2) = 0
+    # L_rank = 3; the best is y_0, L_ft = 6; L = 9
+    assert hand([-6, -4, -9], [3, 4, 3], [0.9, 0.1, 0.5]) == (9.0, 3.0, 6.0)
+
+
+def test_hand_ties_and_an_unscored_response() -> None:
+    # p = (−1, −2, −4, −0.5); r = (1, 1, 0, null): the pairs are (2, 0) and (2, 1), both in order: −4 − (−1) < 0,
+    # −4 − (−2) < 0, so L_rank = 0; y_0 is the first of the best: L_ft = 2; L = 2
+    assert hand([-2, -6, -4, -5], [2, 3, 1, 10], [1.0, 1.0, 0.0, None]) == (2.0, 0.0, 2.0)
+
+
+def test_hand_rank_margin() -> None:
+    # p = (−1, −1, −1), r = (3, 2, 1): ranks 1, 2, 3; λ = 0.25
+    # (1, 0): 0.25·1, (2, 0): 0.25·2, (2, 1): 0.25·1; L_rank = 1; L_ft = 2
+    assert hand([-2, -3, -1], [2, 3, 1], [3.0, 2.0, 1.0], ranking_loss="margin", margin=0.25) == (3.0, 1.0, 2.0)
+    # a tie shares a rank and the next rank is 2: r = (3, 3, 1): (2, 0) and (2, 1), each 0.25·(2 − 1); L_rank = 0.5
+    assert hand([-2, -3, -1], [2, 3, 1], [3.0, 3.0, 1.0], ranking_loss="margin", margin=0.25) == (2.5, 0.5, 2.0)
+    assert ranks(torch.tensor([3.0, math.nan, 3.0, 1.0]))[[0, 2, 3]].tolist() == [1, 1, 2]
+
+
+def test_hand_constant_margin() -> None:
+    # p = (−1, −1.5), r = (1, 0): max(0, −1.5 + 1 + 0.75) = 0.25; weights 4 and 0.5: 4·0.25 + 0.5·2 = 2
+    options = {"ranking_loss": "constant-margin", "margin": 0.75, "rank_weight": 4.0, "sft_weight": 0.5}
+    assert hand([-2, -3], [2, 2], [1.0, 0.0], **options) == (2.0, 0.25, 2.0)
+
+
+def test_hand_logistic() -> None:
+    # scale·(p_j − p_i) − margin = 2·(−1 + 1.5) − 1 = 0: −log σ(0) = log 2; mean reduction: L_ft = 2/2 = 1
+    options = {"ranking_loss": "logistic", "margin": 1.0, "logprob_scale": 2.0, "sft_reduction": "mean"}
+    assert hand([-2, -3], [2, 2], [1.0, 0.0], **options) == pytest.approx((1 + math.log(2), math.log(2), 1.0))
+
+
+def test_hand_listmle() -> None:
+    # all p equal, no ties: −log(1/3) − log(1/2) − log(1/1) = log 6; L_ft = 2
+    options = {"ranking_loss": "listmle"}
+    assert hand([-2, -4, -6], [1, 2, 3], [2.0, 1.0, 0.0], **options) == pytest.approx((2 + math.log(6), math.log(6), 2))
+    # two share the best score: each stands against the third alone: 2 log 2
+    assert hand([-2, -4, -6], [1, 2, 3], [2.0, 2.0, 0.0], **options)[1] == pytest.approx(2 * math.log(2))
+
+
+def test_hand_released_code() -> None:
+    # query of 4 tokens, responses of 2 and 4: rows are padded to 8. r = (0, 1).
+    # Eq. 1: p = (−4/2, −12/4) = (−2, −3), the pair is violated by 1, L_ft = 12: L = 13.
+    # Released: p = (−4/8, −12/8) = (−0.5, −1.5), also violated by 1, but L_ft = 12/8 = 1.5: L = 2.5.
+    assert hand([-4, -12], [2, 4], [0.0, 1.0]) == (13.0, 1.0, 12.0)
+    assert hand([-4, -12], [2, 4], [0.0, 1.0], released_compat=True, padded_length=8) == (2.5, 1.0, 1.5)
+    # The order itself can turn: sums (−6, −8), lengths (2, 4): Eq. 1 has p = (−3, −2), in order, L_rank = 0;
+    # released has p = (−0.75, −1), violated by 0.25; L_ft = 8 against 1.
+    assert hand([-6, -8], [2, 4], [0.0, 1.0]) == (8.0, 0.0, 8.0)
+    assert hand([-6, -8], [2, 4], [0.0, 1.0], released_compat=True, padded_length=8) == (1.25, 0.25, 1.0)
+
+
+def test_k_1_is_supervised_fine_tuning() -> None:
+    assert hand([-7], [3], [0.2]) == (7.0, 0.0, 7.0)
+
+
+def test_all_equal_fits_the_first_and_ranks_nothing() -> None:
+    assert hand([-7, -1, -2], [3, 1, 1], [0.2, 0.2, 0.2]) == (7.0, 0.0, 7.0)
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_nothing_scored_is_a_zero_with_a_graph(name: str) -> None:
+    sums, lengths, scores = tensors(([-7.0, -1.0], [3, 1], [None, None]))
+    loss = rrhf_loss(sums, lengths, scores, LossSettings(ranking_loss=name)).total
+    (gradient,) = torch.autograd.grad(loss, sums)
+    assert float(loss) == 0
+    assert gradient.tolist() == [0, 0]
+
+
+def test_inputs_are_left_as_they_are() -> None:
+    sums, lengths, scores = tensors(([-7.0, -1.0], [3, 1], [1.0, None]))
+    before = [t.detach().clone() for t in (sums, lengths, scores)]
+    rrhf_loss(sums, lengths, scores, LossSettings(released_compat=True), 9)
+    for tensor, copy in zip((sums, lengths, scores), before, strict=True):
+        assert torch.equal(tensor.nan_to_num(-1), copy.nan_to_num(-1))
+
+
+def test_released_compat_needs_the_padded_length() -> None:
+    with pytest.raises(ValueError, match="padded_length"):
+        rrhf_loss(*tensors(([-7.0], [3], [1.0])), LossSettings(released_compat=True))
+
+
+def test_bad_settings_are_reported_together() -> None:
+    with pytest.raises(UserError) as caught:
+        LossSettings(
+            ranking_loss="hinges", sft_reduction="avg", rank_weight=-1, sft_weight=math.nan, margin=math.inf,
+            logprob_scale=-0.5,
+        )  # fmt: skip
+    message = str(caught.value)
+    for name in ("ranking_loss", "sft_reduction", "rank_weight", "sft_weight", "margin", "logprob_scale"):
+        assert f"--{name} " in message
+    assert "did you mean 'hinge'" in message
+    assert "listmle" in message  # the known ones are listed
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_length_exponent_must_be_finite(value: float) -> None:
+    with pytest.raises(UserError, match="--length_exponent"):
+        LossSettings(length_exponent=value)
