@@ -87,3 +87,31 @@ def tiny_model(family: str, vocabulary: int = 97, seed: int = 0) -> Any:
     }
     torch.manual_seed(seed)
     return makers[family]().eval()
+
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def tiny_tokenizer(eos: str = "<|endoftext|>", bos: str | None = None, template: str | None = CHATML) -> Any:
+    """A tokenizer with one id a byte, and four special tokens before them; with ``bos`` it puts that before a text."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<s>"]
+    vocabulary = {token: i for i, token in enumerate([*special, *sorted(pre_tokenizers.ByteLevel.alphabet())])}
+    plain = Tokenizer(models.BPE(vocabulary, []))
+    plain.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    plain.decoder = decoders.ByteLevel()
+    plain.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    if bos is not None:
+        plain.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A", special_tokens=[(bos, vocabulary[bos])]
+        )
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=plain, eos_token=eos, pad_token=eos, bos_token=bos, clean_up_tokenization_spaces=False
+    )
+    tokenizer.chat_template = template
+    return tokenizer

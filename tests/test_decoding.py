@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
-from oracles.beam_search import Outcome, diverse_beam_search, model_logprobs
 from transformers import GenerationConfig, PreTrainedModel
 
+from conftest import tiny_model
+from oracles.beam_search import Outcome, diverse_beam_search, model_logprobs
 from rrhf.sampling import SamplingSettings
 from rrhf.sampling import decoding as decoding_module
 from rrhf.sampling.decoding import Response, decode

@@ -9,8 +9,8 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from oracles import losses as oracle
 
+from oracles import losses as oracle
 from rrhf.errors import UserError
 from rrhf.losses import (
     RANKING_LOSSES,

@@ -10,12 +10,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import tiny_model
-from oracles.logprobs import all_sums
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rrhf.tree
+from conftest import tiny_model
+from oracles.logprobs import all_sums
 from rrhf.text import EncodedRecord, TextFormat
 from rrhf.tree import (
     LOGIT_ROWS,

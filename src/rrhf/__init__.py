@@ -22,10 +22,13 @@ __all__ = sorted(_EXPORTS)
 if TYPE_CHECKING:
     from rrhf.errors import UserError as UserError
     from rrhf.evaluation import evaluate as evaluate
-    from rrhf.records import Record as Record, read_records as read_records, write_records as write_records
+    from rrhf.records import Record as Record
+    from rrhf.records import read_records as read_records
+    from rrhf.records import write_records as write_records
     from rrhf.rewards import score as score
     from rrhf.sampling import sample as sample
-    from rrhf.trainer import RRHFConfig as RRHFConfig, RRHFTrainer as RRHFTrainer
+    from rrhf.trainer import RRHFConfig as RRHFConfig
+    from rrhf.trainer import RRHFTrainer as RRHFTrainer
 
 
 def __getattr__(name: str) -> Any:

@@ -63,7 +63,7 @@ def attention(
         if options.get(name) is not None:
             raise NotImplementedError(f"attention option {name}")
     output = rrhf_layout.attend(
-        module.layer_idx,
+        int(module.layer_idx),  # type: ignore[arg-type]
         query,
         key,
         value,
@@ -91,7 +91,9 @@ def masked_attention(
             query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
         )
     weights = softcap * torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap)
-    weights = nn.functional.softmax(weights + mask, dim=-1, dtype=torch.float32).to(query.dtype)
+    if mask is not None:
+        weights = weights + mask
+    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
     return nn.functional.dropout(weights, dropout) @ value
 
 

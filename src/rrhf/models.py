@@ -152,8 +152,8 @@ def _check_folder(name: str) -> None:
         )
     if not list(folder.glob("*.safetensors")):
         raise UserError(
-            f"--model {name}: the folder has no weights (*.safetensors). A training run that was stopped early keeps its "
-            "weights in checkpoint-N/; pickled weights are not read: convert them with transformers first"
+            f"--model {name}: the folder has no weights (*.safetensors). A training run that was stopped early keeps "
+            "its weights in checkpoint-N/; pickled weights are not read: convert them with transformers first"
         )
 
 

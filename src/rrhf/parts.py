@@ -2,8 +2,8 @@
 
 Beside the output stands ``OUTPUT.parts/`` with one file a part and a manifest of their checksums. A part counts only
 when the manifest names it and its checksum fits, so a process may die at any moment. When all parts are there they
-are joined into the output, and the folder goes. Several processes (RANK and WORLD_SIZE, as torchrun sets them) share the
-parts out; the last one to finish joins them.
+are joined into the output, and the folder goes. Several processes (RANK and WORLD_SIZE, as torchrun sets them) share
+the parts out; the last one to finish joins them.
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ class _Parts:
             if different:
                 changes = "; ".join(f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}" for name in different)
                 raise UserError(
-                    f"{self.folder} holds unfinished work with other settings ({changes}): run with those to finish it, "
-                    "or give --overwrite to begin anew"
+                    f"{self.folder} holds unfinished work with other settings ({changes}): run with those to finish "
+                    "it, or give --overwrite to begin anew"
                 )
         else:
             with replacing(place) as temporary:

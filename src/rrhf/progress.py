@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import time
 from collections.abc import Iterable, Iterator
@@ -54,6 +55,15 @@ class Progress:
             self.bar.update(n)
         elif time.monotonic() - self.last >= PLAIN_SECONDS:
             self._line(note)
+
+    @contextlib.contextmanager
+    def set_aside(self) -> Iterator[None]:
+        """Clear the bar while other lines are written."""
+        if self.bar is None:
+            yield
+        else:
+            with tqdm.external_write_mode(file=sys.stderr):
+                yield
 
     def _line(self, note: str = "") -> None:
         now = time.monotonic()

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -139,34 +139,6 @@ class EvaluationSettings:
     )
 
 
-def nll_under(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextSettings) -> Any:
-    """A function (records, texts) → (total negative log-likelihood, total tokens) of the texts given the queries."""
-    import torch
-
-    from rrhf.batching import plan_forwards
-    from rrhf.progress import progress
-    from rrhf.text import TextFormat
-    from rrhf.tree import response_logprobs, usable_path
-
-    format = TextFormat(tokenizer, text)
-    path = usable_path(model)
-
-    @torch.inference_mode()
-    def measure(records: Sequence[Record], texts: Sequence[tuple[str, str]]) -> tuple[float, int]:
-        pairs = [
-            format.encode_record(replace(record, responses=[t], finish=[f], sources=["evaluated/0"], scores=[]))
-            for record, (t, f) in zip(records, texts, strict=True)
-        ]
-        nll, tokens = 0.0, 0
-        for forward in progress(plan_forwards(pairs, 4096, path), "perplexity", unit="batches"):
-            found = response_logprobs(model, forward.records, path)
-            nll -= float(found.sums.double().sum())
-            tokens += int(found.lengths.sum())
-        return nll, tokens
-
-    return measure
-
-
 def evaluate_models(
     held_out: Path,
     output: Path,
@@ -184,6 +156,7 @@ def evaluate_models(
     Writes ``output`` (evaluation.json), and beside it ``generations.jsonl`` and each model's ``NAME.jsonl``.
     """
     from rrhf.evaluation import evaluate_texts
+    from rrhf.evaluation.policies import nll_under
 
     loaded = loaded or Loaded()
     folder = output.parent

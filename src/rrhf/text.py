@@ -56,8 +56,8 @@ class EncodedRecord:
     """
 
     id: str
-    query: list[int]
-    responses: list[list[int]]
+    query: Sequence[int]
+    responses: Sequence[Sequence[int]]
     scores: list[float | None]
 
 

@@ -8,7 +8,7 @@ import os
 import time
 import types
 from array import array
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
@@ -26,8 +26,6 @@ from rrhf.models import ModelSettings, load_policy, native_bfloat16, resolve_dev
 from rrhf.records import Record, record_from_row
 from rrhf.text import EncodedRecord, TextFormat, TextSettings
 from rrhf.tree import causal_lm, response_logprobs, usable_path
-
-METRICS = ("rank_loss", "sft_loss", "rank_accuracy", "violated_pairs", "best_logprob", "router_loss")
 
 
 @dataclass
@@ -47,7 +45,7 @@ class RRHFConfig(TrainingArguments, LossSettings):
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of metrics"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a non-finite loss stops the run instead"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "records keep their columns"})
-    bf16: bool | None = field(  # type: ignore[assignment]
+    bf16: bool | None = field(
         default=None,
         metadata={"help": "bfloat16 autocast over fp32 weights; default: where the hardware multiplies it"},
     )
@@ -82,8 +80,7 @@ class RRHFConfig(TrainingArguments, LossSettings):
             self.use_cpu = True  # else processes started together on a CPU do not find each other
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16(resolve_device("cpu" if self.use_cpu else "auto"))
-        if self.output_dir is None:
-            self.output_dir = "rrhf-model"
+        self.output_dir: str | None = self.output_dir or "rrhf-model"
         super().__post_init__()
         world = int(os.environ.get("WORLD_SIZE", "1"))
         if world != self.world_size:
@@ -206,8 +203,7 @@ class RRHFTrainer(Trainer):
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
-        self._sums: dict[str, float] = Counter()
-        self._pending: Tensor | None = None
+        self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
         _take_records(model)
         super().__init__(
@@ -231,7 +227,7 @@ class RRHFTrainer(Trainer):
         )
         return DataLoader(
             self.train_dataset,
-            batch_sampler=sampler,  # type: ignore[arg-type]
+            batch_sampler=sampler,
             collate_fn=list,
             num_workers=args.dataloader_num_workers,
         )
@@ -308,7 +304,7 @@ class RRHFTrainer(Trainer):
     def _gradients_shared(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or self.args.world_size == 1:
             return contextlib.nullcontext()
-        return self.accelerator.no_sync(model)  # type: ignore[no-any-return]
+        return self.accelerator.no_sync(model)
 
     def _one_pass(self, model: nn.Module, forward: Forward, weight: float, last: bool) -> Tensor:
         with self._gradients_shared(model, last):
@@ -387,30 +383,22 @@ class RRHFTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             ids = ", ".join(record.id for record in forward.records)
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss)} on the records {ids}. Nothing was updated; "
-                "the last checkpoint is whole. Lower --learning_rate, or look at these records with `rrhf inspect`"
+                f"step {self.state.global_step + 1}: the loss is {float(loss)} on the records {ids}. Nothing was "
+                "updated; the last checkpoint is whole. Lower --learning_rate, or look at these records with `rrhf inspect`"
             )
 
     # -- metrics
 
     def _metrics(self) -> dict[str, float]:
         """Means since the last call, over all processes; the sums start anew."""
-        names = (
-            "queries",
-            "pairs",
-            "ordered",
-            "rank_loss",
-            "sft_loss",
-            "violated_pairs",
-            "best_logprob",
-            "router_loss",
-        )
+        means = ("rank_loss", "sft_loss", "violated_pairs", "best_logprob")
+        names = ("queries", "pairs", "ordered", "router_loss", *means)
         totals = {name: self._sum_over_processes(self._sums[name]) for name in names}
         self._sums.clear()
         queries = totals["queries"]
         if not queries:
             return {}
-        metrics = {name: totals[name] / queries for name in ("rank_loss", "sft_loss", "violated_pairs", "best_logprob")}
+        metrics = {name: totals[name] / queries for name in means}
         if totals["pairs"]:
             metrics["rank_accuracy"] = totals["ordered"] / totals["pairs"]
         if totals["router_loss"]:
@@ -434,7 +422,7 @@ class RRHFTrainer(Trainer):
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not isinstance(data, EncodedRecords):
             data = EncodedRecords(data, TextFormat(self.processing_class, self.args.text), self.args.max_length)
-        kept, self._sums = self._sums, Counter()
+        kept, self._sums = self._sums, defaultdict(float)
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
@@ -452,7 +440,7 @@ class RRHFTrainer(Trainer):
             settings.rank_weight * found["rank_loss"] + settings.sft_weight * found["sft_loss"]
         )
         self.log(metrics)
-        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def floating_point_ops(self, inputs: Any) -> int:

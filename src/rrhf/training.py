@@ -12,13 +12,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from transformers import TrainerCallback
+from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from rrhf.adapters import AdapterSettings, peft_config
 from rrhf.errors import UserError
 from rrhf.files import write_text
 from rrhf.models import ModelSettings, load_policy
+from rrhf.progress import Progress
 from rrhf.records import read_records
 from rrhf.stages import TRAINED, is_trained
 from rrhf.trainer import RRHFConfig, RRHFTrainer
@@ -66,6 +67,31 @@ class _StopOnSignal(TrainerCallback):
                 signal.signal(number, handler)
 
 
+class _ShowProgress(TrainerCallback):
+    """A bar over the optimiser steps, and the metrics as lines, in place of transformers' dictionaries."""
+
+    bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = Progress("train", state.max_steps, "steps", done=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.count)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.bar is not None and logs and "train_runtime" not in logs:
+            values = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name != "epoch")
+            with self.bar.set_aside():
+                log.info(f"step {state.global_step}/{state.max_steps}  {values}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
+            self.bar = None
+
+
 def train_model(
     data: Path,
     model: ModelSettings,
@@ -109,6 +135,9 @@ def train_model(
     checkpoint = get_last_checkpoint(str(folder))
     if checkpoint is not None:
         log.info(f"train: going on from {checkpoint}")
+    for theirs in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(theirs)
+    trainer.add_callback(_ShowProgress)
     stop = _StopOnSignal()
     trainer.add_callback(stop)
     with stop.listening():

@@ -117,7 +117,13 @@ def tree_mask(tree: Tree, positions: Tensor, window: int | None = None) -> Tenso
 
 def plant(records: Sequence[EncodedRecord], device: torch.device | str = "cpu") -> Forest:
     """Lay records out as one row of trees. Responses may be empty: they have length 0 and log-probability 0."""
-    trees, input_ids, positions, rows, targets, owners, lengths = [], [], [], [], [], [], []
+    trees: list[Tree] = []
+    input_ids: list[int] = []
+    positions: list[int] = []
+    rows: list[int] = []
+    targets: list[int] = []
+    owners: list[int] = []
+    lengths: list[int] = []
     for record in records:
         start, last_of_query = len(input_ids), len(input_ids) + len(record.query) - 1
         input_ids += record.query
@@ -234,7 +240,8 @@ def token_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> T
     """
     head = model.get_output_embeddings()
     if type(head) is nn.Linear:
-        weight, bias = head.weight, head.bias
+        weight: Tensor = head.weight
+        bias: Tensor | None = head.bias
         if torch.is_autocast_enabled(hidden.device.type):
             dtype = torch.get_autocast_dtype(hidden.device.type)
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -300,7 +307,7 @@ def padded_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord]) ->
     target = torch.zeros(len(rows), width, dtype=torch.bool)
     for i, (query, response) in enumerate(rows):
         size = len(query) + len(response)
-        input_ids[i, :size] = torch.tensor(query + response)
+        input_ids[i, :size] = torch.tensor([*query, *response])
         mask[i, :size] = 1
         target[i, len(query) : size] = True
     input_ids, mask, target = input_ids.to(device), mask.to(device), target.to(device)
@@ -373,8 +380,8 @@ def usable_path(model: PreTrainedModel, longest_row: int = 0) -> str:
 
 def _warn(model: PreTrainedModel, why: str) -> str:
     warnings.warn(
-        f"{type(model).__name__} does not take the shared-prefix tree ({why}): every response is computed with its query "
-        "in a padded row of its own, which is exact and slower",
+        f"{type(model).__name__} does not take the shared-prefix tree ({why}): every response is computed with its "
+        "query in a padded row of its own, which is exact and slower",
         stacklevel=3,
     )
     return "padded"

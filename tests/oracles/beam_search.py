@@ -10,6 +10,7 @@ a cache. With one group it is plain beam search.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -38,7 +39,7 @@ class Outcome:
 
     def ranked(self) -> list[Tokens]:
         """All groups' sequences, best score first; of equals the earlier group's."""
-        return [tokens for tokens, _ in sorted(sum(self.groups, []), key=lambda kept: -kept[1])]
+        return [tokens for tokens, _ in sorted(itertools.chain(*self.groups), key=lambda kept: -kept[1])]
 
 
 def model_logprobs(model: torch.nn.Module, query: Sequence[int], temperature: float = 1.0) -> LogProbs:

@@ -1,4 +1,4 @@
-"""A run's configuration: YAML sections whose keys are the flags of the stages' commands, all checked before any work."""
+"""A run's configuration: YAML sections whose keys are the flags of the stages' commands, checked before any work."""
 
 from __future__ import annotations
 
@@ -117,8 +117,8 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
 def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
     """Check every section against its stage's flags.
 
-    A key outside the sections (``model``, ``seed``, ``device`` …) goes to every stage that has such a flag and does not set
-    it itself.
+    A key outside the sections (``model``, ``seed``, ``device`` …) goes to every stage that has such a flag and does not
+    set it itself.
 
     Raises:
         UserError: all unknown keys and unfit values, each with its section, in one message.

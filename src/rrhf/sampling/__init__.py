@@ -55,7 +55,9 @@ class Sampler:
             self.model.train(was_training)
 
     def _stop_check(self):  # type: ignore[no-untyped-def]
-        tail = max(len(text) for text in self.settings.stop) + 8  # a token has at least a character, or is a piece of one
+        tail = (
+            max(len(text) for text in self.settings.stop) + 8
+        )  # a token has at least a character, or is a piece of one
 
         def check(tokens: list[int]) -> bool:
             text = self.format.decode(tokens[-tail:])
@@ -83,8 +85,9 @@ class Sampler:
         longest = max((len(query) for query in encoded), default=0)
         if self.context is not None and longest + self.settings.max_new_tokens > self.context:
             raise UserError(
-                f"a query of {longest} tokens and --max_new_tokens {self.settings.max_new_tokens} are more than the model's "
-                f"context of {self.context}: give --max_query_length {max(1, self.context - self.settings.max_new_tokens)}"
+                f"a query of {longest} tokens and --max_new_tokens {self.settings.max_new_tokens} are more than the "
+                f"model's context of {self.context}: give --max_query_length "
+                f"{max(1, self.context - self.settings.max_new_tokens)}"
             )
         # A stable sort by length: batches depend on the data and the batch size alone.
         order = sorted(range(len(records)), key=lambda i: -len(encoded[i]))

@@ -1,9 +1,9 @@
 """The decode loop that all sampling policies share: each query runs once, its responses read its keys together.
 
-Keys and values of a query and of all its responses lie in one buffer that never moves: first the query's columns, then,
-step by step, one column a slot. Which columns a slot may read is a mask that follows its ancestry, so beams that change
-places change a few booleans instead of copying caches. Slots that finished leave the forward pass; queries that finished
-leave the buffer.
+Keys and values of a query and of all its responses lie in one buffer that never moves: first the query's columns,
+then, step by step, one column a slot. Which columns a slot may read is a mask that follows its ancestry, so beams
+that change places change a few booleans instead of copying caches. Slots that finished leave the forward pass; queries that
+finished leave the buffer.
 """
 
 from __future__ import annotations
@@ -148,7 +148,7 @@ class SharedCache:
             use_cache=False,
             rrhf_layout=layout,
         )
-        return outputs.last_hidden_state[0]  # type: ignore[no-any-return]
+        return outputs.last_hidden_state[0]
 
     def store(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The buffers of a layer, made when its first keys come (heads and sizes differ between models)."""
@@ -320,7 +320,7 @@ class TransformersCache:
         outputs = self.model(
             input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
         )
-        return outputs.logits[:, -1]  # type: ignore[no-any-return]
+        return outputs.logits[:, -1]
 
 
 STEPPERS: dict[str, type[SharedCache] | type[TransformersCache]] = {"tree": SharedCache, "padded": TransformersCache}

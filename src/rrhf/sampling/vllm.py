@@ -29,8 +29,7 @@ class VLLM:
         text: as everywhere; queries are tokenised here, so they are the same tokens as for a local model.
         engine: further arguments of ``vllm.LLM``, such as ``dtype``, ``max_model_len``, ``gpu_memory_utilization``.
 
-    Raises:
-        UserError: vLLM is not installed, or the policy is one that it has not.
+    Raises UserError where vLLM is not installed or has not the policy.
     """
 
     def __init__(
@@ -38,10 +37,8 @@ class VLLM:
     ) -> None:
         self.settings = settings or SamplingSettings()
         if self.settings.is_beam:
-            raise UserError(
-                f"--policy {self.settings.policy}: vLLM has no diverse beam search, and its beams are not ours: use "
-                "top-p, top-k or greedy, or a local model as the source"
-            )
+            cure = "use top-p, top-k or greedy, or a local model as the source"
+            raise UserError(f"--policy {self.settings.policy}: vLLM has no diverse beam search: {cure}")
         try:
             from vllm import LLM
         except ImportError:

