@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -89,6 +89,17 @@ def tiny_model(family: str, vocabulary: int = 97, seed: int = 0) -> Any:
     return makers[family]().eval()
 
 
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """Tiny matrices: waiting for a second thread costs more than it brings, most of all beside other work."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -115,3 +126,43 @@ def tiny_tokenizer(eos: str = "<|endoftext|>", bos: str | None = None, template:
     )
     tokenizer.chat_template = template
     return tokenizer
+
+
+def toy_records(count: int, seed: int = 0, responses: tuple[int, int] = (1, 5)) -> list[Any]:
+    """Records with random short texts, a ragged number of responses, ties and unscored responses."""
+    import random
+
+    from rrhf.records import Record
+
+    draw = random.Random(seed)
+
+    def text(low: int, high: int) -> str:
+        return "".join(draw.choice("abcdefgh ") for _ in range(draw.randint(low, high))) + "."
+
+    records = []
+    for i in range(count):
+        k = draw.randint(*responses)
+        records.append(
+            Record(
+                query=text(1, 12),
+                responses=[text(1, 14) for _ in range(k)],
+                finish=[draw.choice(["stop", "length"]) for _ in range(k)],
+                scores=[draw.choice([0.0, 0.25, 0.5, 1.0]), *draw.choices([None, 0.0, 0.25, 0.5, 1.0], k=k - 1)],
+                id=f"toy-{i}",
+            )
+        )
+    return records
+
+
+def in_fp64(model: Any) -> Any:
+    """A Llama-like or GPT-2 model that computes in fp64 throughout; transformers' RMSNorm would round to fp32."""
+    import torch
+
+    model = model.double()
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if type(child).__name__.endswith("RMSNorm"):
+                exact = torch.nn.RMSNorm(child.weight.shape[0], child.variance_epsilon, dtype=torch.float64)
+                exact.weight.data.copy_(child.weight.data)
+                setattr(module, name, exact)
+    return model

@@ -70,7 +70,6 @@ class Misbehaving(ThreadingHTTPServer):
         self.gets = self.now = self.peak = 0
         self.most_choices = 100
         self.change = threading.Condition()
-        self.closing = threading.Event()
 
     @property
     def url(self) -> str:
@@ -94,6 +93,11 @@ class Misbehaving(ThreadingHTTPServer):
         with self.change:
             return self.change.wait_for(lambda: len(self.posts) >= number, timeout=30)
 
+    def wait_until_idle(self) -> bool:
+        """Whether all requests end: answered, or left by their client."""
+        with self.change:
+            return self.change.wait_for(lambda: self.now == 0, timeout=10)
+
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # clients that go away in the middle are what it is for
 
@@ -106,7 +110,6 @@ def misbehaving() -> Iterator[Misbehaving]:
         try:
             yield server
         finally:
-            server.closing.set()
             server.shutdown()
             thread.join()
 
@@ -159,16 +162,15 @@ def echo_key(code: int) -> Behaviour:
 
 
 def hang(handler: Handler, body: dict[str, Any]) -> None:
-    """Say nothing until the test is over."""
-    handler.server.closing.wait()
+    """Say nothing until the client is gone."""
+    handler.connection.recv(1)
     handler.close_connection = True
 
 
 def stall(handler: Handler, body: dict[str, Any]) -> None:
-    """Begin an answer and then say nothing until the test is over."""
+    """Begin an answer and then say nothing until the client is gone."""
     _half(handler)
-    handler.server.closing.wait()
-    handler.close_connection = True
+    hang(handler, body)
 
 
 def cut(handler: Handler, body: dict[str, Any]) -> None:
@@ -193,16 +195,6 @@ def after(event: threading.Event, then: Behaviour) -> Behaviour:
     def behave(handler: Handler, body: dict[str, Any]) -> None:
         event.wait(30)
         then(handler, body)
-
-    return behave
-
-
-def followed_by(first: Behaviour, event: threading.Event) -> Behaviour:
-    """Behave like ``first`` and set ``event`` when that is sent."""
-
-    def behave(handler: Handler, body: dict[str, Any]) -> None:
-        first(handler, body)
-        event.set()
 
     return behave
 

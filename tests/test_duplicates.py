@@ -5,6 +5,7 @@ import json
 from hypothesis import given
 from hypothesis import strategies as st
 
+from rrhf.inspection import inspect_records, source_names
 from rrhf.records import Record, record_from_row, record_to_row
 from rrhf.sampling.duplicates import merge_duplicates
 
@@ -34,6 +35,21 @@ def test_merges_into_the_first_and_keeps_all_that_is_known() -> None:
         extra={"topic": "t"},
     )
     assert json.dumps(record_to_row(record)) == before  # the record that came in is untouched
+
+
+def test_inspection_counts_a_merged_response_for_each_of_its_sources() -> None:
+    assert source_names("top-p/0|top-p/3|diverse-beam/1|human/chosen") == ["top-p", "diverse-beam", "human/chosen"]
+    record = Record(
+        query="q",
+        responses=["a", "a", "b", "c"],
+        sources=["top-p/0", "beam/0", "top-p/1", "beam/1"],
+        scores=[3.0, 3.0, 1.0, 2.0],
+    )
+    result = inspect_records([merge_duplicates(record)[0]])
+    assert result["responses"] == 3
+    assert {name: row["responses"] for name, row in result["diversity"]["by_source"].items()} == {"top-p": 2, "beam": 2}
+    assert {name: row["mean"] for name, row in result["scores_by_source"].items()} == {"top-p": 2.0, "beam": 2.5}
+    assert {name: row["win_share"] for name, row in result["scores_by_source"].items()} == {"top-p": 1.0, "beam": 1.0}
 
 
 def test_texts_that_differ_in_white_space_are_different() -> None:

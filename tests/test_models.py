@@ -108,6 +108,8 @@ def test_pickled_weights_are_not_read(saved: Path) -> None:
     (saved / "model.safetensors").unlink()
     torch.save({"weights": Bomb()}, saved / "pytorch_model.bin")
     assert "pickled weights are not read" in refused(cpu(saved))
+    (saved / "other.safetensors").write_bytes(b"")  # a folder that has weights of something else, too
+    assert "cannot be loaded" in refused(cpu(saved))
     assert not ran.exists()
     torch.load(saved / "pytorch_model.bin", weights_only=False)
     assert ran.exists()  # it would have run
@@ -171,7 +173,7 @@ def write_gguf(path: Path, model: PreTrainedModel) -> None:
     writer.add_rope_freq_base(10000.0)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_vocab_size(config.vocab_size)
-    tokens = [*(chr(33 + number) for number in range(94)), "Ġ", "<|unk|>", "<|end|>"]
+    tokens = [*(chr(33 + number) for number in range(94)), "ab", "<|unk|>", "<|end|>"]
     assert len(tokens) == config.vocab_size
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
@@ -268,6 +270,14 @@ def test_another_file_of_the_same_name_is_another_model(tmp_path: Path, cache: P
 def test_a_file_that_is_no_gguf(content: bytes, tmp_path: Path, cache: Path) -> None:
     path = tmp_path / "bad.gguf"
     path.write_bytes(content)
+    assert f"{path}: transformers cannot read this GGUF file" in refused(cpu(path))
+    assert not list(cache.glob("gguf/*"))
+
+
+def test_a_gguf_file_that_is_cut_short(tmp_path: Path, cache: Path) -> None:
+    path, _ = gguf_file(tmp_path)
+    whole = path.read_bytes()
+    path.write_bytes(whole[: 2 * len(whole) // 3])
     assert f"{path}: transformers cannot read this GGUF file" in refused(cpu(path))
     assert not list(cache.glob("gguf/*"))
 

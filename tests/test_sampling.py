@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import string
+from collections import Counter
 from typing import Any
 
 import numpy as np
@@ -58,7 +59,7 @@ def assert_distribution(tokens: torch.Tensor, expected: np.ndarray) -> None:
     if rare.any():
         observed.append(counts[rare].sum())
         wanted.append(expected[rare].sum() * len(tokens))
-    assert chisquare(observed, wanted).pvalue > 1e-4
+    assert len(observed) == 1 or chisquare(observed, wanted).pvalue > 1e-4
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.7])
@@ -73,7 +74,7 @@ def test_draws_have_the_exact_distribution(top_k: int | None, top_p: float, temp
 def test_draws_over_the_bounds_of_blocks(vocabulary: int) -> None:
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(2))
     tokens = torch.cat(
-        [draw(logits.expand(len(part), -1), part, None, 1.0) for part in many_uniforms(DRAWS).split(5000)]
+        [draw(logits.expand(len(part), -1), part, None, 1.0) for part in many_uniforms(DRAWS).split(2500)]
     )
     assert_distribution(tokens, exact(logits.double().numpy()))
 
@@ -85,7 +86,7 @@ def test_draws_where_the_nucleus_is_larger_than_looked_for_at_first(top_p: float
     expected = exact(logits.double().numpy(), None, top_p)
     assert ((expected > 0).sum() > NUCLEUS) == (top_p >= 0.9)
     tokens = torch.cat(
-        [draw(logits.expand(len(part), -1), part, None, top_p) for part in many_uniforms(DRAWS).split(5000)]
+        [draw(logits.expand(len(part), -1), part, None, top_p) for part in many_uniforms(20_000).split(500)]
     )
     assert_distribution(tokens, expected)
 
@@ -107,7 +108,7 @@ ALMOST_ONE = 1.0 - 2.0**-53
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (5, 1.0), (None, 0.999), (5, 0.7), (600, 1.0)])
 @pytest.mark.parametrize("vocabulary", [10, BLOCK, 3 * BLOCK + 1])
 def test_what_has_no_probability_is_never_drawn(vocabulary: int, top_k: int | None, top_p: float) -> None:
-    """At both ends of the uniforms, with tokens of probability 0 in front, behind, in whole blocks, and by underflow."""
+    """At both ends of the uniforms, with tokens of probability 0 in front, behind, in whole blocks, by underflow."""
     for nothing in (float("-inf"), -500.0):
         for possible in ([vocabulary // 2], [1, vocabulary - 2], [0, vocabulary - 1]):
             logits = torch.full((2, vocabulary), nothing)
@@ -122,6 +123,20 @@ def test_the_first_and_last_uniform_draw_the_first_and_last_token() -> None:
         logits = torch.zeros(2, vocabulary)
         tokens = draw(logits, torch.tensor([0.0, ALMOST_ONE], dtype=torch.float64), None, 1.0)
         assert tokens.tolist() == [0, vocabulary - 1]
+
+
+def test_uniforms_at_the_bounds_of_blocks() -> None:
+    """A block's probabilities summed in another order may miss its bound by a rounding: no impossible token comes."""
+    generator = torch.Generator().manual_seed(4)
+    for _ in range(20):
+        logits = torch.randn(4 * BLOCK, generator=generator) * 8
+        logits.view(4, BLOCK)[:, -5:] = float("-inf")  # what stands last in every block
+        mass = torch.exp(logits - logits.max()).double().view(4, BLOCK).sum(dim=1).cumsum(dim=0)
+        bounds = mass[:-1] / mass[-1]
+        uniform = torch.cat([bounds * (1 + step * 2.0**-53) for step in range(-8, 9)])
+        tokens = draw(logits.expand(len(uniform), -1), uniform, None, 1.0)
+        assert torch.isfinite(logits[tokens]).all()
+        assert set((tokens // BLOCK).tolist()) == {0, 1, 2, 3}
 
 
 def test_streams_of_uniforms_depend_on_seed_record_and_response_alone() -> None:
@@ -174,9 +189,8 @@ def model(tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
         head = torch.nn.Linear(32, len(tokenizer))
         head.weight.normal_(0.0, 0.3)
         head.bias.zero_()
-        head.bias[tokenizer.unk_token_id] = -100.0
-        head.bias[tokenizer.eos_token_id] = 1.5
-        head.bias[tokenizer.convert_tokens_to_ids("<|end|>")] = 0.0
+        head.bias[[tokenizer.unk_token_id, tokenizer.convert_tokens_to_ids("<|end|>")]] = -100.0
+        head.bias[tokenizer.eos_token_id] = 2.5
     model.set_output_embeddings(head)
     model.generation_config.eos_token_id = tokenizer.eos_token_id
     return model.eval()
@@ -252,7 +266,7 @@ def test_seeds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> No
 def test_text_through_the_model_has_the_exact_distribution(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """50,000 draws of one token, the whole way: settings, uniforms by record and response, temperature, top-k, top-p."""
+    """50,000 draws of one token, the whole way: settings, streams of uniforms, temperature, top-k, top-p."""
     settings = SamplingSettings(
         top_k=20, top_p=0.9, temperature=0.7, num_responses=DRAWS, max_new_tokens=1, policy="top-k"
     )
@@ -349,7 +363,7 @@ def test_a_stop_string_of_one_token_ends_beams_as_an_end_token_does(
 ) -> None:
     settings = dataclasses.replace(SETTINGS[policy], num_responses=None)
     usual = texts(list(sample(some_records(), model, tokenizer, settings)))
-    character = next(c for text in usual[0] for c in text[1:])
+    character = Counter("".join(text for responses in usual for text in responses)).most_common(1)[0][0]
     stopped = Sampler(model, tokenizer, dataclasses.replace(settings, stop=[character]))
     ended = Sampler(model, tokenizer, settings)
     queries = [ended.format.encode_query(query) for query in QUERIES]
@@ -401,7 +415,7 @@ def test_the_templates_end_token_ends_a_response(model: PreTrainedModel, tokeniz
     end = tokenizer.convert_tokens_to_ids("<|end|>")
     head = model.get_output_embeddings()
     with torch.no_grad():
-        head.bias[end] += 60.0
+        head.bias[end] += 160.0
     try:
         (result,) = sample([Record(query=[{"role": "user", "content": "Hi"}])], model, tokenizer, SETTINGS["top-p"])
         assert (result.responses, result.finish) == ([""] * 4, ["stop"] * 4)
@@ -409,7 +423,7 @@ def test_the_templates_end_token_ends_a_response(model: PreTrainedModel, tokeniz
         assert plain.finish == ["length"] * 4
     finally:
         with torch.no_grad():
-            head.bias[end] -= 60.0
+            head.bias[end] -= 160.0
 
 
 def test_messages_without_a_template(model: PreTrainedModel) -> None:

@@ -30,6 +30,8 @@ from rrhf.tree import (
     usable_path,
 )
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 FAMILIES = ["llama", "llama-tied", "qwen2", "qwen3", "gpt2", "mistral", "gemma2", "gemma3", "mixtral"]
 WINDOWED = ["mistral", "gemma2", "gemma3"]  # window 8
 VOCABULARY = 97

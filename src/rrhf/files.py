@@ -20,18 +20,21 @@ def fsync_folder(folder: Path) -> None:
 
 
 @contextlib.contextmanager
-def replacing(path: str | Path) -> Iterator[Path]:
+def replacing(path: str | Path, tidy: bool = True) -> Iterator[Path]:
     """Yield a temporary path in the same folder; on success fsync it and rename it to ``path``.
 
-    On any exception the temporary file is removed and what stood at ``path`` stays whole.
+    On any exception the temporary file is removed and what stood at ``path`` stays whole. What a killed process left
+    behind is removed when ``path`` is written again, unless ``tidy`` is false (it looks through the whole folder).
 
     Raises:
         UserError: the folder cannot be written or the disk is full.
     """
     path = Path(path)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = _temporary(path, os.getpid())
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        if tidy:
+            _remove_stale(path)
         yield temporary
         with temporary.open("rb+") as file:
             os.fsync(file.fileno())
@@ -45,7 +48,26 @@ def replacing(path: str | Path) -> Iterator[Path]:
             "free some space or choose another --output, then run the same command again."
         ) from error
     finally:
-        temporary.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # there is none after a success, nor where no folder could be made
+            temporary.unlink()
+
+
+def _temporary(path: Path, process: int | str) -> Path:
+    return path.with_name(f".{path.name}.{os.uname().nodename}-{process}.tmp")
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove temporary files of ``path`` whose process, on this machine, is gone."""
+    start, _, end = _temporary(path, "|").name.partition("|")
+    for other in list(path.parent.iterdir()):
+        number = other.name.removeprefix(start).removesuffix(end)
+        if other.name == f"{start}{number}{end}" and number.isdigit():
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                other.unlink(missing_ok=True)
+            except OSError:  # someone else's process
+                pass
 
 
 def write_text(path: str | Path, text: str) -> None:

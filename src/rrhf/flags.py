@@ -20,6 +20,9 @@ class Flags(HfArgumentParser):
 
     def __init__(self, settings: Sequence[type], command: str, description: str) -> None:
         super().__init__(list(settings), prog=f"rrhf {command}", description=description, allow_abbrev=False)
+        for action in self._actions:
+            if action.nargs == "+" and not action.required:
+                action.nargs = "*"  # an empty list is a value too
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` lists the flags")

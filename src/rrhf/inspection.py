@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rrhf.records import Record, query_text
+from rrhf.sampling.duplicates import JOIN
 
 SELF_BLEU_QUERIES = 200  # those whose ids have the smallest hashes: the same whatever the order of the file
 SELF_BLEU_RESPONSES = 16  # of one source to one query
@@ -80,6 +81,11 @@ def source_name(tag: str) -> str:
     return name if slash and number.isdigit() else tag
 
 
+def source_names(tag: str) -> list[str]:
+    """Return every source of a response; a merged one has several: ``top-p/0|diverse-beam/2``."""
+    return list(dict.fromkeys(map(source_name, tag.split(JOIN))))
+
+
 def inspect_records(records: Iterable[Record]) -> dict[str, Any]:
     """Measure records in one pass; the result is plain JSON.
 
@@ -87,7 +93,8 @@ def inspect_records(records: Iterable[Record]) -> dict[str, Any]:
     best, as in the paper's Table 6; ``std_within_query`` is the mean of the queries' own deviations. A query's win is
     shared by the responses that tie for it; a source's ``win_share`` is out of all queries with a score, and
     ``response_share`` is what chance would give it. ``tied_pairs`` are pairs of one query's responses with equal
-    scores. A query whose scores have fewer than two distinct values carries no ranking signal.
+    scores. A query whose scores have fewer than two distinct values carries no ranking signal. A response that several
+    sources gave and merging made one counts for each of them, so shares by source can then sum to more than 1.
 
     Diversity, by source: ``distinct_1`` and ``distinct_2`` are the distinct share of the words and word pairs in the
     source's responses to one query, averaged over queries; ``self_bleu`` is the mean BLEU-4 (zero counts as 0.1) of
@@ -123,7 +130,8 @@ def inspect_records(records: Iterable[Record]) -> dict[str, Any]:
 
         groups: dict[str, list[int]] = {}
         for index, tag in enumerate(record.sources):
-            groups.setdefault(source_name(tag), []).append(index)
+            for name in source_names(tag):
+                groups.setdefault(name, []).append(index)
         for name, members in groups.items():
             _add_texts(sources.setdefault(name, _Source()), record, words, members)
         if k:
@@ -192,7 +200,8 @@ def _add_scores(sources: dict[str, _Source], overall: _Source, record: Record, s
     winners = sum(score == best for _, score in scored)
     by_source: dict[str, list[float]] = {}
     for index, score in scored:
-        by_source.setdefault(source_name(record.sources[index]), []).append(score)
+        for name in source_names(record.sources[index]):
+            by_source.setdefault(name, []).append(score)
     for name, scores in by_source.items():
         _add_query_scores(sources[name], scores)
         sources[name].wins += sum(score == best for score in scores) / winners

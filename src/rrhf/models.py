@@ -115,6 +115,7 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
     Raises:
         UserError: nothing loadable is there; the message says what is missing.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
@@ -132,7 +133,7 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
         tokenizer = AutoTokenizer.from_pretrained(name)
         # Only safetensors: nothing is unpickled.
         model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {settings.model}: cannot be loaded: {error}") from error
     return model.to(device).eval(), tokenizer
 
@@ -185,7 +186,7 @@ def gguf_as_folder(path: Path) -> Path:
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
         raise UserError(f"--model {path}: reading GGUF needs the package gguf: pip install 'rrhf[gguf]'") from error
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # a broken file's bytes can raise anything
         raise UserError(f"--model {path}: transformers cannot read this GGUF file: {error}") from error
     if hasattr(config, "quantization_config"):
         del config.quantization_config

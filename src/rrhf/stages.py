@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rrhf")
 
-SAMPLING_PART = 4  # batches in a part: what a stopped run can lose, and what is sorted by length
 SCORING_PART = 512  # records in a part
 
 
@@ -47,47 +46,6 @@ class Loaded:
                 f"{settings.model}: {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {model.device}"
             )
         return self.policy
-
-
-def sample_file(
-    data: Path | Iterable[Record],
-    output: Path,
-    model: ModelSettings,
-    sampling: SamplingSettings,
-    text: TextSettings,
-    *,
-    overwrite: bool = False,
-    loaded: Loaded | None = None,
-    total: int | None = None,
-    description: str = "sample",
-) -> None:
-    """Draw responses to the queries of ``data`` and write them to ``output``."""
-    from rrhf.sampling import Sampler
-
-    samplers: list[Sampler] = []
-
-    def work(block: list[Record], done: Callable[[int], None]) -> list[Record]:
-        if not samplers:  # nothing is loaded where all parts are there
-            samplers.append(Sampler(*(loaded or Loaded()).get(model), sampling, text))
-        results: dict[int, Record] = {}
-        for index, record in samplers[0].extend(block):
-            results[index] = record
-            done(1)
-        return [results[i] for i in range(len(block))]
-
-    in_parts(
-        read_records(data) if isinstance(data, Path) else data,
-        output,
-        work,
-        {"model": model.model, "dtype": model.dtype, **asdict(sampling), **asdict(text)},
-        part_size=SAMPLING_PART * sampling.batch_size,
-        overwrite=overwrite,
-        description=description,
-        total=total if total is not None else count_records(data) if isinstance(data, Path) else None,
-    )
-    for sampler in samplers:
-        if sampler.format.queries_cut:
-            log.info(f"{sampler.format.queries_cut} queries were cut to --max_query_length {text.max_query_length}")
 
 
 @dataclass(frozen=True)
@@ -157,6 +115,7 @@ def evaluate_models(
     """
     from rrhf.evaluation import evaluate_texts
     from rrhf.evaluation.policies import nll_under
+    from rrhf.sampling.sources import sample_file
 
     loaded = loaded or Loaded()
     folder = output.parent
@@ -180,6 +139,7 @@ def evaluate_models(
                 loaded=loaded,
                 total=count_records(held_out),
                 description=f"responses of {name}",
+                merge=False,
             )
         records = list(read_records(drawn, require="query"))
         texts[name] = [(record.responses[0], record.finish[0]) for record in records]

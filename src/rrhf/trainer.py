@@ -9,8 +9,9 @@ import time
 import types
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
+from functools import partial
 from typing import Any
 
 import torch
@@ -81,8 +82,14 @@ class RRHFConfig(TrainingArguments, LossSettings):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16(resolve_device("cpu" if self.use_cpu else "auto"))
         self.output_dir: str | None = self.output_dir or "rrhf-model"
-        super().__post_init__()
         world = int(os.environ.get("WORLD_SIZE", "1"))
+        missing = [name for name in ("RANK", "MASTER_ADDR") if name not in os.environ]
+        if world > 1 and missing:
+            raise UserError(
+                f"WORLD_SIZE says {world} processes, but {' and '.join(missing)} are not set: they would train apart. "
+                "Start them with torchrun or accelerate launch, or unset WORLD_SIZE"
+            )
+        super().__post_init__()
         if world != self.world_size:
             raise UserError(
                 f"{world} processes were started but the trainer sees {self.world_size}: they would train apart. "
@@ -136,9 +143,12 @@ class EncodedRecords(Dataset):
 
 def _as_record(row: dict[str, Any], where: str) -> Record:
     if "chosen" in row and "rejected" in row:
-        from rrhf.datasets import FORMATS
+        from rrhf.datasets import FORMATS, SkipRowError
 
-        converted = FORMATS["preference"](row)
+        try:
+            converted = FORMATS["preference"](row)
+        except SkipRowError as error:
+            raise UserError(f"{where}: {error}") from error
         if converted is None:
             raise UserError(f"{where}: no record can be made of this preference row")
         row = converted
@@ -277,22 +287,28 @@ class RRHFTrainer(Trainer):
         # Gradients are averaged over processes, the loss is a mean over all their queries.
         weight = self.args.world_size / max(int(num_items_in_batch or 1), 1)
         forwards = plan_forwards(inputs, self.args.max_tokens_per_forward, self.path)
-        passes = [part for forward in forwards for part in (forward.slices or (None,))]
-        idle = self._max_over_processes(len(passes)) - len(passes)
-        remaining = len(passes) + idle
         total = torch.zeros((), device=device)
+        # Where weights are sharded every pass is a collective operation: all processes make equally many without a
+        # graph, and then equally many with one. How many is settled before the first of them.
+        first = sum(len(forward.slices) for forward in forwards)
+        idle_first = self._max_over_processes(first) - first
+        second = sum(len(forward.slices) or 1 for forward in forwards)
+        idle_second = self._max_over_processes(second) - second
+        backward: list[Callable[[], Tensor]] = []
         for forward in forwards:
-            steps = len(forward.slices) or 1
-            remaining -= steps
-            total += (
-                self._two_passes(model, forward, weight, remaining == 0)
-                if forward.slices
-                else self._one_pass(model, forward, weight, remaining == 0)
-            )
-        for _ in range(idle):  # other processes compute: collective operations must match
-            remaining -= 1
-            with self._gradients_shared(model, remaining == 0):
-                self.accelerator.backward(self._logprobs(model, [_IDLE])["sums"].sum() * 0)
+            if forward.slices:
+                share, slices = self._first_pass(model, forward, weight)
+                total += share
+                backward += [partial(self._second_pass, model, *part) for part in slices]
+            else:
+                backward.append(partial(self._one_pass, model, forward, weight))
+        with torch.no_grad():
+            for _ in range(idle_first):
+                self._logprobs(model, [_IDLE])
+        backward += [partial(self._idle_pass, model)] * idle_second
+        for left, run in zip(range(len(backward) - 1, -1, -1), backward, strict=True):
+            with self._gradients_shared(model, left == 0):
+                total += run()
         self._tokens += sum(tree_tokens(record) for record in inputs)
         self._seconds += time.perf_counter() - began
         return total.detach()
@@ -306,20 +322,19 @@ class RRHFTrainer(Trainer):
             return contextlib.nullcontext()
         return self.accelerator.no_sync(model)
 
-    def _one_pass(self, model: nn.Module, forward: Forward, weight: float, last: bool) -> Tensor:
-        with self._gradients_shared(model, last):
-            outputs = self._logprobs(model, forward.records)
-            loss = self._loss(forward.records, outputs["sums"], outputs["lengths"], outputs["router_loss"]) * weight
-            self._check_finite(loss, forward)
-            self.accelerator.backward(loss)
+    def _one_pass(self, model: nn.Module, forward: Forward, weight: float) -> Tensor:
+        outputs = self._logprobs(model, forward.records)
+        loss = self._loss(forward.records, outputs["sums"], outputs["lengths"], outputs["router_loss"]) * weight
+        self._check_finite(loss, forward)
+        self.accelerator.backward(loss)
         return loss.detach()
 
-    def _two_passes(self, model: nn.Module, forward: Forward, weight: float, last: bool) -> Tensor:
-        """The same gradient with one slice of responses in memory at a time.
+    def _first_pass(self, model: nn.Module, forward: Forward, weight: float) -> tuple[Tensor, list[tuple[Any, ...]]]:
+        """The first of two passes that give the gradient of ``_one_pass`` with one slice of responses in memory.
 
         The loss sees a response through its log-probability alone, so ∂L/∂θ = Σ_i ∂L/∂s_i · ∂s_i/∂θ: the sums s_i are
         computed without a graph, ∂L/∂s_i is taken, and each slice runs again with its weights. Random states are kept,
-        so that dropout draws the same masks in both passes.
+        so that dropout draws the same masks in both passes. Returns the loss and the arguments of ``_second_pass``.
         """
         states, sums, lengths, router = [], [], [], 0.0
         with torch.no_grad():
@@ -333,21 +348,31 @@ class RRHFTrainer(Trainer):
         leaf = torch.cat(sums).detach().requires_grad_()
         loss = self._loss(forward.records, leaf, torch.cat(lengths), None) * weight
         self._check_finite(loss, forward)
-        (gradients,) = torch.autograd.grad(loss, leaf)
-        after = _random_state(self.args.device)
-        for i, (part, state, gradient) in enumerate(
-            zip(forward.slices, states, gradients.split([len(part.responses) for part in forward.slices]), strict=True)
-        ):
-            _set_random_state(state, self.args.device)
-            with self._gradients_shared(model, last and i == len(forward.slices) - 1):
-                outputs = self._logprobs(model, [part])
-                objective = (outputs["sums"] * gradient).sum()
-                if outputs["router_loss"] is not None:
-                    objective = objective + outputs["router_loss"] * (weight / len(forward.slices))
-                self.accelerator.backward(objective)
-        _set_random_state(after, self.args.device)
+        (gradient,) = torch.autograd.grad(loss, leaf)
         self._sums["router_loss"] += router
-        return loss.detach() + router * weight
+        gradients = gradient.split([len(part.responses) for part in forward.slices])
+        router_weights = [weight / len(forward.slices)] * len(forward.slices)
+        slices = list(zip(forward.slices, states, gradients, router_weights, strict=True))
+        return loss.detach() + router * weight, slices
+
+    def _second_pass(
+        self, model: nn.Module, part: EncodedRecord, state: Any, gradient: Tensor, router_weight: float
+    ) -> Tensor:
+        after = _random_state(self.args.device)
+        _set_random_state(state, self.args.device)
+        outputs = self._logprobs(model, [part])
+        objective = (outputs["sums"] * gradient).sum()
+        if outputs["router_loss"] is not None:
+            objective = objective + outputs["router_loss"] * router_weight
+        self.accelerator.backward(objective)
+        _set_random_state(after, self.args.device)
+        return torch.zeros_like(objective.detach())  # the first pass counted it
+
+    def _idle_pass(self, model: nn.Module) -> Tensor:
+        """Other processes compute: collective operations must match."""
+        nothing = self._logprobs(model, [_IDLE])["sums"].sum() * 0
+        self.accelerator.backward(nothing)
+        return nothing.detach()
 
     def _loss(self, records: Sequence[EncodedRecord], sums: Tensor, lengths: Tensor, router: Tensor | None) -> Tensor:
         """The sum of the records' losses; their metrics are added up on the way."""
@@ -383,8 +408,9 @@ class RRHFTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             ids = ", ".join(record.id for record in forward.records)
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss)} on the records {ids}. Nothing was "
-                "updated; the last checkpoint is whole. Lower --learning_rate, or look at these records with `rrhf inspect`"
+                f"step {self.state.global_step + 1}: the loss is {float(loss)} on the records {ids}. "
+                "Nothing was updated; the last checkpoint is whole. "
+                "Lower --learning_rate, or look at these records with `rrhf inspect`"
             )
 
     # -- metrics

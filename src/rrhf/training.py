@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
-from transformers.trainer_utils import get_last_checkpoint
 
 from rrhf.adapters import AdapterSettings, peft_config
 from rrhf.errors import UserError
@@ -132,7 +131,7 @@ def train_model(
     precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "no autocast"
     log.info(f"train: {trainer.train_dataset.summary()}")
     log.info(f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, {config.world_size} process(es)")
-    checkpoint = get_last_checkpoint(str(folder))
+    checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         log.info(f"train: going on from {checkpoint}")
     for theirs in (ProgressCallback, PrinterCallback):
@@ -166,6 +165,21 @@ def train_model(
             for old in folder.glob("checkpoint-*"):
                 shutil.rmtree(old)
     return summary
+
+
+def last_checkpoint(folder: Path) -> str | None:
+    """The last checkpoint that was written whole: its ``trainer_state.json``, which comes last, stands and parses."""
+
+    def whole(checkpoint: Path) -> bool:
+        try:
+            json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return False
+        return True
+
+    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    found.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return next((str(path) for path in found if whole(path)), None)
 
 
 def _remember_settings(

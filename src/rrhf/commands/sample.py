@@ -7,8 +7,9 @@ from pathlib import Path
 
 from rrhf.flags import Flags, set_up_logging
 from rrhf.models import ModelSettings
+from rrhf.recipes.config import SourceSettings
 from rrhf.sampling.settings import SamplingSettings
-from rrhf.stages import sample_file
+from rrhf.sampling.sources import RemoteSettings, sample_file
 from rrhf.text import TextSettings
 
 
@@ -19,8 +20,24 @@ class Files:
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
 
 
+@dataclass(frozen=True)
+class SampledModel(ModelSettings):
+    """``--model`` is not needed where ``--source`` says where responses come from."""
+
+    model: str = field(default="", metadata={"help": "hub id, local folder, GGUF file, or package:NAME/FILE"})
+
+
 def main(arguments: list[str]) -> None:
-    flags = Flags([ModelSettings, Files, SamplingSettings, TextSettings], "sample", __doc__)
-    model, files, sampling, text = flags.parse(arguments)
+    kinds = [SampledModel, Files, SourceSettings, SamplingSettings, TextSettings, RemoteSettings]
+    model, files, source, sampling, text, remote = Flags(kinds, "sample", __doc__).parse(arguments)
     set_up_logging()
-    sample_file(Path(files.data), Path(files.output), model, sampling, text, overwrite=files.overwrite)
+    sample_file(
+        Path(files.data),
+        Path(files.output),
+        model,
+        sampling,
+        text,
+        sources=source.source,
+        remote=remote,
+        overwrite=files.overwrite,
+    )

@@ -13,6 +13,7 @@ from rrhf.errors import UserError, nearest
 from rrhf.flags import Flags, as_arguments
 from rrhf.models import ModelSettings
 from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.sources import RemoteSettings
 from rrhf.stages import EvaluationSettings, RewardSettings
 from rrhf.text import TextSettings
 
@@ -39,6 +40,17 @@ class DataSettings:
 
 
 @dataclass(frozen=True)
+class SourceSettings:
+    """Where responses come from, where it is not the one model."""
+
+    source: list[str] = field(
+        default_factory=list,
+        metadata={"help": "MODEL@POLICY:N, URL@chat:N, URL@completions:N, vllm:MODEL@POLICY:N or a file; repeatable",
+                  "nargs": "+", "action": "extend"},
+    )  # fmt: skip
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The parsed sections; ``sample`` is ``None`` where only provided responses are ranked (setting P)."""
 
@@ -46,6 +58,8 @@ class RunConfig:
     model: ModelSettings
     text: TextSettings
     sample: SamplingSettings | None
+    sources: list[str]
+    remote: RemoteSettings
     score: RewardSettings
     adapter: AdapterSettings
     train: RRHFConfig
@@ -127,7 +141,7 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
 
     classes: dict[str, list[type]] = {
         "data": [DataSettings],
-        "sample": [SamplingSettings],
+        "sample": [SourceSettings, RemoteSettings, SamplingSettings],
         "score": [RewardSettings],
         "train": [AdapterSettings, RRHFConfig],
         "evaluate": [RewardSettings, SamplingSettings, EvaluationSettings],
@@ -171,7 +185,9 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
         data=parsed["data"][0],
         model=model,
         text=text,
-        sample=parsed["sample"][0] if "sample" in parsed else None,
+        sample=parsed["sample"][2] if "sample" in parsed else None,
+        sources=parsed["sample"][0].source if "sample" in parsed else [],
+        remote=parsed["sample"][1] if "sample" in parsed else RemoteSettings(),
         score=parsed["score"][0],
         adapter=parsed["train"][0],
         train=parsed["train"][1],

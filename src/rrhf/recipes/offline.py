@@ -19,7 +19,7 @@ from rrhf.models import ModelSettings
 from rrhf.recipes.config import DataSettings, RunConfig
 from rrhf.records import Record, record_from_row, write_records
 from rrhf.rewards import load_reward
-from rrhf.stages import Loaded, describe_counts, evaluate_models, is_trained, sample_file, score_file
+from rrhf.stages import Loaded, describe_counts, evaluate_models, is_trained, score_file
 
 log = logging.getLogger("rrhf")
 
@@ -155,7 +155,18 @@ def _sample(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
 
         write_records(run.responses, read_records(run.queries, require="responses"))
         return
-    sample_file(run.queries, run.responses, config.model, config.sample, config.text, loaded=loaded)
+    from rrhf.sampling.sources import sample_file
+
+    sample_file(
+        run.queries,
+        run.responses,
+        config.model,
+        config.sample,
+        config.text,
+        sources=config.sources,
+        remote=config.remote,
+        loaded=loaded,
+    )
 
 
 def _train(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:

@@ -55,9 +55,7 @@ class Sampler:
             self.model.train(was_training)
 
     def _stop_check(self):  # type: ignore[no-untyped-def]
-        tail = (
-            max(len(text) for text in self.settings.stop) + 8
-        )  # a token has at least a character, or is a piece of one
+        tail = max(len(text.encode()) for text in self.settings.stop) + 8  # a token has at least a byte
 
         def check(tokens: list[int]) -> bool:
             text = self.format.decode(tokens[-tail:])

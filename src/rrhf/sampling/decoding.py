@@ -2,8 +2,8 @@
 
 Keys and values of a query and of all its responses lie in one buffer that never moves: first the query's columns,
 then, step by step, one column a slot. Which columns a slot may read is a mask that follows its ancestry, so beams
-that change places change a few booleans instead of copying caches. Slots that finished leave the forward pass; queries that
-finished leave the buffer.
+that change places change a few booleans instead of copying caches. Slots that finished leave the forward pass;
+queries that finished leave the buffer.
 """
 
 from __future__ import annotations

@@ -281,7 +281,7 @@ class Endpoint:
         if top_k is not None and not greedy:
             extra["top_k"] = top_k
         if self._text is not None and self._text.chat_template_kwargs:
-            extra["chat_template_kwargs"] = self._text.chat_template_kwargs
+            extra["chat_template_kwargs"] = self._text.template_options()
         return {**body, "extra_body": extra} if extra else body
 
     # -- the work, in the event loop
@@ -429,7 +429,7 @@ class Endpoint:
             await self._sleep(held)
         tries = 1
         while True:
-            if run.stopping:
+            if run.stopping:  # after a wait, too, should a cancellation have been lost in it
                 raise asyncio.CancelledError
             try:
                 return await self._try(run, body, probe)
@@ -438,6 +438,8 @@ class Endpoint:
                     if tries > 1:
                         failed.seen += f" ({tries} tries)"
                     raise
+                if run.stopping:
+                    raise asyncio.CancelledError from None
                 delay = failed.after or _delay(tries, key)
                 log.info("%s, %s: %s: again in %.1f seconds", self.settings.url, key, failed.seen, delay)
                 if failed.after:

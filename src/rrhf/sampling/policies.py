@@ -143,7 +143,8 @@ class Beams:
     At each step the groups advance in order. A group's scores are log-probabilities summed over the beam, each
     lowered by ``diversity_penalty`` times how often earlier groups of the same query chose that token at this step; a
     group that has finished chooses none. Finished beams are kept by score / length ** length_penalty, the best of
-    each group, and a group ends when no running beam can beat its worst finished one, by the rule of transformers' beam search.
+    each group, and a group ends when no running beam can beat its worst finished one, by the rule of transformers'
+    beam search.
     """
 
     def __init__(
