@@ -36,7 +36,7 @@ def rows_of(forward: Forward | tuple[EncodedRecord, ...], path: str) -> int:
 
 
 @pytest.mark.parametrize("path", SIZES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(records=batches(), budget=st.integers(1, 300))
 def test_no_record_is_lost_or_twice_and_budgets_hold(path: str, records: list[EncodedRecord], budget: int) -> None:
     forwards = plan_forwards(records, budget, path)
@@ -56,7 +56,7 @@ def test_no_record_is_lost_or_twice_and_budgets_hold(path: str, records: list[En
 
 
 @pytest.mark.parametrize("path", SIZES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(records=batches(), budget=st.integers(1, 300))
 def test_budgets_are_filled(path: str, records: list[EncodedRecord], budget: int) -> None:
     """A forward is closed only where the next record, or the next response of a slice, would not have fitted."""

@@ -57,7 +57,7 @@ def test_every_loss_has_an_oracle() -> None:
 
 
 @pytest.mark.parametrize("name", RANKING_LOSSES)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=responses(), margin=st.floats(0, 2), scale=st.floats(0, 5), exponent=st.sampled_from([0.0, 0.5, 1.0, 2.0]))
 @example(case=([-3.0], [2], [1.0]), margin=0.5, scale=2.0, exponent=1.0)  # k = 1
 @example(case=([-3.0, -1.0, -7.0], [2, 1, 3], [1.0, 1.0, 1.0]), margin=0.5, scale=2.0, exponent=1.0)  # all equal
@@ -75,7 +75,7 @@ def test_ranking_losses_equal_the_naive_loops(
     assert close(ours, oracle.RANKING[name](naive_p, case[2], margin, scale))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=responses(), reduction=st.sampled_from(sorted(SFT_REDUCTIONS)))
 def test_the_fit_equals_the_naive_loop(case: Case, reduction: str) -> None:
     sums, lengths, scores = tensors(case)
@@ -84,7 +84,7 @@ def test_the_fit_equals_the_naive_loop(case: Case, reduction: str) -> None:
     assert list(zip(*[index.tolist() for index in ordered_pairs(scores)], strict=True)) == oracle.pairs(case[2])
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=responses(), rank_weight=st.floats(0, 100), sft_weight=st.floats(0, 100))
 def test_eq_5_equals_the_naive_loop(case: Case, rank_weight: float, sft_weight: float) -> None:
     sums, lengths, scores = tensors(case)
@@ -96,7 +96,7 @@ def test_eq_5_equals_the_naive_loop(case: Case, rank_weight: float, sft_weight: 
     assert close(weighted.total, rank_weight * rank + sft_weight * fit)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(case=responses(), padded_length=st.integers(1, 90))
 def test_released_compat_equals_the_naive_loop(case: Case, padded_length: int) -> None:
     sums, lengths, scores = tensors(case)

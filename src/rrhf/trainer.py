@@ -408,7 +408,7 @@ class RRHFTrainer(Trainer):
         if not bool(torch.isfinite(loss)):
             ids = ", ".join(record.id for record in forward.records)
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {float(loss)} on the records {ids}. "
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on the records {ids}. "
                 "Nothing was updated; the last checkpoint is whole. "
                 "Lower --learning_rate, or look at these records with `rrhf inspect`"
             )

