@@ -166,8 +166,8 @@ def prompts(smollm2: tuple[Any, Any]) -> list[list[int]]:
 def test_smollm2_greedy_equals_generate(smollm2: tuple[Any, Any], prompts: list[list[int]]) -> None:
     model, tokenizer = smollm2
     ends = [tokenizer.eos_token_id]
-    assert ours(model, prompts, ends, policy="greedy", max_new_tokens=12) == by_generate(
-        model, prompts, ends, max_new_tokens=12
+    assert ours(model, prompts, ends, policy="greedy", max_new_tokens=8) == by_generate(
+        model, prompts, ends, max_new_tokens=8
     )
 
 
@@ -175,7 +175,7 @@ def test_smollm2_beam_equals_generate(smollm2: tuple[Any, Any], prompts: list[li
     model, tokenizer = smollm2
     # The end of a line ends a response too: the end token itself rarely comes this early.
     ends = [tokenizer.eos_token_id, *tokenizer("\n").input_ids]
-    options: dict[str, Any] = {"num_beams": 4, "max_new_tokens": 8}
+    options: dict[str, Any] = {"num_beams": 4, "max_new_tokens": 6}
     assert ours(model, prompts, ends, policy="beam", **options) == by_generate(model, prompts, ends, **options)
 
 
@@ -247,7 +247,7 @@ def test_diverse_beam_by_hand() -> None:
 def test_smollm2_diverse_beam_equals_the_oracle(smollm2: tuple[Any, Any], prompts: list[list[int]]) -> None:
     model, tokenizer = smollm2
     ends = [tokenizer.eos_token_id, *tokenizer("\n").input_ids]
-    queries = [prompts[0], prompts[2], prompts[4]]
+    queries = [prompts[0], prompts[4]]
     for groups in (2, 4):
         case = {"num_beams": 4, "num_beam_groups": groups, "diversity_penalty": 1.0, "max_new_tokens": 5}
         expected = by_oracle(model, queries, ends, **for_oracle(case))

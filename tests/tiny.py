@@ -2,7 +2,8 @@
 
 Faults are planted in real processes: a process kills itself (or counts) at the n-th call of a named function, so a test
 needs neither sleeps nor luck. ``cold`` starts ``python -m rrhf.cli``, which takes them through ``sitecustomize``;
-``warm`` runs the same ``main`` in a child of a process that has imported the libraries already, which saves their import at every call.
+``warm`` runs the same ``main`` in a child of a process that has imported the libraries already, which saves their
+import at every call.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import functools
 import importlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -196,6 +198,11 @@ def put(at: str, value: Any) -> dict[str, Any]:
     return {"at": at, "value": value}
 
 
+def fill(at: str, call: int, limit: int) -> dict[str, Any]:
+    """From the n-th ``call`` of ``at`` on no file of the process can grow past ``limit`` bytes: a disk that is full."""
+    return {"at": at, "call": call, "limit": limit}
+
+
 def plant(faults: Sequence[dict[str, Any]]) -> None:
     """Plant faults in this process: in modules that are loaded now, in the others when they are."""
     waiting: dict[str, list[dict[str, Any]]] = {}
@@ -249,6 +256,9 @@ def _plant(fault: dict[str, Any], module: Any) -> None:
         if "file" in fault:
             with open(fault["file"], "a", encoding="utf-8") as file:  # noqa: PTH123
                 file.write(fault["at"] + "\n")
+        elif calls == fault["call"] and "limit" in fault:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
         elif calls == fault["call"]:
             os.kill(os.getpid(), signal.Signals[f"SIG{fault['how']}"])
         return function(*args, **kwargs)

@@ -30,7 +30,10 @@ class Flags(HfArgumentParser):
     def known(self) -> list[str]:
         """Every flag in its spelling with underscores."""
         return [
-            name for action in self._actions for name in action.option_strings if "-" not in name[2:] and len(name) > 2
+            name
+            for action in self._actions
+            for name in action.option_strings
+            if "-" not in name[2:] and name not in ("-h", "--help")
         ]
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
