@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections import Counter
+from itertools import pairwise
 
 import pytest
 from hypothesis import given, settings
@@ -61,10 +62,10 @@ def test_no_record_is_lost_or_twice_and_budgets_hold(path: str, records: list[En
 def test_budgets_are_filled(path: str, records: list[EncodedRecord], budget: int) -> None:
     """A forward is closed only where the next record, or the next response of a slice, would not have fitted."""
     whole = [f for f in plan_forwards(records, budget, path) if not f.slices]
-    for this, following in zip(whole, whole[1:]):
+    for this, following in pairwise(whole):
         assert rows_of((*this.records, following.records[0]), path) > budget
     for forward in plan_forwards(records, budget, path):
-        for part, following in zip(forward.slices, forward.slices[1:]):
+        for part, following in pairwise(forward.slices):
             longer = EncodedRecord(
                 part.id, part.query, [*part.responses, following.responses[0]], [*part.scores, following.scores[0]]
             )

@@ -29,6 +29,9 @@ def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Commands run in this process: what they set up goes again. Each test has a folder of its own to be in."""
     log, handler = logging.getLogger("rrhf"), signal.getsignal(signal.SIGTERM)
     before, level, propagate, path = list(log.handlers), log.level, log.propagate, list(sys.path)
+    for other in logging.getLogger("transformers").handlers:  # not to what an earlier test has captured and closed
+        if type(other) is logging.StreamHandler:
+            monkeypatch.setattr(other, "stream", sys.__stderr__)
     tiny.write_rewards(tmp_path)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("sys.dont_write_bytecode", True)
@@ -137,7 +140,8 @@ def test_a_missing_file_and_an_unknown_suffix(refused: Callable[..., str]) -> No
     said = refused(*score_to(data="dat.jsonl"))
     assert "dat.jsonl: no such file: did you mean data.jsonl?" in said
     assert "out.json: unknown suffix" in (said := refused(*score_to("out.json"))) and ".parquet" in said
-    assert "is a folder" in refused(*score_to(data="."))
+    Path("folder.jsonl").mkdir()
+    assert "folder.jsonl: is a folder" in refused(*score_to(data="folder.jsonl"))
 
 
 def test_training_needs_scores(refused: Callable[..., str], model: Path) -> None:
@@ -183,7 +187,7 @@ def test_an_unknown_flag(flag: str, refused: Callable[..., str], model: Path) ->
 @pytest.mark.parametrize(
     ("command", "wrong", "right"),
     [
-        (["score", "--data", "d", "--output", "o"], "--rewrad", "--reward"),
+        (["score", "--data", "d", "--output", "o", "--reward", "provided"], "--reward-weigth", "--reward_weights"),
         (["train", "--model", "m", "--data", "d", "--output", "o"], "--learning-rat", "--learning_rate"),
         (["evaluate", "--model", "m", "--data", "d", "--output", "o", "--reward", "provided"], "--sed", "--seed"),
     ],
@@ -191,9 +195,8 @@ def test_an_unknown_flag(flag: str, refused: Callable[..., str], model: Path) ->
 def test_an_unknown_flag_of_the_other_commands(
     command: list[str], wrong: str, right: str, refused: Callable[..., str]
 ) -> None:
-    given = [] if right == "--reward" else [wrong, "1"]
-    said = refused(*command, *(given or ["--reward", "provided", wrong, "1"]))
-    assert (f"unknown flag {wrong}" in said and right in said and "--help" in said) or f"'{right}'" in said
+    said = refused(*command, wrong, "1")
+    assert f"unknown flag {wrong}: did you mean {right!r}?" in said
 
 
 def test_flags_are_not_abbreviated(refused: Callable[..., str], model: Path) -> None:
@@ -341,14 +344,14 @@ def test_an_output_that_exists(command: str, refused: Callable[..., str], model:
     assert Path("out.jsonl").read_text() != "mine\n"
 
 
-def test_training_into_a_finished_model(refused: Callable[..., str], model: Path) -> None:
+def test_training_into_a_finished_model(refused: Callable[..., str], model: Path, tmp_path: Path) -> None:
     tiny.write_rows(Path("data.jsonl"), tiny.rows(4))
-    short = train(model, "--max_steps", 1, "--max_length", 64, "--report_to", "none")
-    refused(*short, code=0)
+    short = list(map(str, train(model, "--max_steps", 1, "--max_length", 64, "--report_to", "none")))
+    tiny.warm(*short, cwd=tmp_path).done()
     weights = Path("trained/model.safetensors").read_bytes()
     assert "trained holds a finished model: give --overwrite" in refused(*short)
     assert Path("trained/model.safetensors").read_bytes() == weights
-    refused(*short, "--overwrite", "--learning_rate", "0.1", "--warmup_steps", 0, code=0)
+    tiny.warm(*short, "--overwrite", "--learning_rate", "0.1", "--warmup_steps", "0", cwd=tmp_path).done()
     assert Path("trained/model.safetensors").read_bytes() != weights
 
 
@@ -390,7 +393,13 @@ def test_a_full_disk_while_scoring(tmp_path: Path) -> None:
 def test_a_full_disk_while_training(model: Path, tmp_path: Path) -> None:
     """The weights do not fit; the checkpoints of before stay and the same command goes on from them."""
     tiny.write_rows(tmp_path / "data.jsonl", tiny.rows(8))
-    flags = ["--max_steps=4", "--save_steps=2", "--max_length=64", "--report_to=none", "--bf16=False"]
+    flags = [
+        "--max_steps=4",
+        "--save_steps=2",
+        "--max_length=64",
+        "--report_to=none",
+        "--gradient_accumulation_steps=1",
+    ]
     command = [str(part) for part in train(model, *flags)]
     limit = (model / "model.safetensors").stat().st_size // 2
     result = tiny.warm(

@@ -59,6 +59,10 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], byt
             run(folder / f"out{suffix}")
             assert [p.name for p in folder.iterdir() if p.name == f"out{suffix}.parts"] == []
             made[suffix] = (folder / f"out{suffix}").read_bytes()
+            written = list(records.read_records(folder / f"out{suffix}"))
+            assert [(r.query, r.responses, r.sources) for r in written] == [
+                (f"query {i}", [f"{i} yreuq"], ["greedy/0"]) for i in range(7)
+            ]
         return made[suffix]
 
     return content
@@ -256,6 +260,16 @@ def test_a_manifest_torn_at_any_byte(undisturbed: Callable[[str], bytes], tmp_pa
         assert output.read_bytes() == undisturbed(".jsonl")
 
 
+def test_entries_after_a_torn_line_count(tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    manifest = unfinished(output) / "manifest-00000.jsonl"
+    manifest.write_bytes(manifest.read_bytes()[:-20])
+    assert child(run_killed_at_query, "query 6", str(output)) == -signal.SIGKILL  # it did the torn entry's part
+    blocks, work = counting()
+    run(output, work=work)
+    assert blocks == [6]
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     unfinished(output)
@@ -372,6 +386,18 @@ def test_one_of_three_is_killed_and_any_number_finishes(
         codes = [child(undisturbed_run, str(output), env=process(rank, world)) for rank in range(world)]
         assert codes == [0] * world  # also the one that comes when the other has joined them
         assert output.read_bytes() == undisturbed(".jsonl")
+
+
+def test_nothing_is_joined_before_all_parts_are_there(undisturbed: Callable[[str], bytes], tmp_path: Path) -> None:
+    """One after the other, in any order; a process that comes late to work that is done has nothing to do."""
+    for order in ((0, 1, 2), (2, 0, 1)):
+        output = tmp_path / str(order[0]) / "out.jsonl"
+        for rank in order:
+            assert not output.exists()
+            assert child(undisturbed_run, str(output), env=process(rank)) == 0
+        assert output.read_bytes() == undisturbed(".jsonl")
+        assert child(undisturbed_run, str(output), env=process(2)) == 0
+        assert child(undisturbed_run, str(output), env=process(0)) == 2  # the first one refuses for all
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

@@ -60,6 +60,7 @@ KILLS = {
     "data, in the middle of the queries": [die("rrhf.records:record_line", 5)],
     "data, before the held-out prompts": [die("rrhf.recipes.offline:write_records", 2)],
     "sample, in the second part": [die(DECODE, 6)],
+    "sample, before clearing up": [die("shutil:rmtree", 1)],
     "score, in the second part": [die("tiny_rewards:vowels", 2), SMALL_PARTS],
     "train, between two checkpoints": [die(STEP, 6)],
     "train, in the middle of a checkpoint": [die("rrhf.trainer:RRHFTrainer._save_optimizer_and_scheduler", 1)],
@@ -218,7 +219,10 @@ def test_changed_settings_of_an_unfinished_stage_are_refused(model: Path, tmp_pa
     assert command(*sample, cwd=folder, faults=[die(DECODE, 6)]).code == -signal.SIGKILL
     refused = command(*sample, "--seed", "8", cwd=folder)
     assert refused.code == 2 and "seed was 0, is 8" in refused.err and "Traceback" not in refused.err
+    assert command(*sample, cwd=folder, faults=[die("shutil:rmtree", 1)]).code == -signal.SIGKILL
     command(*sample, cwd=folder).done()
+    assert not left_over(folder)
+    assert command(*sample, cwd=folder).code == 2
     assert [row["id"] for row in tiny.read_rows(folder / "out.jsonl")] == [f"q{i}" for i in range(29)]
 
 

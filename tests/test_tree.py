@@ -218,6 +218,25 @@ def test_a_model_goes_on_as_before_after_a_tree_pass() -> None:
     assert torch.equal(model(input_ids=ids).logits, logits)
 
 
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", "gemma3"])
+def test_one_call_a_tree_gives_what_one_call_a_branch_gives(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The way of GPUs, run on the CPU."""
+    model = tiny_model(family)
+    branches = tree_logprobs(model, RECORDS).sums
+    monkeypatch.setattr(rrhf.tree.Forest, "_attend_branches", rrhf.tree.Forest._attend_dense)
+    assert torch.allclose(tree_logprobs(model, RECORDS).sums, branches, atol=2e-5)
+
+
+def test_bfloat16_weights_take_the_tree(recwarn: pytest.WarningsRecorder) -> None:
+    """Its own attention and a check in fp32 on a copy: rounding alone must not look like a wrong layout."""
+    model = tiny_model("llama").to(torch.bfloat16)
+    assert usable_path(model) == "tree"
+    assert not recwarn.list
+    exact = tree_logprobs(tiny_model("llama"), RECORDS)
+    low = tree_logprobs(model, RECORDS)
+    assert float(((low.sums - exact.sums) / exact.lengths.clamp(min=1)).abs().max()) < 0.02
+
+
 # --- the check at start-up --------------------------------------------------------------------------------------
 
 
@@ -233,6 +252,7 @@ def branches_see_each_other(tree: Tree, positions: Tensor, window: int | None = 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_broken_layout_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rrhf.tree, "tree_mask", branches_see_each_other)
+    monkeypatch.setattr(rrhf.tree.Forest, "_attend_branches", rrhf.tree.Forest._attend_dense)
     with pytest.warns(UserWarning, match="tree log-probabilities differ by"):
         assert usable_path(tiny_model(family), longest_row=40) == "padded"
 

@@ -22,6 +22,7 @@ import traceback
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 LONG = bool(os.environ.get("RRHF_LONG"))
@@ -207,6 +208,9 @@ def plant(faults: Sequence[dict[str, Any]]) -> None:
     """Plant faults in this process: in modules that are loaded now, in the others when they are."""
     waiting: dict[str, list[dict[str, Any]]] = {}
     for fault in faults:
+        if "line" in fault or "lines" in fault:
+            _watch_lines(fault)
+            continue
         module = fault["at"].partition(":")[0]
         if module in sys.modules:
             _plant(fault, sys.modules[module])
@@ -238,6 +242,35 @@ class _Planter:
 
             spec.loader.exec_module = exec_module
         return spec
+
+
+def _watch_lines(fault: dict[str, Any]) -> None:
+    """Die before the n-th ``line`` that the package runs, in whatever file; or note in ``lines`` how many it ran."""
+    package = str(Path(importlib.import_module(fault["at"].partition(":")[0]).__file__ or "").parent)
+    seen = 0
+
+    def watch(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == fault.get("line"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return watch
+
+    sys.settrace(watch)
+    if "lines" in fault:
+        # Noted where a run ends: in the last thing it does.
+        from rrhf import summary
+
+        last = summary.format_examples
+
+        def noted(*arguments: Any, **options: Any) -> str:
+            Path(fault["lines"]).write_text(str(seen), encoding="utf-8")
+            return last(*arguments, **options)
+
+        summary.format_examples = noted
 
 
 def _plant(fault: dict[str, Any], module: Any) -> None:

@@ -79,22 +79,40 @@ def masked_attention(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    mask: Tensor | None,
+    mask: Tensor,
     scaling: float,
     softcap: float | None = None,
     dropout: float = 0.0,
-    causal: bool = False,
 ) -> Tensor:
-    """softmax(scaling · q kᵀ + mask) v over [B, H, T, D]; with ``softcap`` (Gemma 2) the weights pass a tanh first."""
-    if softcap is None:
+    """softmax(scaling · q kᵀ + mask) v, with ``softcap`` (Gemma 2) as c · tanh(· / c) before the mask.
+
+    Args:
+        query: Tensor of shape (B, H, L, D).
+        key, value: Tensors of shape (B, H_kv, K, D); H is a multiple of H_kv (grouped queries).
+        mask: additive, Tensor of shape (L, K) or (B, 1, L, K).
+
+    Returns:
+        Tensor of shape (B, H, L, D).
+    """
+    # torch's fused kernel is slow on CPUs in bfloat16, its backward above all (2-3 times the plain products).
+    if softcap is None and (query.device.type != "cpu" or query.dtype != torch.bfloat16):
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
         return nn.functional.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scaling
+            query, key, value, attn_mask=mask, dropout_p=dropout, scale=scaling
         )
-    weights = softcap * torch.tanh(query @ key.transpose(-1, -2) * scaling / softcap)
-    if mask is not None:
-        weights = weights + mask
-    weights = nn.functional.softmax(weights, dim=-1, dtype=torch.float32).to(query.dtype)
-    return nn.functional.dropout(weights, dropout) @ value
+    batch, heads, length, size = query.shape
+    groups, columns = heads // key.shape[1], key.shape[2]
+    # The heads of a group share keys: their rows stand below each other in one product.
+    rows = query.reshape(batch * key.shape[1], groups * length, size)
+    keys, values = key.flatten(0, 1), value.flatten(0, 1)
+    weights = torch.bmm(rows, keys.transpose(1, 2)).float().view(batch, -1, groups, length, columns) * scaling
+    if softcap is not None:
+        weights = softcap * torch.tanh(weights / softcap)
+    weights = weights + (mask if mask.dim() == 2 else mask[:, :, None])
+    weights = nn.functional.dropout(torch.softmax(weights, dim=-1).to(query.dtype), dropout)
+    return torch.bmm(weights.view(len(rows), groups * length, columns), values).view(batch, heads, length, -1)
 
 
 AttentionInterface.register(NAME, attention)

@@ -22,6 +22,7 @@ COMMANDS = {
     "inspect": "look into a file of records",
     "convert": "turn other data sets into records",
     "report": "one HTML page of one run or several",
+    "publish": "a model card, an upload to the hub, or a GGUF file for llama.cpp",
 }
 
 

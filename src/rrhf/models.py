@@ -28,8 +28,8 @@ class ModelSettings:
     device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:N, mps, or auto (the best there is)"})
     dtype: str = field(
         default="auto",
-        metadata={"help": "float32, bfloat16, or auto: what the weights are loaded in; auto takes bfloat16 for "
-                  "sampling where the device multiplies it natively, and float32 for training"},
+        metadata={"help": "float32, bfloat16, or auto: what the weights are loaded in; auto takes bfloat16 where the "
+                  "device multiplies it natively (trained with fp32 masters), and float32 elsewhere"},
     )  # fmt: skip
     attn_implementation: str | None = field(
         default=None, metadata={"help": "attention where the model runs on its own: sdpa, eager, flash_attention_2, …"}
@@ -100,11 +100,15 @@ def resolve_device(name: str) -> torch.device:
 
 
 def resolve_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
-    """The type of the weights: see ``ModelSettings.dtype``."""
+    """The type of the weights: see ``ModelSettings.dtype``.
+
+    FSDP and DeepSpeed hold fp32 weights and cast them on their own, so training under them is ``auto`` in fp32.
+    """
     import torch
 
     if name == "auto":
-        return torch.bfloat16 if not training and native_bfloat16(device) else torch.float32
+        apart = training and any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
+        return torch.bfloat16 if native_bfloat16(device) and not apart else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype
 

@@ -3,7 +3,8 @@
 Beside the output stands ``OUTPUT.parts/`` with one file a part and a manifest of their checksums. A part counts only
 when the manifest names it, its checksum fits and it was made of the same input, so a process may die at any moment.
 When all parts are there they are joined into the output, and the folder goes. Several processes (RANK and WORLD_SIZE,
-as torchrun sets them) share the parts out; the last one to finish joins them.
+as torchrun sets them) share the parts out; the last one to finish joins them: each holds a shared lock while it works,
+and an exclusive one to join.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rrhf.errors import UserError
 from rrhf.files import fsync_folder, refuse_existing, replacing, write_text
@@ -71,23 +72,27 @@ def in_parts(
     wanted = json.loads(json.dumps(settings))
     if overwrite and world == 1 and not (standing and begun == {"settings": wanted, "replaces": standing}):
         shutil.rmtree(folder, ignore_errors=True)
-    store.open(wanted, standing)
-    count = number = 0
-    origins: list[str] = []
-    stream = iter(records)
-    with Progress(description, total, "records") as bar:
-        while block := list(islice(stream, part_size)):
-            count += len(block)
-            origin = _origin(block)  # before work, which may change the records
-            if store.done(number, origin):
-                bar.update(len(block))
-            elif number % world == rank:
-                store.write(number, origin, work(block, bar.update))
-            origins.append(origin)
-            number += 1
-    if not number:
-        raise UserError(f"{output}: there is no record to work on")
-    store.join(origins, output)
+    with store.entered():
+        if _identity(output) != standing:  # the other processes were done while this one began
+            shutil.rmtree(folder, ignore_errors=True)
+            return 0
+        store.open(wanted, standing)
+        count = number = 0
+        origins: list[str] = []
+        stream = iter(records)
+        with Progress(description, total, "records") as bar:
+            while block := list(islice(stream, part_size)):
+                count += len(block)
+                origin = _origin(block)  # before work, which may change the records
+                if store.done(number, origin):
+                    bar.update(len(block))
+                elif number % world == rank:
+                    store.write(number, origin, work(block, bar.update))
+                origins.append(origin)
+                number += 1
+        if not number:
+            raise UserError(f"{output}: there is no record to work on")
+        store.join(origins, output)
     return count
 
 
@@ -96,6 +101,7 @@ class _Parts:
 
     def __init__(self, folder: Path, rank: int) -> None:
         self.folder, self.manifest = folder, folder / f"manifest-{rank:05d}.jsonl"
+        self.lock: IO[str]
         self.sums: dict[int, tuple[str, str]] = {}  # part → checksums of its file and of its input
 
     def part(self, number: int) -> Path:
@@ -103,15 +109,26 @@ class _Parts:
 
     def begun(self) -> Any:
         """What the parts here were begun with, ``None`` where there are none."""
-        place = self.folder / "settings.json"
-        return json.loads(place.read_text(encoding="utf-8")) if place.exists() else None
+        try:
+            return json.loads((self.folder / "settings.json").read_text(encoding="utf-8"))
+        except (FileNotFoundError, NotADirectoryError):
+            return None
 
-    def open(self, wanted: dict[str, Any], replaces: list[int] | None) -> None:
-        """Make the folder or take up what is there."""
+    @contextlib.contextmanager
+    def entered(self) -> Iterator[None]:
+        """Make the folder, or come into the one that is there; no other process clears it up meanwhile."""
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
+            lock = (self.folder / "lock").open("a")
         except OSError as error:
             raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another --output") from error
+        with lock:
+            self.lock = lock
+            fcntl.flock(lock, fcntl.LOCK_SH)
+            yield
+
+    def open(self, wanted: dict[str, Any], replaces: list[int] | None) -> None:
+        """Take up what is there, or note what begins."""
         begun = self.begun()
         self._read_manifests()
         if begun is not None and self.sums:
@@ -156,13 +173,12 @@ class _Parts:
 
     def join(self, origins: Sequence[str], output: Path) -> None:
         """Join the parts into ``output`` if all are there; the process that finds them so does it."""
-        with contextlib.suppress(FileNotFoundError), (self.folder / "lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
-            self._read_manifests()
-            if not all(self.done(number, origin) for number, origin in enumerate(origins)):
-                return
-            write_records(output, self._records(len(origins)), overwrite=True)
-            shutil.rmtree(self.folder, ignore_errors=True)
+        fcntl.flock(self.lock, fcntl.LOCK_EX)  # waits until no other process works here
+        self._read_manifests()
+        if not all(self.done(number, origin) for number, origin in enumerate(origins)):
+            return  # there is work left, or another process has joined the parts and cleared up
+        write_records(output, self._records(len(origins)), overwrite=True)
+        shutil.rmtree(self.folder, ignore_errors=True)
 
     def _records(self, count: int) -> Iterator[Record]:
         for number in range(count):

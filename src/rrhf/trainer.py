@@ -24,6 +24,7 @@ from rrhf.batching import Forward, StepSampler, plan_forwards, tree_tokens
 from rrhf.errors import UserError
 from rrhf.losses import LossSettings, best_response, ordered_pairs, rrhf_loss
 from rrhf.models import ModelSettings, load_policy, native_bfloat16, resolve_device
+from rrhf.precision import MasterWeights, has_low_precision
 from rrhf.records import Record, record_from_row
 from rrhf.text import EncodedRecord, TextFormat, TextSettings
 from rrhf.tree import causal_lm, response_logprobs, usable_path
@@ -48,7 +49,7 @@ class RRHFConfig(TrainingArguments, LossSettings):
     remove_unused_columns: bool = field(default=False, metadata={"help": "records keep their columns"})
     bf16: bool | None = field(
         default=None,
-        metadata={"help": "bfloat16 autocast over fp32 weights; default: where the hardware multiplies it"},
+        metadata={"help": "bfloat16 autocast over fp32 weights; default: for fp32 weights, where the hardware has it"},
     )
     max_length: int = field(
         default=192, metadata={"help": "most tokens of query and response together; the response is cut from the right"}
@@ -79,6 +80,7 @@ class RRHFConfig(TrainingArguments, LossSettings):
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         if not accelerated:
             self.use_cpu = True  # else processes started together on a CPU do not find each other
+        self.bf16_by_default = self.bf16 is None
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16(resolve_device("cpu" if self.use_cpu else "auto"))
         self.output_dir: str | None = self.output_dir or "rrhf-model"
@@ -213,6 +215,8 @@ class RRHFTrainer(Trainer):
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
+        if args.bf16_by_default and has_low_precision(model):  # nothing is left to cast
+            args.bf16, args.mixed_precision = False, "no"
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
         _take_records(model)
@@ -268,6 +272,16 @@ class RRHFTrainer(Trainer):
         return int(self.accelerator.gather(torch.tensor([value], device=self.args.device)).max())
 
     # -- one optimiser step
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser asked for; bfloat16 weights get fp32 masters in it (see ``rrhf.precision``)."""
+        # FSDP and DeepSpeed exchange the parameters later and keep their own masters.
+        apart = self.is_fsdp_enabled or self.is_deepspeed_enabled
+        if self.optimizer is None and not apart and has_low_precision(self.model):
+            asked: Any = self.__dict__.get("optimizer_cls_and_kwargs")
+            kind, options = asked or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+            self.optimizer_cls_and_kwargs: Any = (MasterWeights, {"optimiser": kind, **options})
+        return super().create_optimizer(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         # Held for the whole run: gradient checkpointing looks the attention up again in the backward pass.

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -18,10 +20,14 @@ from rrhf.adapters import AdapterSettings, peft_config
 from rrhf.errors import UserError
 from rrhf.files import write_text
 from rrhf.models import ModelSettings, load_policy
+from rrhf.precision import has_low_precision
 from rrhf.progress import Progress
+from rrhf.publishing.card import write_card
+from rrhf.publishing.hub import push_card
 from rrhf.records import read_records
 from rrhf.stages import TRAINED, is_trained
 from rrhf.trainer import RRHFConfig, RRHFTrainer
+from rrhf.watching import WatchSettings, watch_training
 
 log = logging.getLogger("rrhf")
 
@@ -100,6 +106,7 @@ def train_model(
     eval_data: Path | None = None,
     overwrite: bool = False,
     callbacks: list[TrainerCallback] | None = None,
+    watch: WatchSettings | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` on the scored records of ``data`` and write it to ``config.output_dir``.
 
@@ -109,7 +116,8 @@ def train_model(
         The summary that stands in ``training.json``.
 
     Raises:
-        UserError: the folder is complete already, or holds a run with other settings.
+        UserError: the folder is complete already, or holds a run with other settings; or an alarm of ``watch`` stopped
+            the training, after a checkpoint.
         Stopped: a signal came; everything up to the last step is kept.
     """
     folder = Path(str(config.output_dir))
@@ -129,6 +137,8 @@ def train_model(
         callbacks=callbacks,
     )
     precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "no autocast"
+    if has_low_precision(trainer.model):
+        precision = "fp32 masters in the optimiser"
     log.info(f"train: {trainer.train_dataset.summary()}")
     log.info(f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, {config.world_size} process(es)")
     checkpoint = last_checkpoint(folder)
@@ -137,15 +147,23 @@ def train_model(
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(_ShowProgress)
+    watching = watch_training(trainer, watch or WatchSettings(), model)
+    if watching is not None:
+        trainer.add_callback(watching)
     stop = _StopOnSignal()
     trainer.add_callback(stop)
-    with stop.listening():
+    with stop.listening(), _full_disk_said(folder):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(128 + stop.signal)
+    if watching is not None and watching.stopped is not None:
+        raise UserError(watching.stopped)
     if adapter.peft is not None and adapter.merge_adapter:
         trainer.model = trainer.model.merge_and_unload()
-    trainer.save_model(str(folder))
+    if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the result is one folder of whole weights
+        trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    with _full_disk_said(folder):
+        trainer.save_model(str(folder))
     summary = {
         "settings": settings,
         "records": len(trainer.train_dataset),
@@ -160,11 +178,29 @@ def train_model(
     }
     if trainer.is_world_process_zero():
         trainer.save_state()
+        write_card(folder, training=summary)
+        if config.push_to_hub:
+            push_card(folder, trainer.hub_model_id, config.hub_token)
         write_text(folder / TRAINED, json.dumps(summary, indent=2) + "\n")
         if config.save_total_limit is None:
             for old in folder.glob("checkpoint-*"):
                 shutil.rmtree(old)
     return summary
+
+
+@contextmanager
+def _full_disk_said(folder: Path) -> Iterator[None]:
+    """Turn what a full disk makes safetensors and torch raise, each in its own type, into a message."""
+    try:
+        yield
+    except Exception as error:
+        signs = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
+        if not any(sign in str(error) for sign in [*signs, "PytorchStreamWriter failed writing"]):
+            raise
+        raise UserError(
+            f"{folder}: the weights cannot be written: {error}. Earlier checkpoints are untouched: free some space, "
+            "then run the same command again"
+        ) from error
 
 
 def last_checkpoint(folder: Path) -> str | None:
@@ -187,6 +223,9 @@ def _remember_settings(
 ) -> dict[str, Any]:
     """Write down what this run is; refuse to go on with a run that was another."""
     everything = {**json.loads(config.to_json_string()), **asdict(adapter), "model": model.model, "data": str(data)}
+    everything["dtype"] = model.dtype
+    if config.bf16_by_default:
+        del everything["bf16"]
     settings = {name: value for name, value in sorted(everything.items()) if name not in FREE and value is not None}
     place = folder / SETTINGS
     if place.exists():

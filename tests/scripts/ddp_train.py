@@ -1,7 +1,8 @@
-"""Train the tiny model of ``CASES`` in however many processes there are; process 0 writes logs and weights to argv[1]."""
+"""Train the tiny models of ``CASES`` in this many processes; process 0 writes logs and weights to argv[1]."""
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -29,7 +30,7 @@ def train(case: str, folder: Path, queries: int) -> tuple[list[dict[str, float]]
     args = RRHFConfig(
         output_dir=str(folder / case), bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
         logging_steps=1, learning_rate=1e-2, lr_scheduler_type="linear", num_train_epochs=2,
-        per_device_train_batch_size=queries, gradient_accumulation_steps=2, **options,
+        per_device_train_batch_size=queries, gradient_accumulation_steps=2, ddp_timeout=120, **options,
     )  # fmt: skip
     model = tiny_model(family, len(tokenizer))
     trainer = RRHFTrainer(model=model, args=args, train_dataset=toy_records(9, seed=3), processing_class=tokenizer)
@@ -49,4 +50,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(180, exit=True)  # processes that wait for each other end with the place
     main(Path(sys.argv[1]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import faulthandler
 import sys
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
+
 from conftest import tiny_model, tiny_tokenizer, toy_records
 
 # name: (family, tokens a forward, the records of process 0 and of process 1). The processes make unequal numbers of
@@ -34,7 +36,9 @@ def main(folder: Path) -> None:
 
     tokenizer = tiny_tokenizer()
     for case, (family, budget, shares) in CASES.items():
-        args = RRHFConfig(output_dir=str(folder), bf16=False, report_to="none", max_tokens_per_forward=budget)
+        args = RRHFConfig(
+            output_dir=str(folder), bf16=False, report_to="none", max_tokens_per_forward=budget, ddp_timeout=120
+        )
         model: Any = tiny_model(family, len(tokenizer))
         trainer = RRHFTrainer(model=model, args=args, train_dataset=records(), processing_class=tokenizer)
         assert trainer.path == "tree"
@@ -60,4 +64,5 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(180, exit=True)  # processes that wait for each other end with the place
     main(Path(sys.argv[1]))

@@ -24,15 +24,18 @@ class Files:
 def main(arguments: list[str]) -> int:
     from rrhf.trainer import RRHFConfig
     from rrhf.training import Stopped, train_model
+    from rrhf.watching import WatchSettings
 
-    flags = Flags([ModelSettings, Files, AdapterSettings, RRHFConfig], "train", __doc__)
-    model, files, adapter, config = flags.parse(with_output(arguments))
+    flags = Flags([ModelSettings, Files, AdapterSettings, RRHFConfig, WatchSettings], "train", __doc__)
+    model, files, adapter, config, watch = flags.parse(with_output(arguments))
     set_up_logging()
     if not files.output:
         raise UserError("--output is missing: the folder of the trained model")
     try:
         eval_data = Path(files.eval_data) if files.eval_data else None
-        train_model(Path(files.data), model, config, adapter, eval_data=eval_data, overwrite=files.overwrite)
+        train_model(
+            Path(files.data), model, config, adapter, eval_data=eval_data, overwrite=files.overwrite, watch=watch
+        )
     except Stopped as stopped:
         return stopped.code
     return 0

@@ -20,9 +20,12 @@ SCORING_TOKENS = 4096  # tokens of one forward pass that scores texts
 
 
 def nll_under(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextSettings | None = None
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextSettings | None = None, show: bool = True
 ) -> Perplexity:
-    """A function (records, texts) → (total negative log-likelihood, total tokens) of the texts given the queries."""
+    """A function (records, texts) → (total negative log-likelihood, total tokens) of the texts given the queries.
+
+    ``show`` its progress; without, it is silent.
+    """
     import torch
 
     from rrhf.batching import plan_forwards
@@ -39,7 +42,8 @@ def nll_under(
             for record, (t, f) in zip(records, texts, strict=True)
         ]
         nll, tokens = 0.0, 0
-        for forward in progress(plan_forwards(pairs, SCORING_TOKENS, path), "perplexity", unit="batches"):
+        forwards = plan_forwards(pairs, SCORING_TOKENS, path)
+        for forward in progress(forwards, "perplexity", unit="batches") if show else forwards:
             found = response_logprobs(model, forward.records, path)
             nll -= float(found.sums.double().sum())
             tokens += int(found.lengths.sum())

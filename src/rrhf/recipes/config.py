@@ -19,6 +19,7 @@ from rrhf.text import TextSettings
 
 if TYPE_CHECKING:
     from rrhf.trainer import RRHFConfig
+    from rrhf.watching import WatchSettings
 
 
 @dataclass(frozen=True)
@@ -63,6 +64,7 @@ class RunConfig:
     score: RewardSettings
     adapter: AdapterSettings
     train: RRHFConfig
+    watch: WatchSettings
     evaluate_rewards: RewardSettings
     evaluate_sampling: SamplingSettings
     evaluate: EvaluationSettings
@@ -138,12 +140,13 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
         UserError: all unknown keys and unfit values, each with its section, in one message.
     """
     from rrhf.trainer import RRHFConfig
+    from rrhf.watching import WatchSettings
 
     classes: dict[str, list[type]] = {
         "data": [DataSettings],
         "sample": [SourceSettings, RemoteSettings, SamplingSettings],
         "score": [RewardSettings],
-        "train": [AdapterSettings, RRHFConfig],
+        "train": [AdapterSettings, RRHFConfig, WatchSettings],
         "evaluate": [RewardSettings, SamplingSettings, EvaluationSettings],
     }
     shared_classes: list[type] = [ModelSettings, TextSettings]
@@ -191,6 +194,7 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
         score=parsed["score"][0],
         adapter=parsed["train"][0],
         train=parsed["train"][1],
+        watch=parsed["train"][2],
         evaluate_rewards=parsed["evaluate"][0],
         evaluate_sampling=parsed["evaluate"][1],
         evaluate=parsed["evaluate"][2],

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -16,12 +17,15 @@ from rrhf.datasets import load_dataset_records
 from rrhf.errors import UserError
 from rrhf.files import write_text
 from rrhf.models import ModelSettings
+from rrhf.publishing.card import write_card
 from rrhf.recipes.config import DataSettings, RunConfig
 from rrhf.records import Record, record_from_row, write_records
 from rrhf.rewards import load_reward
 from rrhf.stages import Loaded, describe_counts, evaluate_models, is_trained, score_file
 
 log = logging.getLogger("rrhf")
+
+FREE = ("train.watch_", "train.alarm")  # what these set changes no result: a run may go on with others
 
 
 class RunFolder:
@@ -52,14 +56,16 @@ def remember_config(run: RunFolder, config: dict[str, Any], overwrite: bool = Fa
     if run.config.exists() and not overwrite:
         found = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8")))
         wanted = _flat(config)
-        different = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
+        changed = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
+        different = [key for key in changed if not key.startswith(FREE)]
         if different:
             changes = "; ".join(f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}" for key in different)
             raise UserError(
                 f"{run.folder} holds a run of another configuration ({changes}): go on with `rrhf run "
                 f"{run.config} --output {run.folder}`, or choose another --output"
             )
-        return
+        if not changed:
+            return
     if not run.config.exists() and any(path.exists() for path in (run.queries, run.scored, run.model)):
         raise UserError(f"{run.folder} has a run's files but no config.yaml: choose another --output")
     write_text(run.config, yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
@@ -90,10 +96,12 @@ def run_offline(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     for name, result, stage in stages:
         if result.exists() and (name != "train" or is_trained(run.model)):
             log.info(f"{name}: {result.name} is complete")
+            shutil.rmtree(result.with_name(result.name + ".parts"), ignore_errors=True)  # stopped while clearing up
             continue
         log.info(f"{name}: begins")
         with _timed(run, name):
             stage()
+    write_card(run.model, refresh=True)  # now with the evaluation
     with _timed(run, "report"):
         write_report([run.folder], run.report)
     evaluation: dict[str, Any] = json.loads(run.evaluation.read_text(encoding="utf-8"))
@@ -173,7 +181,8 @@ def _train(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
     from rrhf.training import train_model
 
     loaded.policy = None  # free the sampling weights
-    train_model(run.scored, config.model, config.train, config.adapter)
+    watch = config.watch.filled(run.held_out, config.evaluate_rewards.reward)
+    train_model(run.scored, config.model, config.train, config.adapter, watch=watch)
 
 
 def _evaluate(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:

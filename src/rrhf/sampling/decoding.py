@@ -244,6 +244,7 @@ class _QueryPass:
 
     def __init__(self, cache: SharedCache, start: int, lengths: list[int]) -> None:
         self.cache, self.start, self.lengths = cache, start, lengths
+        self.masks: dict[tuple[int, int | None], Tensor] = {}
 
     def attend(
         self,
@@ -259,25 +260,25 @@ class _QueryPass:
     ) -> Tensor:
         keys, values = self.cache.store(layer, key)
         outputs, begin = [], 0
-        groups = query.shape[1] // key.shape[1]
         for i, length in enumerate(self.lengths):
             here = slice(begin, begin + length)
             k, v = key[:, :, here], value[:, :, here]
             keys[self.start + i, :, :length] = k[0]
             values[self.start + i, :, :length] = v[0]
-            if groups > 1:
-                k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
-            mask = _causal_mask(length, window, query) if softcap is not None or (window or length) < length else None
-            outputs.append(masked_attention(query[:, :, here], k, v, mask, scaling, softcap, causal=mask is None))
+            mask = self._mask(length, window, query)
+            outputs.append(masked_attention(query[:, :, here], k, v, mask, scaling, softcap))
             begin += length
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
-
-def _causal_mask(length: int, window: int | None, like: Tensor) -> Tensor:
-    order = torch.arange(length, device=like.device)
-    distance = order[:, None] - order[None, :]
-    hidden = (distance < 0) | (distance >= (window or length))
-    return like.new_zeros(length, length).masked_fill_(hidden, torch.finfo(like.dtype).min)
+    def _mask(self, length: int, window: int | None, like: Tensor) -> Tensor:
+        found = self.masks.get((length, window))
+        if found is None:
+            order = torch.arange(length, device=like.device)
+            distance = order[:, None] - order[None, :]
+            hidden = (distance < 0) | (distance >= (window or length))
+            found = like.new_zeros(length, length).masked_fill_(hidden, torch.finfo(like.dtype).min)
+            self.masks[length, window] = found
+        return found
 
 
 class TransformersCache:

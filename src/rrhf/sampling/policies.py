@@ -66,7 +66,7 @@ def _draw_from_all(logits: Tensor, uniform: Tensor) -> Tensor:
     if padding:
         weights = torch.nn.functional.pad(weights, (0, padding))
     blocks = weights.view(rows, -1, BLOCK)
-    mass = blocks.sum(dim=-1, dtype=torch.float64).cumsum(dim=-1)
+    mass = blocks.sum(dim=-1).double().cumsum(dim=-1)
     target = uniform[:, None] * mass[:, -1:]
     block = torch.searchsorted(mass, target, right=True).clamp(max=mass.shape[1] - 1)
     before = torch.where(block > 0, mass.gather(1, (block - 1).clamp(min=0)), 0.0)

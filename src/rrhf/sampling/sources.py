@@ -274,7 +274,8 @@ def sample_file(
     """
     from rrhf.stages import Loaded
 
-    refuse_existing(output, overwrite)
+    if not output.with_name(output.name + ".parts").exists():  # where parts are, in_parts knows what the output is
+        refuse_existing(output, overwrite)
     loaded = loaded or Loaded()
     chain = _chain(output, model, sampling, text, sources or [], remote or RemoteSettings(), loaded)
     inputs = [data, *[output.with_name(f"{output.name}.source-{i}.jsonl") for i in range(len(chain) - 1)]]

@@ -1,0 +1,71 @@
+"""bfloat16 weights with fp32 master weights in the optimiser.
+
+The model's forward and backward passes then move half the bytes and cast nothing; what is added up over steps is
+fp32. A step of 2e-5 is below bfloat16's resolution, so without masters most updates would vanish.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class MasterWeights(torch.optim.Optimizer):
+    """Run an optimiser on fp32 copies of low-precision parameters and copy the result back after each step.
+
+    Parameters that are fp32 already are optimised in place. The state holds the masters, so a resumed run is the
+    undisturbed one bit for bit.
+
+    Args:
+        groups: parameter groups of the model.
+        optimiser: the class to run on the masters, such as ``torch.optim.AdamW``.
+        options: its arguments.
+    """
+
+    def __init__(
+        self, groups: Iterable[dict[str, Any]], optimiser: type[torch.optim.Optimizer], **options: Any
+    ) -> None:
+        groups = [dict(group, params=list(group["params"])) for group in groups]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.masters = [p if p.dtype == torch.float32 else nn.Parameter(p.detach().float()) for p in self.parameters]
+        masters = iter(self.masters)
+        own = [dict(group, params=[next(masters) for _ in group["params"]]) for group in groups]
+        self.inner = optimiser(own, **options)
+        super().__init__(groups, self.inner.defaults)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]
+        """One step of the inner optimiser, with this one's learning rates."""
+        for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            inner.update({name: value for name, value in group.items() if name != "params"})
+        low = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
+        for parameter, master in low:
+            master.grad = None if parameter.grad is None else parameter.grad.float()
+        self.inner.step()
+        for parameter, master in low:
+            parameter.copy_(master)
+            master.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """The inner optimiser's state, and the masters."""
+        masters: list[Tensor | None] = [
+            None if p is m else m.detach() for p, m in zip(self.parameters, self.masters, strict=True)
+        ]
+        return {"inner": self.inner.state_dict(), "masters": masters}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.inner.load_state_dict(state_dict["inner"])
+        for mine, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
+            mine.update({name: value for name, value in inner.items() if name != "params"})
+        for master, kept in zip(self.masters, state_dict["masters"], strict=True):
+            if kept is not None:
+                master.copy_(kept)
+
+
+def has_low_precision(model: nn.Module) -> bool:
+    """Whether any trained parameter is bfloat16 or float16."""
+    return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
