@@ -41,8 +41,15 @@ test-faults: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
-bench: setup
-	$(BIN)/python benchmarks/training.py && $(BIN)/python benchmarks/sampling.py
+# The group beam search that later versions of transformers no longer have.
+.venv-old/.setup:
+	$(PYTHON) -m venv .venv-old
+	.venv-old/bin/pip --disable-pip-version-check -q install -c constraints.txt torch transformers==4.46.3 'numpy<3'
+	touch $@
+
+bench: setup .venv-old/.setup
+	$(BIN)/python benchmarks/training.py
+	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
 
 clean:
 	rm -rf $(VENV) build dist

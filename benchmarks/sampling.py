@@ -1,7 +1,7 @@
 """Sampling: tokens a second against transformers' ``generate``, each side at its best batch size, in one run.
 
 Diverse beam is held against the group beam search of transformers 4.46 where ``--old PYTHON`` names an interpreter that
-has it (``make bench-old`` makes one), else against ``generate`` with as many plain beams.
+has it (``make bench`` makes one), else against ``generate`` with as many plain beams.
 """
 
 from __future__ import annotations
