@@ -90,7 +90,7 @@ def test_training_writes_a_card_that_the_hub_reads(run: Path) -> None:
     for part in (
         "- records: 7", "- skipped: 1 (no response is scored)", "human 88%", "provided 12%", "`listmle`",
         "| learning rate | 0.0003 |", "| optimiser steps | 2 |", "| seed | 42 |", "| queries a step and process | 2 |",
-        "a mean over tokens", "no autocast", "Not evaluated", "arXiv:2304.05302", "trained from base",
+        "a mean over tokens", "| precision | ", "Not evaluated", "arXiv:2304.05302", "trained from base",
     ):  # fmt: skip
         assert part in text, part
     for package in ("rrhf", "torch", "transformers"):
@@ -122,10 +122,12 @@ def test_the_card_is_refreshed_after_evaluation_unless_somebody_wrote_it(
 
     again = shutil.copytree(run, tmp_path / "again")
     shutil.copy(again / "gain.json", again / "evaluation.json")
+    (again / "scored.jsonl").unlink()  # what was counted in training is remembered
     assert main(["publish", str(again), "--to", "card"]) == 0
     place = again / "model" / CARD
     assert capsys.readouterr().out.strip() == str(place)
     assert "above 0" in place.read_text(encoding="utf-8")
+    assert "human 88%" in place.read_text(encoding="utf-8")
     own = place.read_text(encoding="utf-8").replace(MARK, "") + "my words"
     place.write_text(own, encoding="utf-8")
     write_card(again, refresh=True)

@@ -9,6 +9,7 @@ import at every call.
 from __future__ import annotations
 
 import atexit
+import faulthandler
 import functools
 import importlib
 import json
@@ -27,6 +28,7 @@ from typing import Any
 
 LONG = bool(os.environ.get("RRHF_LONG"))
 FAULTS = "RRHF_TEST_FAULTS"
+HANGS_AFTER = 40  # seconds
 
 SENTENCES = (
     "The river was high that spring and the old bridge stood in the water up to its stones.",
@@ -344,6 +346,7 @@ def cold(
             capture_output=True,
             text=True,
             check=False,
+            timeout=2 * HANGS_AFTER,
             **options,
         )
     return Result(found.returncode, found.stdout, found.stderr)
@@ -452,6 +455,7 @@ def _child(question: dict[str, Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for descriptor, suffix in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(question["said"] + suffix, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+        faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)  # rather than a test run that never ends
         os.chdir(question["cwd"])
         os.environ.update(question["env"])
         plant(question["faults"])

@@ -22,7 +22,7 @@ from rrhf.files import write_text
 from rrhf.models import ModelSettings, load_policy
 from rrhf.precision import has_low_precision
 from rrhf.progress import Progress
-from rrhf.publishing.card import write_card
+from rrhf.publishing.card import look_at, write_card
 from rrhf.publishing.hub import push_card
 from rrhf.records import read_records
 from rrhf.stages import TRAINED, is_trained
@@ -167,6 +167,7 @@ def train_model(
     summary = {
         "settings": settings,
         "records": len(trainer.train_dataset),
+        "data": look_at(data),
         "skipped": dict(trainer.train_dataset.skipped),
         "unranked": trainer.train_dataset.unranked,
         "queries_cut": trainer.train_dataset.queries_cut,

@@ -1,7 +1,8 @@
-"""Train a collapse under watch in two processes, with ``--alarm stop``; each writes what it saw to argv[1]/RANK.json."""
+"""Train a collapse under watch in two processes, with ``--alarm stop``; each writes what it saw to RANK.json."""
 
 from __future__ import annotations
 
+import faulthandler
 import json
 import os
 import sys
@@ -22,4 +23,7 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
+    faulthandler.dump_traceback_later(100, exit=True)  # processes that wait for each other end with the place
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # what is tested is done; a process that takes torch down can abort in a thread of its backends

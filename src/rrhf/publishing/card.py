@@ -87,7 +87,7 @@ def model_card(
     if evaluation is None and run is not None:
         evaluation = read_object(run / "evaluation.json") or None
     settings = training.get("settings") or read_object(folder / "training-settings.json")
-    data = look_at(settings.get("data"))
+    data = training.get("data") or look_at(settings.get("data"))
     title = (name or (run or folder.resolve()).name).split("/")[-1]
     paragraphs = [
         _metadata(folder, settings, run),
@@ -190,23 +190,24 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 ```"""
 
 
-def look_at(path: Any) -> dict[str, Any]:
+def look_at(path: Any, limit: int | None = COUNTED) -> dict[str, Any]:
     """Shares of a file's sources and whether its queries are messages; empty where it cannot be read."""
+    from rrhf.inspection import source_names
     from rrhf.records import read_records
 
     sources: Counter[str] = Counter()
-    messages = 0
-    number = 0
+    messages = number = responses = 0
     try:
-        for record in islice(read_records(Path(str(path))), COUNTED):
+        for record in islice(read_records(Path(str(path))), limit):
             number += 1
+            responses += len(record.responses)
             messages += not isinstance(record.query, str)
-            sources.update(source.rpartition("/")[0] or source for source in record.sources)
+            sources.update(name for tag in record.sources for name in source_names(tag))
     except UserError:
         return {}
     total = sum(sources.values())
     shares = {name: count / total for name, count in sources.most_common()}
-    return {"sources": shares, "messages": 2 * messages >= number, "records": number, "responses": total}
+    return {"sources": shares, "messages": 2 * messages >= number, "records": number, "responses": responses}
 
 
 def _data(settings: Mapping[str, Any], training: Mapping[str, Any], data: Mapping[str, Any]) -> str:
@@ -245,7 +246,7 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         ("learning rate", settings.get("learning_rate")),
         ("schedule", settings.get("lr_scheduler_type")),
         ("optimiser steps", training.get("steps")),
-        ("epochs", settings.get("num_train_epochs")),
+        ("epochs", settings.get("num_train_epochs") if settings.get("max_steps", -1) <= 0 else None),
         ("queries a step and process", queries),
         ("tokens of query and response", settings.get("max_length")),
         ("adapter", _adapter(settings)),

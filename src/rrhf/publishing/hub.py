@@ -82,7 +82,7 @@ def push_records(file: str | Path, repo_id: str, *, private: bool = False, messa
         if not count:
             raise UserError(f"{file}: there is no record to publish")
         address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
-        card = records_card(RECORDS, count, look_at(table), column_words(_columns(table)), address.repo_id)
+        card = records_card(RECORDS, count, look_at(table, None), column_words(_columns(table)), address.repo_id)
         api.create_commit(
             repo_id=address.repo_id,
             repo_type="dataset",
