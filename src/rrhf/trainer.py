@@ -474,6 +474,8 @@ class RRHFTrainer(Trainer):
             self._loss(forward.records, sums, lengths, None)
         model.train(was_training)
         found, self._sums = self._metrics(), kept
+        if not found:
+            raise UserError(f"no record is left to evaluate on: {data.summary()}")
         settings = self.loss_settings
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
         metrics[f"{metric_key_prefix}_loss"] = (

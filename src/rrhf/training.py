@@ -144,6 +144,8 @@ def train_model(
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         log.info(f"train: going on from {checkpoint}")
+    if adapter.peft is not None and adapter.merge_adapter and trainer.is_fsdp_enabled:
+        raise UserError("an adapter cannot be merged into sharded weights: give --merge_adapter false")
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(_ShowProgress)

@@ -7,8 +7,7 @@ from pathlib import Path
 
 from rrhf.commands import PlainParser
 from rrhf.errors import UserError
-
-TYPES = ("f32", "f16", "bf16", "q8_0")
+from rrhf.publishing.gguf import WEIGHT_TYPES
 
 
 def main(arguments: list[str]) -> None:
@@ -16,7 +15,7 @@ def main(arguments: list[str]) -> None:
     parser.add_argument("source", help="a run folder, a model folder, or (to the hub) a file of records")
     parser.add_argument("--to", required=True, choices=TARGETS, help="what to make of it")
     parser.add_argument("--output", help="the GGUF file")
-    parser.add_argument("--type", default="f16", choices=TYPES, help="how GGUF holds the weights (f16)")
+    parser.add_argument("--type", default="f16", choices=list(WEIGHT_TYPES), help="how GGUF holds the weights (f16)")
     parser.add_argument("--repo", help="USER/NAME on the hub; it is made where it does not exist")
     parser.add_argument("--private", action="store_true", help="a repository that is made is private")
     parser.add_argument("--message", help="of the hub's commit")
