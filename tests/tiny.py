@@ -326,6 +326,7 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
         "HF_HUB_OFFLINE": "1",
         "TOKENIZERS_PARALLELISM": "false",
         "PYTHONHASHSEED": "0",
+        "ARROW_DEFAULT_MEMORY_POOL": "system",  # jemalloc's has a thread of its own, which a forked child would lack
         **(extra or {}),
     }
 
