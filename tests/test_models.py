@@ -75,9 +75,9 @@ def test_what_is_saved_loads_the_same(family: str, tmp_path: Path) -> None:
 def test_the_type_of_the_weights(saved: Path) -> None:
     assert load_policy(cpu(saved, dtype="bfloat16"))[0].dtype == torch.bfloat16
     assert load_policy(cpu(saved, dtype="float32"))[0].dtype == torch.float32
-    assert load_policy(cpu(saved, dtype="auto"), training=True)[0].dtype == torch.float32
     native = torch.bfloat16 if native_bfloat16(torch.device("cpu")) else torch.float32
     assert load_policy(cpu(saved, dtype="auto"))[0].dtype == native
+    assert load_policy(cpu(saved, dtype="auto"), training=True)[0].dtype == native  # with fp32 masters in the optimiser
 
 
 def test_an_attention_of_ones_own(saved: Path) -> None:
@@ -375,6 +375,8 @@ def test_bfloat16_is_native_where_processor_and_limit_allow_it(
     device = torch.device("cpu")
     assert native_bfloat16(device) == (allowed and hardware)
     assert resolve_dtype("auto", device) == (torch.bfloat16 if allowed and hardware else torch.float32)
+    assert resolve_dtype("auto", device, training=True) == resolve_dtype("auto", device)
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # which holds fp32 weights and casts them on its own
     assert resolve_dtype("auto", device, training=True) == torch.float32
     assert resolve_dtype("bfloat16", device) == torch.bfloat16
     assert resolve_dtype("float32", device) == torch.float32

@@ -452,13 +452,14 @@ class Asked(BaseHTTPRequestHandler):
 @pytest.fixture()
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub on this machine, in the place of the real one, and a token in the environment."""
-    from huggingface_hub import constants
+    from huggingface_hub import constants, hf_api
 
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     # What HF_ENDPOINT and HF_HUB_OFFLINE set when the library is imported, which it is already.
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(hf_api.api, "endpoint", server.address)  # transformers' calls go through this one
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
     server.shutdown()

@@ -133,7 +133,8 @@ def test_uniforms_at_the_bounds_of_blocks() -> None:
         logits.view(4, BLOCK)[:, -5:] = float("-inf")  # what stands last in every block
         mass = torch.exp(logits - logits.max()).double().view(4, BLOCK).sum(dim=1).cumsum(dim=0)
         bounds = mass[:-1] / mass[-1]
-        uniform = torch.cat([bounds * (1 + step * 2.0**-53) for step in range(-8, 9)])
+        steps = [step * scale for scale in (2.0**-53, 2.0**-22) for step in range(-8, 9)]  # fp64's and fp32's roundings
+        uniform = torch.cat([bounds * (1 + step) for step in steps])
         tokens = draw(logits.expand(len(uniform), -1), uniform, None, 1.0)
         assert torch.isfinite(logits[tokens]).all()
         assert set((tokens // BLOCK).tolist()) == {0, 1, 2, 3}
