@@ -452,14 +452,15 @@ class Asked(BaseHTTPRequestHandler):
 @pytest.fixture()
 def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
     """A hub on this machine, in the place of the real one, and a token in the environment."""
-    from huggingface_hub import constants, hf_api
+    from huggingface_hub import constants
+    from transformers.utils import hub as theirs
 
     server = Hub()
     threading.Thread(target=server.serve_forever, daemon=True).start()
     # What HF_ENDPOINT and HF_HUB_OFFLINE set when the library is imported, which it is already.
     monkeypatch.setattr(constants, "ENDPOINT", server.address)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hf_api.api, "endpoint", server.address)  # transformers' calls go through this one
+    monkeypatch.setattr(theirs, "_hf_api", None)  # transformers keeps a client; a new one takes the address above
     monkeypatch.setenv("HF_TOKEN", TOKEN)
     yield server
     server.shutdown()
