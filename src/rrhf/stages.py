@@ -14,9 +14,8 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrhf.errors import UserError
 from rrhf.files import write_text
-from rrhf.models import ModelSettings, load_policy, resolve_dtype
+from rrhf.models import ModelSettings, load_policy
 from rrhf.parts import in_parts
 from rrhf.records import Record, count_records, read_records
 from rrhf.sampling.settings import SamplingSettings
@@ -174,16 +173,3 @@ def is_trained(folder: Path) -> bool:
 def describe_counts(counts: Counter[str]) -> str:
     """``3 empty response dropped; 1 …`` for the reasons counted."""
     return "; ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-
-
-def compute_dtype(settings: ModelSettings, training: bool = False) -> str:
-    """The type the weights will be loaded in, in words."""
-    from rrhf.models import resolve_device
-
-    return str(resolve_dtype(settings.dtype, resolve_device(settings.device), training)).removeprefix("torch.")
-
-
-def require_output(path: str | None) -> Path:
-    if not path:
-        raise UserError("--output is missing: where should the result go?")
-    return Path(path)
