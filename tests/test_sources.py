@@ -196,7 +196,7 @@ def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatc
     def loaded(*args: Any, **kwargs: Any) -> None:
         raise AssertionError("a model was loaded")
 
-    monkeypatch.setattr("rrhf.stages.load_policy", loaded)
+    monkeypatch.setattr("rrhf.stages.load_policy_or_adapter", loaded)
     assert main(arguments) == 2
     return capsys.readouterr().err
 

@@ -14,8 +14,9 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rrhf.adapters import load_policy_or_adapter
 from rrhf.files import write_text
-from rrhf.models import ModelSettings, load_policy
+from rrhf.models import ModelSettings
 from rrhf.parts import in_parts
 from rrhf.records import Record, count_records, read_records
 from rrhf.sampling.settings import SamplingSettings
@@ -39,7 +40,7 @@ class Loaded:
     def get(self, settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         if self.settings != settings or self.policy is None:
             self.policy = None  # free the one before
-            self.policy, self.settings = load_policy(settings), settings
+            self.policy, self.settings = load_policy_or_adapter(settings), settings
             model = self.policy[0]
             log.info(
                 f"{settings.model}: {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {model.device}"

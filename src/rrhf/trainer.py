@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import time
 import types
 from array import array
@@ -19,15 +18,20 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer, TrainingArguments
 
+from rrhf.adapters import load_policy_or_adapter, with_adapter
 from rrhf.attention import our_attention, takes_layouts
 from rrhf.batching import Forward, StepSampler, plan_forwards, tree_tokens
 from rrhf.errors import UserError
+from rrhf.launch import check_connected, launched_processes
 from rrhf.losses import LossSettings, best_response, ordered_pairs, rrhf_loss
-from rrhf.models import ModelSettings, load_policy, native_bfloat16, resolve_device
+from rrhf.models import ModelSettings, native_bfloat16, resolve_device
 from rrhf.precision import MasterWeights, has_low_precision
 from rrhf.records import Record, record_from_row
 from rrhf.text import EncodedRecord, TextFormat, TextSettings
 from rrhf.tree import causal_lm, response_logprobs, usable_path
+
+LEARNING_RATE = 2e-5  # the paper's
+ADAPTER_LEARNING_RATE = 2e-4  # ten times as much: docs/adapters.md
 
 
 @dataclass
@@ -37,7 +41,9 @@ class RRHFConfig(TrainingArguments, LossSettings):
     ``per_device_train_batch_size`` counts queries, each with all its responses.
     """
 
-    learning_rate: float = field(default=2e-5, metadata={"help": "peak learning rate"})
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "peak learning rate; default: 2e-5, and 2e-4 where --peft trains an adapter"}
+    )
     warmup_steps: float = field(
         default=0.03, metadata={"help": "steps of warm-up, or below 1 their share of all steps"}
     )
@@ -80,23 +86,16 @@ class RRHFConfig(TrainingArguments, LossSettings):
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         if not accelerated:
             self.use_cpu = True  # else processes started together on a CPU do not find each other
+        self.learning_rate_by_default = self.learning_rate is None
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATE
         self.bf16_by_default = self.bf16 is None
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16(resolve_device("cpu" if self.use_cpu else "auto"))
         self.output_dir: str | None = self.output_dir or "rrhf-model"
-        world = int(os.environ.get("WORLD_SIZE", "1"))
-        missing = [name for name in ("RANK", "MASTER_ADDR") if name not in os.environ]
-        if world > 1 and missing:
-            raise UserError(
-                f"WORLD_SIZE says {world} processes, but {' and '.join(missing)} are not set: they would train apart. "
-                "Start them with torchrun or accelerate launch, or unset WORLD_SIZE"
-            )
+        processes = launched_processes()
         super().__post_init__()
-        if world != self.world_size:
-            raise UserError(
-                f"{world} processes were started but the trainer sees {self.world_size}: they would train apart. "
-                "On a CPU start them with torchrun and leave ACCELERATE_* variables unset; on GPUs check the launcher"
-            )
+        check_connected(processes, self.world_size)
 
     @property
     def text(self) -> TextSettings:
@@ -193,14 +192,14 @@ class RRHFTrainer(Trainer):
         args = args or RRHFConfig()
         if isinstance(model, str):
             device = "cpu" if args.use_cpu else "auto"
-            model, tokenizer = load_policy(ModelSettings(model=model, device=device), training=True)
+            model, tokenizer = load_policy_or_adapter(ModelSettings(model=model, device=device), training=True)
             processing_class = processing_class or tokenizer
         if processing_class is None:
             raise UserError("RRHFTrainer needs the tokenizer: processing_class=AutoTokenizer.from_pretrained(…)")
         if peft_config is not None:
-            from peft import get_peft_model
-
-            model = get_peft_model(model, peft_config)
+            if args.learning_rate_by_default:
+                args.learning_rate = ADAPTER_LEARNING_RATE
+            model = with_adapter(model, peft_config)
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
 

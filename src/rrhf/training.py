@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import fcntl
 import json
 import logging
 import os
@@ -16,17 +17,18 @@ from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 
-from rrhf.adapters import AdapterSettings, peft_config
+from rrhf.adapters import AdapterSettings, is_adapter, load_policy_or_adapter, load_quantised, merged, peft_config
 from rrhf.errors import UserError
 from rrhf.files import write_text
-from rrhf.models import ModelSettings, load_policy
+from rrhf.launch import warn_of_whole_weights
+from rrhf.models import ModelSettings
 from rrhf.precision import has_low_precision
 from rrhf.progress import Progress
 from rrhf.publishing.card import look_at, write_card
 from rrhf.publishing.hub import push_card
 from rrhf.records import read_records
 from rrhf.stages import TRAINED, is_trained
-from rrhf.trainer import RRHFConfig, RRHFTrainer
+from rrhf.trainer import ADAPTER_LEARNING_RATE, RRHFConfig, RRHFTrainer
 from rrhf.watching import WatchSettings, watch_training
 
 log = logging.getLogger("rrhf")
@@ -121,12 +123,36 @@ def train_model(
         Stopped: a signal came; everything up to the last step is kept.
     """
     folder = Path(str(config.output_dir))
-    if overwrite and folder.exists():
-        shutil.rmtree(folder)
-    if is_trained(folder):
-        raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
-    settings = _remember_settings(folder, data, model, config, adapter)
-    policy, tokenizer = load_policy(model, training=True)
+    if adapter.peft is not None:
+        if config.learning_rate_by_default:
+            config.learning_rate = ADAPTER_LEARNING_RATE
+        if not adapter.merge_adapter and is_adapter(model.model):
+            raise UserError(
+                f"--merge_adapter false: {model.model} is an adapter itself, and its sum with its base, on which the "
+                "new one would stand, is saved nowhere: leave --merge_adapter true"
+            )
+    with _claimed(folder, config, overwrite):
+        return _train(folder, data, model, config, adapter, eval_data, callbacks, watch or WatchSettings())
+
+
+def _train(
+    folder: Path,
+    data: Path,
+    model: ModelSettings,
+    config: RRHFConfig,
+    adapter: AdapterSettings,
+    eval_data: Path | None,
+    callbacks: list[TrainerCallback] | None,
+    watch: WatchSettings,
+) -> dict[str, Any]:
+    with config.main_process_first(local=False):
+        if is_trained(folder):
+            raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
+        settings = _remember_settings(folder, data, model, config, adapter)
+    if adapter.peft == "qlora":
+        policy, tokenizer = load_quantised(model)
+    else:
+        policy, tokenizer = load_policy_or_adapter(model, training=True)
     trainer = RRHFTrainer(
         model=policy,
         args=config,
@@ -141,6 +167,7 @@ def train_model(
         precision = "fp32 masters in the optimiser"
     log.info(f"train: {trainer.train_dataset.summary()}")
     log.info(f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, {config.world_size} process(es)")
+    warn_of_whole_weights(str(trainer.accelerator.distributed_type))
     checkpoint = last_checkpoint(folder)
     if checkpoint is not None:
         log.info(f"train: going on from {checkpoint}")
@@ -149,7 +176,7 @@ def train_model(
     for theirs in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(theirs)
     trainer.add_callback(_ShowProgress)
-    watching = watch_training(trainer, watch or WatchSettings(), model)
+    watching = watch_training(trainer, watch, model)
     if watching is not None:
         trainer.add_callback(watching)
     stop = _StopOnSignal()
@@ -161,7 +188,7 @@ def train_model(
     if watching is not None and watching.stopped is not None:
         raise UserError(watching.stopped)
     if adapter.peft is not None and adapter.merge_adapter:
-        trainer.model = trainer.model.merge_and_unload()
+        trainer.model = merged(trainer.model, model, quantised=adapter.peft == "qlora")
     if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the result is one folder of whole weights
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with _full_disk_said(folder):
@@ -189,6 +216,37 @@ def train_model(
             for old in folder.glob("checkpoint-*"):
                 shutil.rmtree(old)
     return summary
+
+
+@contextmanager
+def _claimed(folder: Path, config: RRHFConfig, overwrite: bool) -> Iterator[None]:
+    """Keep other trainings out of ``folder`` while this one works there; with ``overwrite`` empty it first.
+
+    Processes that are not connected with this one, whatever started them, are met here too.
+    """
+    if config.process_index != 0:
+        yield
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind, and a dead process holds nothing
+    try:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(
+                f"{folder}: another process trains into this folder. Wait for it, choose another --output, or, if they "
+                "were to train together, start them with torchrun (docs/distributed.md)"
+            ) from error
+        except OSError:
+            log.warning(f"{folder}: this file system has no locks: see that nothing else trains into it")
+        for old in folder.iterdir() if overwrite else ():
+            if old.is_dir() and not old.is_symlink():
+                shutil.rmtree(old)
+            else:
+                old.unlink()
+        yield
+    finally:
+        os.close(lock)
 
 
 @contextmanager

@@ -25,11 +25,12 @@ import numpy as np
 import torch
 from transformers import TrainerCallback
 
+from rrhf.adapters import load_policy_or_adapter
 from rrhf.errors import UserError, nearest
 from rrhf.evaluation.policies import draw_texts, nll_under
 from rrhf.evaluation.texts import Perplexity, Text, evaluate_texts
 from rrhf.files import write_text
-from rrhf.models import ModelSettings, load_policy
+from rrhf.models import ModelSettings
 from rrhf.records import Record, read_records
 from rrhf.rewards import make_scorer, reward_name
 from rrhf.rewards.functions import RewardFunction
@@ -471,6 +472,6 @@ def watch_training(trainer: RRHFTrainer, settings: WatchSettings, model: ModelSe
 
 def _frozen(settings: ModelSettings, trainer: RRHFTrainer) -> Perplexity:
     frozen: PreTrainedModel
-    frozen, tokenizer = load_policy(settings)
+    frozen, tokenizer = load_policy_or_adapter(settings)
     frozen.requires_grad_(False)
     return nll_under(frozen.to(trainer.args.device), tokenizer, trainer.args.text, show=False)

@@ -10,6 +10,9 @@ from rrhf.commands.run import execute
 # The shape of it in two minutes: too small for the figures to mean much.
 QUICK = ["data.limit=32", "data.held_out_limit=32", "train.num_train_epochs=1"]
 
+# An adapter takes ten times the learning rate of the weights themselves (docs/adapters.md).
+ADAPTER = ["train.learning_rate=5e-4"]
+
 
 def main(arguments: list[str]) -> int:
     parser = PlainParser("demo", __doc__)
@@ -18,4 +21,6 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--quick", action="store_true", help="the shape of it in 2 minutes")
     options = parser.parse_intermixed_args(arguments)
     output = options.output or ("runs/demo-quick" if options.quick else "runs/demo")
-    return execute("demo", (QUICK if options.quick else []) + options.overrides, Path(output))
+    adapted = any(override.startswith("train.peft=") for override in options.overrides)
+    overrides = (QUICK if options.quick else []) + (ADAPTER if adapted else []) + options.overrides
+    return execute("demo", overrides, Path(output))
