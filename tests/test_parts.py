@@ -8,6 +8,7 @@ import random
 import signal
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -45,8 +46,9 @@ def answer(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]
 
 
 def run(output: Path, **options: Any) -> int:
-    options = {"records": queries(), "work": answer, "settings": SETTINGS, "part_size": 3, **options}
-    return in_parts(options.pop("records"), output, options.pop("work"), options.pop("settings"), **options)
+    options = {"records": queries, "settings": SETTINGS, "part_size": 3, **options}
+    steps = options.pop("steps", {"answer": options.pop("work", answer)})
+    return in_parts(options.pop("records"), output, steps, options.pop("settings"), **options)
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +138,7 @@ def test_killed_at_every_line_and_run_again(suffix: str, undisturbed: Callable[[
     moments = range(1, len(lines) + 1)
     if not tiny.LONG:  # every distinct line once, and a sample of the rest
         first = {line: moment for moment, line in reversed(list(zip(moments, lines)))}
-        others = random.Random(0).sample(moments, 60 if suffix == ".jsonl" else 20)
+        others = random.Random(0).sample(moments, 30 if suffix == ".jsonl" else 10)
         joining = [m for line, m in first.items() if line.startswith("records")]
         moments = sorted({*(first.values() if suffix == ".jsonl" else joining), *others})  # type: ignore[assignment]
     for moment in moments:
@@ -167,7 +169,7 @@ def test_killed_again_and_again(undisturbed: Callable[[str], bytes], tmp_path: P
     assert output.read_bytes() == undisturbed(".jsonl")
 
 
-@pytest.mark.parametrize("call", ["os:fsync", "os:replace", "shutil:rmtree", "rrhf.parts:_checksum"])
+@pytest.mark.parametrize("call", ["os:fsync", "os:replace", "shutil:rmtree", "rrhf.parts:checksum_of_file"])
 def test_killed_at_each_call_to_the_system(call: str, undisturbed: Callable[[str], bytes], tmp_path: Path) -> None:
     number = killed = 0
     while number == killed:
@@ -175,9 +177,13 @@ def test_killed_at_each_call_to_the_system(call: str, undisturbed: Callable[[str
         output = tmp_path / str(number) / "out.jsonl"
         code = child(undisturbed_run, str(output), faults=[tiny.die(call, number)])
         killed += code == -signal.SIGKILL
-        if code:
+        if code and output.with_name("out.jsonl.parts").exists():
             run(output)
+        elif code:
+            with pytest.raises(UserError, match="exists already"):  # it was complete
+                run(output)
         assert output.read_bytes() == undisturbed(".jsonl")
+        assert os.listdir(output.parent) == ["out.jsonl"]  # noqa: PTH208
     assert killed >= 1
 
 
@@ -287,7 +293,7 @@ def test_parts_of_other_input_are_done_again(tmp_path: Path) -> None:
     unfinished(output)
     blocks, work = counting()
     changed = [Record(f"query {i + 100 * (i == 4)}") for i in range(8)]
-    run(output, work=work, records=changed)
+    run(output, work=work, records=lambda: changed)
     assert blocks == [3, 6]
     assert [row["query"] for row in tiny.read_rows(output)] == [record.query for record in changed]
 
@@ -350,7 +356,7 @@ def test_overwrite_goes_on_where_it_was_stopped(undisturbed: Callable[[str], byt
 
 def test_no_record_and_no_folder(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="no record"):
-        run(tmp_path / "out.jsonl", records=iter([]))
+        run(tmp_path / "out.jsonl", records=lambda: [])
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"cannot be made.*--output"):
         run(tmp_path / "file" / "out.jsonl")
@@ -372,32 +378,182 @@ def test_three_processes_give_the_same_file(undisturbed: Callable[[str], bytes],
     assert os.listdir(tmp_path) == ["out.jsonl"]  # noqa: PTH208
 
 
-@pytest.mark.parametrize("victim", range(3))
-def test_one_of_three_is_killed_and_any_number_finishes(
+def run_held(hold: str, output: str, blocks: str) -> None:
+    """Stop in the first part until the other process is in one too, then die there; the test hears when it is so."""
+
+    def work(block: list[Record], progress: Callable[[int], None]) -> Iterator[Record]:
+        Path(hold, "entered").open("w").close()
+        Path(hold, "met").read_text()
+        os.kill(os.getpid(), signal.SIGKILL)
+        return answer(block, progress)
+
+    run(Path(output), work=work)
+
+
+def run_meeting(hold: str, output: str, blocks: str) -> None:
+    def work(block: list[Record], progress: Callable[[int], None]) -> Iterator[Record]:
+        with Path(blocks).open("a") as file:
+            first = not file.tell()
+            file.write(f"{block[0].query}\n")
+        if first:
+            Path(hold, "met").open("w").close()
+        return answer(block, progress)
+
+    run(Path(output), work=work)
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_the_others_do_what_a_dead_process_left(
     victim: int, undisturbed: Callable[[str], bytes], tmp_path: Path
 ) -> None:
+    """One dies with a part in its hands, while another is past that part: nobody waits for it, and nothing is lost."""
+    output, blocks = tmp_path / "out.jsonl", tmp_path / "blocks"
+    for name in ("entered", "met"):
+        os.mkfifo(tmp_path / name)
+    arguments = (str(tmp_path), str(output), str(blocks))
+    dying = forks().start("test_parts:run_held", *arguments, env=process(victim, 2))
+    (tmp_path / "entered").read_text()
+    left = forks().start("test_parts:run_meeting", *arguments, env=process(1 - victim, 2))
+    assert forks().wait(dying).code == -signal.SIGKILL
+    assert forks().wait(left).code == 0
+    assert sorted(blocks.read_text().splitlines()) == ["query 0", "query 3", "query 6"]
+    assert output.read_bytes() == undisturbed(".jsonl")
+
+
+def test_all_are_killed_and_any_number_finishes(undisturbed: Callable[[str], bytes], tmp_path: Path) -> None:
     for world in (1, 2):
         output = tmp_path / str(world) / "out.jsonl"
-        arguments = ("test_parts:run_killed_at_query", f"query {3 * victim}", str(output))
+        arguments = ("test_parts:run_killed_at_query", "query 6", str(output))
         started = [forks().start(*arguments, env=process(rank)) for rank in range(3)]
-        codes = [forks().wait(one).code for one in started]
-        assert codes == [-signal.SIGKILL if rank == victim else 0 for rank in range(3)]
+        assert -signal.SIGKILL in [forks().wait(one).code for one in started]
         assert not output.exists()
         codes = [child(undisturbed_run, str(output), env=process(rank, world)) for rank in range(world)]
         assert codes == [0] * world  # also the one that comes when the other has joined them
         assert output.read_bytes() == undisturbed(".jsonl")
 
 
-def test_nothing_is_joined_before_all_parts_are_there(undisturbed: Callable[[str], bytes], tmp_path: Path) -> None:
-    """One after the other, in any order; a process that comes late to work that is done has nothing to do."""
-    for order in ((0, 1, 2), (2, 0, 1)):
-        output = tmp_path / str(order[0]) / "out.jsonl"
-        for rank in order:
-            assert not output.exists()
-            assert child(undisturbed_run, str(output), env=process(rank)) == 0
+def overwriting_run(output: str) -> None:
+    run(Path(output), overwrite=True)
+
+
+def test_who_comes_when_all_is_done(tmp_path: Path) -> None:
+    """Whether the output was written since a process began tells it if the others were done or it stood there before.
+
+    With an output from before, the first process refuses for all.
+    """
+    output = tmp_path / "out.jsonl"
+    for when, codes in ((4e9, (0, 0)), (1e9, (2, 0))):
+        output.write_text("mine\n")
+        os.utime(output, (when, when))
+        assert tuple(child(undisturbed_run, str(output), env=process(rank)) for rank in (0, 1)) == codes
+        assert output.read_text() == "mine\n"
+    os.utime(output, (4e9, 4e9))
+    assert [child(overwriting_run, str(output), env=process(rank)) for rank in (0, 1)] == [0, 0]
+    assert output.read_text() == "mine\n"
+    assert child(undisturbed_run, str(output), env=process(0, 1)) == 2  # one process alone asks nobody
+
+
+def test_three_processes_overwrite(undisturbed: Callable[[str], bytes], tmp_path: Path) -> None:
+    """What was begun with other settings is cleared away once, before anybody works."""
+    for attempt in range(5):
+        output = tmp_path / str(attempt) / "out.jsonl"
+        unfinished(output)
+        settings = output.with_name("out.jsonl.parts") / "settings.json"
+        settings.write_text(settings.read_text().replace("top-p", "greedy"))
+        output.write_text("mine\n")
+        os.utime(output, (1e9, 1e9))
+        started = [forks().start("test_parts:overwriting_run", str(output), env=process(rank)) for rank in range(3)]
+        ended = [forks().wait(one) for one in started]
+        assert [one.code for one in ended] == [0, 0, 0], ended
         assert output.read_bytes() == undisturbed(".jsonl")
-        assert child(undisturbed_run, str(output), env=process(2)) == 0
-        assert child(undisturbed_run, str(output), env=process(0)) == 2  # the first one refuses for all
+        assert os.listdir(output.parent) == ["out.jsonl"]  # noqa: PTH208
+
+
+def test_parts_without_settings_count_for_nothing(undisturbed: Callable[[str], bytes], tmp_path: Path) -> None:
+    """A process died while it cleared parts away that other settings had made."""
+    output = tmp_path / "out.jsonl"
+    (unfinished(output) / "settings.json").unlink()
+    blocks, work = counting()
+    run(output, work=work)
+    assert blocks == [0, 3, 6]
+    assert output.read_bytes() == undisturbed(".jsonl")
+
+
+# --- several steps, and what is counted ------------------------------------------------------------------------------
+
+
+def chain(counts: Counter[str]) -> dict[str, parts.Work]:
+    def twice(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
+        for record in answer(block, done):
+            record.responses = [text * 2 for text in record.responses]
+            counts["doubled"] += 1
+            yield record
+
+    def odd(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
+        for record in block:
+            done(1)
+            counts[f"of the last step, {len(record.responses)} response"] += 1
+            if int(str(record.query)[-1]) % 2:
+                yield record
+
+    return {"twice": twice, "odd": odd}
+
+
+def run_chain(output: str, number: int = 0, said: str = "") -> None:
+    counts: Counter[str] = Counter()
+    with at_line(number):
+        run(Path(output), steps=chain(counts), counts=counts)
+    if said:
+        Path(said).write_text(json.dumps(counts))
+
+
+COUNTED = {"doubled": 7, "of the last step, 1 response": 7}
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_steps_and_counts_of_any_number_of_processes(world: int, tmp_path: Path) -> None:
+    output = tmp_path / "out.jsonl"
+    arguments = [(str(output), 0, str(tmp_path / f"said-{rank}")) for rank in range(world)]
+    started = [
+        forks().start("test_parts:run_chain", *arguments[rank], env=process(rank, world)) for rank in range(world)
+    ]
+    assert [forks().wait(one).code for one in started] == [0] * world
+    rows = tiny.read_rows(output)
+    assert [(row["query"], row["responses"]) for row in rows] == [(f"query {i}", [f"{i} yreuq" * 2]) for i in (1, 3, 5)]
+    assert json.loads((tmp_path / "said-0").read_text()) == COUNTED
+
+
+def test_steps_killed_and_run_again(tmp_path: Path) -> None:
+    """The file and the counts are those of an undisturbed run, whichever parts of whichever step stood."""
+    with at_line(0) as lines:
+        run(tmp_path / "whole.jsonl", steps=chain(Counter()))
+    whole = (tmp_path / "whole.jsonl").read_bytes()
+    for moment in random.Random(1).sample(range(1, len(lines)), 200 if tiny.LONG else 25):
+        output, counts = tmp_path / str(moment) / "out.jsonl", Counter[str]()
+        assert child(run_chain, str(output), moment) == -signal.SIGKILL
+        if output.exists():
+            continue  # joined before it died: nothing is left to count
+        run(output, steps=chain(counts), counts=counts)
+        assert output.read_bytes() == whole, lines[moment - 1]
+        assert counts == COUNTED, lines[moment - 1]
+
+
+def test_a_step_is_done_again_where_the_one_before_it_was(tmp_path: Path) -> None:
+    output, counts = tmp_path / "out.jsonl", Counter[str]()
+    steps = chain(counts)
+
+    def fails(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
+        if block[0].query == "query 6":
+            raise KeyboardInterrupt
+        return iter(list(steps["odd"](block, done)))
+
+    with pytest.raises(KeyboardInterrupt):
+        run(output, steps={"twice": steps["twice"], "odd": fails}, counts=counts)
+    part = output.with_name("out.jsonl.parts") / "step-0-part-0000000.jsonl"
+    part.write_bytes(part.read_bytes()[:-1])
+    seen, odd = counting()
+    run(output, steps={"twice": steps["twice"], "odd": odd}, counts=counts)
+    assert seen == [6]  # what it made again is what stood there: the next step's first part is still good
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -415,7 +571,8 @@ def work(block, done):
         yield record
 
 def count(number, name):
-    return in_parts((Record(f"the query number {i}") for i in range(number)), Path(name), work, {}, part_size=2000)
+    records = lambda: (Record(f"the query number {i}") for i in range(number))
+    return in_parts(records, Path(name), {"work": work}, {}, part_size=2000)
 
 def peak():
     # VmHWM begins with this program; ru_maxrss would begin with what the test process held when it started this one.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -135,11 +136,11 @@ def test_a_finished_source_is_not_asked_again(
     asked: list[str] = []
     answer = sources.LocalModel.answer
 
-    def stop_in_the_second(self: Any, records: list[Record]) -> Any:
+    def stop_in_the_second(self: Any, records: list[Record], counts: Any) -> Any:
         asked.append(self.tag)
         if len(asked) == 2:
             raise KeyboardInterrupt
-        return answer(self, records)
+        return answer(self, records, counts)
 
     monkeypatch.setattr(sources.LocalModel, "answer", stop_in_the_second)
     assert main(flags(queries, output, *specs)) == 130
@@ -164,21 +165,27 @@ class _Server:
 
 
 def test_what_a_server_answered_is_kept_when_it_fails(tmp_path: Path) -> None:
-    """Answers that were paid for are in the journal at once, a torn last line aside."""
+    """Answers that were paid for are in the journal at once, a torn last line aside, and only for the same queries."""
     records = [Record(f"q {i}", id=str(i)) for i in range(6)]
-    journal = tmp_path / "parts" / "journal.jsonl"
-    first = Remote(_Server(4), "server", {}, journal)
+    folder, counts = tmp_path / "parts", Counter[str]()
+    first = Remote(_Server(4), "server", {}, folder)
     with pytest.raises(UserError, match="gone"):
-        dict(first.answer(records))
+        dict(first.answer(records, counts))
+    (journal,) = folder.iterdir()
     with journal.open("a") as file:
-        file.write('{"id": "3", "query": "q')
-    with journal.open("a") as file:
-        file.write("\n")
-    second = _Server(None)
-    answers = dict(Remote(second, "server", {}, journal).answer(records))
-    assert second.asked == 3
+        file.write('{"id": "3", "query": "q')  # without an end
+    second = _Server(5 - 3)
+    with pytest.raises(UserError, match="gone"):
+        dict(Remote(second, "server", {}, folder).answer(records, counts))
+    third = _Server(None)
+    answers = dict(Remote(third, "server", {}, folder).answer(records, counts))
+    assert third.asked == 2
     assert [answers[i].responses for i in range(6)] == [[f"answer to {i}"] for i in range(6)]
     assert answers[0].sources == ["server/0"]
+    for changed, tag in ((records, "other"), ([Record(f"Q {i}", id=str(i)) for i in range(6)], "server")):
+        fourth = _Server(None)
+        answers = dict(Remote(fourth, tag, {}, folder).answer(changed, counts))
+        assert fourth.asked == 6 and answers[3].query == changed[3].query
 
 
 # --- faults before any long work ---------------------------------------------------------------------------------
@@ -242,7 +249,7 @@ def test_queries_left_without_a_response_are_counted(
     """Equal responses are merged, empty ones dropped; a query with none left goes, and all of it is said."""
     answers = {"a": ["same", "same", "other"], "b": ["", "  "]}
 
-    def answer(self: Any, records: list[Record]) -> Any:
+    def answer(self: Any, records: list[Record], counts: Any) -> Any:
         for i, record in enumerate(records):
             texts = answers[record.id]
             yield i, with_responses(record, texts, ["stop"] * len(texts), [f"m/{n}" for n in range(len(texts))])

@@ -76,6 +76,19 @@ def write_text(path: str | Path, text: str) -> None:
         temporary.write_text(text, encoding="utf-8")
 
 
+def append_line(path: str | Path, line: str, sync: bool = False) -> None:
+    """Append a line; one that a dying process left unfinished before it is closed first."""
+    with Path(path).open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(line.encode() + b"\n")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
 def refuse_existing(path: str | Path, overwrite: bool) -> None:
     """Raise ``UserError`` where ``path`` exists and may not be replaced."""
     if Path(path).exists() and not overwrite:

@@ -73,13 +73,12 @@ def score_file(data: Path, output: Path, settings: RewardSettings, *, overwrite:
             done(1)
 
     in_parts(
-        read_records(data, require="responses"),
+        lambda: read_records(data, require="responses"),
         output,
-        work,
+        {"score": work},
         asdict(settings),
         part_size=SCORING_PART,
         overwrite=overwrite,
-        description="score",
         total=count_records(data),
     )
 
@@ -127,9 +126,9 @@ def evaluate_models(
         if overwrite:
             drawn.unlink(missing_ok=True)
         if not drawn.exists():
-            prompts = (
+            prompts = [
                 replace(r, responses=[], sources=[], finish=[], scores=[], rewards={}) for r in read_records(held_out)
-            )
+            ]
             sample_file(
                 prompts,
                 drawn,
@@ -137,7 +136,6 @@ def evaluate_models(
                 sampling,
                 text,
                 loaded=loaded,
-                total=count_records(held_out),
                 description=f"responses of {name}",
                 merge=False,
             )

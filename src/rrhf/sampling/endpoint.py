@@ -218,6 +218,10 @@ class Endpoint:
         with _event_loop() as run:
             run(self._check())
 
+    def check_query(self, record: Record) -> None:
+        """Raise ``UserError`` where a record's query does not suit the endpoint; nothing is asked."""
+        self._prompt(record.query, record.id)
+
     def respond(self, records: Sequence[Record]) -> Iterator[tuple[int, list[str], list[str]]]:
         """Yield (index of the record, texts, finish reasons) as they are done, in no fixed order.
 

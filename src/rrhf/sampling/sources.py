@@ -6,24 +6,27 @@ server; ``URL#NAME`` where it offers several models), ``vllm:MODEL@POLICY:N``, o
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
 import re
 import sqlite3
+import sys
 import tempfile
-import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rrhf.adapters import is_adapter
 from rrhf.errors import UserError, nearest
-from rrhf.files import refuse_existing
-from rrhf.models import ModelSettings, resolve_model
-from rrhf.parts import in_parts
-from rrhf.records import Record, count_records, read_records, record_from_row, record_line
+from rrhf.files import append_line
+from rrhf.models import ModelSettings, _check_folder, gguf_as_folder, resolve_model
+from rrhf.parts import Work, checksum_of_file, checksum_of_records, in_parts, nothing_left
+from rrhf.progress import progress
+from rrhf.records import WRITERS, Query, Record, file_suffix, read_records, record_from_row, record_line
 from rrhf.sampling import Sampler
 from rrhf.sampling.duplicates import merge_duplicates
 from rrhf.sampling.endpoint import KINDS, Endpoint, EndpointSettings
@@ -37,8 +40,9 @@ log = logging.getLogger("rrhf")
 
 Answers = Iterator[tuple[int, Record]]
 SAMPLING_PART = 4  # batches in a part: what a stopped run can lose, and what is sorted by length
-ENDPOINT_PART = 256  # records in a part of an endpoint's or a file's answers; an endpoint's are kept one by one too
-POLL_SECONDS = 1.0
+ENDPOINT_PART = 256  # records in a part where no local model answers; an endpoint's answers are kept one by one too
+MESSAGE_TOKENS = 32  # that a chat template may put around a message, and
+TEMPLATE_TOKENS = 1024  # around all of them: queries that may be too long are tokenised before any work, others not
 
 
 @dataclass(frozen=True)
@@ -48,8 +52,12 @@ class RemoteSettings:
     concurrency: int = field(default=8, metadata={"help": "requests to a server at the same time"})
     timeout: float = field(default=300.0, metadata={"help": "seconds for one request"})
     max_retries: int = field(default=8, metadata={"help": "tries after one that failed"})
-    max_requests: int | None = field(default=None, metadata={"help": "budget: most requests to a server"})
-    max_tokens: int | None = field(default=None, metadata={"help": "budget: most tokens of a server"})
+    max_requests: int | None = field(
+        default=None, metadata={"help": "budget: most requests to a server, by all processes together"}
+    )
+    max_tokens: int | None = field(
+        default=None, metadata={"help": "budget: most tokens of a server, by all processes together"}
+    )
     api_key_env: str = field(
         default="OPENAI_API_KEY", metadata={"help": "the environment variable that holds the server's key"}
     )
@@ -72,121 +80,146 @@ def parse_source(text: str) -> Source:
     Raises:
         UserError: neither a file nor of the form NAME@POLICY:N, an unknown policy, or N below 1.
     """
+    if Path(text).is_file():
+        return Source("file", text, "file", 0, Path(text).name.split(".")[0])
+    shown = re.sub(r"//[^/]*@(?=[^@]*@)|\?[^@]*", "…", text)  # a key someone put into the address is not repeated
     name, at, rest = text.rpartition("@")
     if not at:
-        if not Path(text).exists():
-            raise UserError(f"--source {text}: no such file; a model is written MODEL@POLICY:N, a server URL@chat:N")
-        return Source("file", text, "file", 0, Path(text).name.split(".")[0])
+        raise UserError(f"--source {shown}: no such file; a model is written MODEL@POLICY:N, a server URL@chat:N")
     policy, colon, number = rest.partition(":")
-    if not colon or not number.isdigit() or int(number) < 1:
-        raise UserError(f"--source {text}: how many responses? write {name}@{policy}:4")
     kind = "endpoint" if re.match(r"https?://", name) else "vllm" if name.startswith("vllm:") else "local"
     known = KINDS if kind == "endpoint" else POLICY_NAMES
     if policy not in known:
-        raise UserError(f"--source {text}: unknown policy {policy!r}: {nearest(policy, known)}")
+        raise UserError(f"--source {shown}: unknown policy {policy!r}: {nearest(policy, known)}")
+    if not colon or not number.isdigit() or int(number) < 1:
+        raise UserError(f"--source {shown}: how many responses? write {shown.rpartition('@')[0]}@{policy}:4")
     short = re.sub(r"^https?://|^vllm:|^package:", "", name).rstrip("/")
     short = short.rpartition("/")[2].removesuffix(".gguf") if kind != "endpoint" else short.replace("/", "-")
     return Source(kind, name.removeprefix("vllm:"), policy, int(number), f"{short}@{policy}")
 
 
 class LocalModel:
-    """A model on this machine, loaded when its first batch comes and freed with this object."""
+    """A model on this machine, loaded when its first batch comes; it is freed when another one is loaded."""
 
     def __init__(
         self, model: ModelSettings, sampling: SamplingSettings, text: TextSettings, tag: str, loaded: Loaded
     ) -> None:
         self.model, self.sampling, self.text, self.tag, self.loaded = model, sampling, text, tag, loaded
         self.sampler: Sampler | None = None
-        self.part_size = SAMPLING_PART * sampling.batch_size
+        self.format: TextFormat | None = None
         self.settings = {"model": model.model, "dtype": model.dtype, **asdict(sampling), **asdict(text), "tag": tag}
 
-    def check(self, first: Record) -> None:
-        """Everything that can be known without the weights."""
+    def check(self) -> None:
+        """Everything that can be known without the weights and the data."""
         name = resolve_model(self.model.model)
+        if is_adapter(name):
+            return  # its loading says what is wrong with it, or with its base model
         if name.endswith(".gguf"):
-            return  # read when it is converted
+            name = str(gguf_as_folder(Path(name)))
+        _check_folder(name)
         from transformers import AutoConfig, AutoTokenizer
 
         try:
             tokenizer = AutoTokenizer.from_pretrained(name)
             config = AutoConfig.from_pretrained(name).get_text_config()
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, ImportError, KeyError) as error:
             raise UserError(f"--model {self.model.model}: cannot be loaded: {error}") from error
-        TextFormat(tokenizer, self.text).encode_query(first.query)
-        context = getattr(config, "max_position_embeddings", None)
+        self.format = TextFormat(tokenizer, self.text)
+        self.known: set[type] = set()
+        self.context = getattr(config, "max_position_embeddings", None) or sys.maxsize
         least = (self.text.max_query_length or 1) + self.sampling.max_new_tokens
-        if context is not None and least > context:
+        if least > self.context:
             raise UserError(
                 f"--max_query_length and --max_new_tokens are {least} tokens together, more than the context of "
-                f"{context} of {self.model.model}: lower one of them"
+                f"{self.context} of {self.model.model}: lower one of them"
             )
 
-    def answer(self, records: list[Record]) -> Answers:
+    def check_query(self, record: Record) -> None:
+        """Refuse a query that the model cannot take. The first text and the first messages are encoded, of the others
+        those that may be too long."""
+        if self.format is None:
+            return
+        query = record.query
+        room = self.context - self.sampling.max_new_tokens
+        if type(query) in self.known and (self.text.max_query_length or _most_tokens(query, self.text) <= room):
+            return
+        self.known.add(type(query))
+        length = len(self.format.encode_query(query))
+        if length > room:
+            raise UserError(
+                f"record {record.id}: a query of {length} tokens and --max_new_tokens {self.sampling.max_new_tokens} "
+                f"are more than the context of {self.context} of {self.model.model}: give --max_query_length {room}"
+            )
+
+    def answer(self, records: list[Record], counts: Counter[str]) -> Answers:
         if self.sampler is None:
             self.sampler = Sampler(*self.loaded.get(self.model), self.sampling, self.text, self.tag)
+        before = self.sampler.format.queries_cut
         yield from self.sampler.extend(records)
+        if cut := self.sampler.format.queries_cut - before:
+            counts[f"queries cut to --max_query_length {self.text.max_query_length} for {self.tag}"] += cut
 
     def close(self) -> None:
-        if self.sampler is not None and self.sampler.format.queries_cut:
-            count = self.sampler.format.queries_cut
-            log.info(f"{self.tag}: {count} queries were cut to --max_query_length {self.text.max_query_length}")
         self.sampler = None
 
 
 class Remote:
-    """A server, or vLLM in this process. What it has answered is kept in a journal at once, since it was paid for."""
+    """A server, or vLLM in this process. What it has answered is kept in a journal at once, since it was paid for.
 
-    part_size = ENDPOINT_PART
+    Args:
+        responder: has ``check``, ``check_query`` and ``respond``, as ``Endpoint`` has.
+        folder: where the journals lie, one a part: whoever comes to the part takes the answers up.
+    """
 
-    def __init__(self, responder: Any, tag: str, settings: dict[str, Any], journal: Path) -> None:
-        self.responder, self.tag, self.settings, self.journal = responder, tag, settings, journal
+    def __init__(self, responder: Any, tag: str, settings: dict[str, Any], folder: Path) -> None:
+        self.responder, self.tag, self.settings, self.folder = responder, tag, settings, folder
 
-    def check(self, first: Record) -> None:
-        if hasattr(self.responder, "check"):
-            self.responder.check()
+    def check(self) -> None:
+        self.responder.check()
 
-    def answer(self, records: list[Record]) -> Answers:
-        known = self._known()
+    def check_query(self, record: Record) -> None:
+        self.responder.check_query(record)
+
+    def answer(self, records: list[Record], counts: Counter[str]) -> Answers:
+        digest = hashlib.sha256(f"{self.tag} {checksum_of_records(records)}".encode()).hexdigest()
+        journal = self.folder / f"journal-{digest[:32]}.jsonl"
+        known = self._known(journal)
         for i, record in enumerate(records):
             if record.id in known:
                 yield i, known[record.id]
         rest = [(i, record) for i, record in enumerate(records) if record.id not in known]
-        self.journal.parent.mkdir(parents=True, exist_ok=True)
-        with self.journal.open("a", encoding="utf-8") as file:
-            for j, texts, finish in self.responder.respond([record for _, record in rest]):
-                i, record = rest[j]
-                extended = with_responses(record, texts, finish, [f"{self.tag}/{n}" for n in range(len(texts))])
-                file.write(record_line(extended) + "\n")
-                file.flush()
-                yield i, extended
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for j, texts, finish in self.responder.respond([record for _, record in rest]):
+            i, record = rest[j]
+            extended = with_responses(record, texts, finish, [f"{self.tag}/{n}" for n in range(len(texts))])
+            append_line(journal, record_line(extended))
+            yield i, extended
 
-    def _known(self) -> dict[str, Record]:
+    def _known(self, journal: Path) -> dict[str, Record]:
         known = {}
-        if self.journal.exists():
-            for line in self.journal.read_text(encoding="utf-8").splitlines():
+        if journal.exists():
+            for line in journal.read_bytes().splitlines():
                 try:
-                    record = record_from_row(json.loads(line), str(self.journal))
-                except ValueError:  # the line a killed process was writing
+                    record = record_from_row(json.loads(line), str(journal))
+                except (ValueError, UserError):  # the line a killed process was writing
                     continue
                 known[record.id] = record
         return known
 
     def close(self) -> None:
-        self.responder = None
+        if hasattr(self.responder, "close"):
+            self.responder.close()
 
 
 class ResponseFile:
     """A file of human or earlier responses, joined to the records by id, else by query; it is indexed on disk."""
 
-    part_size = ENDPOINT_PART
-
     def __init__(self, path: Path, tag: str) -> None:
         self.path, self.tag = path, tag
-        self.settings = {"file": str(path), "tag": tag}
-        self.joined = 0
+        self.settings = {"file": str(path), "sha256": checksum_of_file(path), "tag": tag}
         self.store: sqlite3.Connection | None = None
 
-    def check(self, first: Record) -> None:
+    def check(self) -> None:
         """Read the file once; its faults show before any long work."""
         self.folder = tempfile.TemporaryDirectory()
         self.store = sqlite3.connect(Path(self.folder.name) / "index.sqlite")
@@ -196,9 +229,12 @@ class ResponseFile:
         self.store.execute("CREATE INDEX by_id ON responses (id)")
         self.store.execute("CREATE INDEX by_query ON responses (query)")
 
-    def answer(self, records: list[Record]) -> Answers:
+    def check_query(self, record: Record) -> None:
+        pass
+
+    def answer(self, records: list[Record], counts: Counter[str]) -> Answers:
         if self.store is None:
-            self.check(records[0])
+            self.check()
         assert self.store is not None
         for i, record in enumerate(records):
             found = self.store.execute("SELECT line FROM responses WHERE id = ?", (record.id,)).fetchone()
@@ -208,15 +244,15 @@ class ResponseFile:
             if found is None:
                 yield i, record
                 continue
-            self.joined += 1
+            counts[f"queries joined with responses of {self.path}"] += 1
             other = record_from_row(json.loads(found[0]), str(self.path))
             tags = [t.replace("provided", self.tag, 1) if t.startswith("provided/") else t for t in other.sources]
             yield i, with_responses(record, other.responses, other.finish, tags, other)
 
     def close(self) -> None:
-        log.info(f"{self.path}: joined to {self.joined} records")
         if self.store is not None:
             self.store.close()
+            self.store = None
             self.folder.cleanup()
 
 
@@ -247,7 +283,7 @@ def with_responses(
 
 
 def sample_file(
-    data: Path | Iterable[Record],
+    data: Path | Sequence[Record],
     output: Path,
     model: ModelSettings,
     sampling: SamplingSettings,
@@ -257,89 +293,113 @@ def sample_file(
     remote: RemoteSettings | None = None,
     overwrite: bool = False,
     loaded: Loaded | None = None,
-    total: int | None = None,
     description: str = "sample",
     merge: bool = True,
 ) -> None:
     """Draw responses to the queries of ``data`` and write them to ``output``; a stopped call goes on where it was.
 
+    Several processes (RANK and WORLD_SIZE) share the parts of the data out; the file is the same for any number.
+
     Args:
-        data: a record file, or records.
+        data: a record file, which is read through once before any work, or records.
         model, sampling: the only source, where ``sources`` names none; else what all sources share.
-        sources: see this module's text. They answer one after another, each pass in parts beside ``output``.
+        sources: see this module's text. They answer one after another.
         merge: merge equal responses of a query, drop empty ones, and queries without any; all are counted and said.
 
     Raises:
-        UserError: a source is not usable (all are checked before any long work), or ``output`` exists.
+        UserError: a source is not usable, or not with these queries (all is checked before any long work), or
+            ``output`` exists.
     """
     from rrhf.stages import Loaded
 
-    if not output.with_name(output.name + ".parts").exists():  # where parts are, in_parts knows what the output is
-        refuse_existing(output, overwrite)
+    file_suffix(output, WRITERS)
+    if nothing_left(output, overwrite):
+        return
     loaded = loaded or Loaded()
     chain = _chain(output, model, sampling, text, sources or [], remote or RemoteSettings(), loaded)
-    inputs = [data, *[output.with_name(f"{output.name}.source-{i}.jsonl") for i in range(len(chain) - 1)]]
-    results = [*inputs[1:], output]
-    if overwrite:
-        for place in inputs[1:]:
-            Path(place).unlink(missing_ok=True)  # type: ignore[arg-type]
-    if isinstance(data, Path):
-        first = next(iter(read_records(data)))
-        if len(chain) > 1:
-            for source in chain:
-                source.check(first)
+    total = _check(chain, data) if isinstance(data, Path) else len(data)
     counts: Counter[str] = Counter()
-    for number, (source, before, after) in enumerate(zip(chain, inputs, results, strict=True)):
-        last = number == len(chain) - 1
-        if not last and Path(after).exists():  # type: ignore[arg-type]
-            continue
+    if len(chain) == 1:
+        settings = dict(chain[0].settings)
+    else:
+        settings = {f"{source.tag} {name}": value for source in chain for name, value in source.settings.items()}
+        settings["sources"] = [source.tag for source in chain]
+    try:
         in_parts(
-            read_records(before) if isinstance(before, Path) else before,
-            Path(after),  # type: ignore[arg-type]
-            _work(source, counts if last and merge else None),
-            {**source.settings, "source": number, "merge": merge},
-            part_size=source.part_size,
+            lambda: read_records(data) if isinstance(data, Path) else data,
+            output,
+            {
+                description if len(chain) == 1 else f"{description} {source.tag}": _work(
+                    source, chain, counts, loaded, merge and source is chain[-1]
+                )
+                for source in chain
+            },
+            {**settings, "merge": merge},
+            part_size=SAMPLING_PART * sampling.batch_size
+            if any(isinstance(source, LocalModel) for source in chain)
+            else ENDPOINT_PART,
             overwrite=overwrite,
-            description=description if len(chain) == 1 else f"{description} {source.tag}",
-            total=total if not isinstance(before, Path) else count_records(before),
+            counts=counts,
+            total=total,
         )
-        source.close()
-        loaded.policy = loaded.policy if len(chain) == 1 else None  # one model in memory at a time
-        _wait_for(Path(after))  # type: ignore[arg-type]
-    for place in inputs[1:]:
-        Path(place).unlink(missing_ok=True)  # type: ignore[arg-type]
+    finally:
+        for source in chain:
+            source.close()
+        if len(chain) > 1:
+            loaded.policy = None
     if counts:
         log.info("; ".join(f"{count} {what}" for what, count in sorted(counts.items())))
 
 
-def _work(source: Any, counts: Counter[str] | None) -> Callable[[list[Record], Callable[[int], None]], list[Record]]:
+def _check(chain: list[Any], data: Path) -> int:
+    """Check every source, then every query with each; how many there are."""
+    count = 0
+    for source in chain:
+        source.check()
+    for record in progress(read_records(data), "check", unit="records"):
+        for source in chain:
+            source.check_query(record)
+        count += 1
+    if not count:
+        raise UserError(f"{data}: there is no record to work on")
+    return count
+
+
+def _work(source: Any, chain: list[Any], counts: Counter[str], loaded: Loaded, merge: bool) -> Work:
     def work(block: list[Record], done: Callable[[int], None]) -> list[Record]:
+        for other in chain:  # one model in memory at a time
+            if other is not source:
+                other.close()
+        if not isinstance(source, LocalModel):
+            loaded.policy = None
         results: dict[int, Record] = {}
-        for index, record in source.answer(block):
+        for index, record in source.answer(block, counts):
             results[index] = record
             done(1)
         ordered = [results[i] for i in range(len(block))]
-        return ordered if counts is None else [r for r in map(_merged, ordered) if r is not None]
-
-    def _merged(record: Record) -> Record | None:
-        assert counts is not None
-        merged, duplicates, empty = merge_duplicates(record)
-        counts["equal responses merged"] += duplicates
-        counts["empty responses dropped"] += empty
-        counts["queries left without a response"] += not merged.responses
-        for name in list(counts):
-            if not counts[name]:
-                del counts[name]
-        return merged if merged.responses else None
+        return [r for r in (_merged(record, counts) for record in ordered) if r is not None] if merge else ordered
 
     return work
 
 
-def _wait_for(path: Path) -> None:
-    """Where several processes share a pass, the next one begins when the last of them has joined its parts."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        while not path.exists():
-            time.sleep(POLL_SECONDS)
+def _merged(record: Record, counts: Counter[str]) -> Record | None:
+    merged, duplicates, empty = merge_duplicates(record)
+    for what, count in (
+        ("equal responses merged", duplicates),
+        ("empty responses dropped", empty),
+        ("queries left without a response", int(not merged.responses)),
+    ):
+        if count:
+            counts[what] += count
+    return merged if merged.responses else None
+
+
+def _most_tokens(query: Query, text: TextSettings) -> int:
+    """More tokens than a query is likely to have: a token has at least a byte."""
+    if isinstance(query, str):
+        return len(query.encode("utf-8", "replace")) + 1
+    content = sum(len(str(message).encode("utf-8", "replace")) + MESSAGE_TOKENS for message in query)
+    return content + len((text.system_prompt or "").encode()) + TEMPLATE_TOKENS
 
 
 def _chain(
@@ -362,7 +422,10 @@ def _chain(
     for source in parsed:
         seen[source.tag] += 1
         tag = f"{source.tag}-{seen[source.tag]}" if repeated[source.tag] > 1 else source.tag
-        chain.append(_make(source, tag, output, model, sampling, text, remote, loaded))
+        try:
+            chain.append(_make(source, tag, output, model, sampling, text, remote, loaded))
+        except UserError as error:
+            raise UserError(f"--source {source.tag}:{source.count}: {error}") from error
     return chain
 
 
@@ -378,23 +441,44 @@ def _make(
 ) -> Any:
     if source.kind == "file":
         return ResponseFile(Path(source.name), tag)
+    folder = output.with_name(f"{output.name}.parts")
     if source.kind == "endpoint":
         text = replace(text, max_query_length=None)  # counted in tokens, which a server's are not known
         url, _, name = source.name.partition("#")
-        settings = EndpointSettings(url=url, kind=source.policy, model=name or None, **asdict(remote))
-        drawn = replace(sampling, policy="top-k" if sampling.policy == "top-k" else "top-p", num_responses=source.count)
-        described = {"url": url, "kind": source.policy, **asdict(drawn), **asdict(text), "tag": tag}
-        return Remote(Endpoint(settings, drawn, text), tag, described, _journal(output, tag))
-    beams = {"num_beams": max(sampling.num_beams, source.count)} if "beam" in source.policy else {}
-    drawn = replace(sampling, policy=source.policy, num_responses=source.count, **beams)  # type: ignore[arg-type]
+        settings = EndpointSettings(url=url, kind=source.policy, model=name or None, **asdict(_share(remote)))
+        policy = "top-k" if sampling.policy == "top-k" else "top-p"
+        drawn = replace(sampling, policy=policy, num_responses=source.count, num_beam_groups=None)
+        described = {"url": url, "kind": source.policy, "name": name, **asdict(drawn), **asdict(text), "tag": tag}
+        return Remote(Endpoint(settings, drawn, text), tag, described, folder)
+    drawn = replace(
+        sampling,
+        policy=source.policy,
+        num_responses=source.count,
+        num_beams=max(sampling.num_beams, source.count) if "beam" in source.policy else sampling.num_beams,
+        num_beam_groups=sampling.num_beam_groups if source.policy == "diverse-beam" else None,
+    )
     if source.kind == "vllm":
         from rrhf.sampling.vllm import VLLM
 
         described = {"vllm": source.name, **asdict(drawn), **asdict(text), "tag": tag}
-        return Remote(VLLM(source.name, drawn, text), tag, described, _journal(output, tag))
+        return Remote(VLLM(source.name, drawn, text), tag, described, folder)
     return LocalModel(replace(model, model=source.name), drawn, text, tag, loaded)
 
 
-def _journal(output: Path, tag: str) -> Path:
-    rank = os.environ.get("RANK", "0")
-    return output.with_name(f"{output.name}.parts") / f"journal-{tag}-{rank}.jsonl"
+def _share(remote: RemoteSettings) -> RemoteSettings:
+    """This process's share of the budgets and of the requests at a time."""
+    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+
+    def share(name: str, budget: int | None) -> int | None:
+        if budget is None or budget < 1:
+            return budget
+        if budget < world:
+            raise UserError(f"--{name} {budget} is less than one for each of {world} processes")
+        return (budget + rank) // world
+
+    return replace(
+        remote,
+        concurrency=max(remote.concurrency // world, min(remote.concurrency, 1)),
+        max_requests=share("max_requests", remote.max_requests),
+        max_tokens=share("max_tokens", remote.max_tokens),
+    )

@@ -6,6 +6,7 @@ server (``vllm serve``) is asked through ``endpoint.py``, which is tested.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -39,14 +40,29 @@ class VLLM:
         if self.settings.is_beam:
             cure = "use top-p, top-k or greedy, or a local model as the source"
             raise UserError(f"--policy {self.settings.policy}: vLLM has no diverse beam search: {cure}")
-        try:
-            from vllm import LLM
-        except ImportError:
-            raise UserError("vLLM is not installed: pip install 'rrhf[vllm]', or use a local model") from None
+        if importlib.util.find_spec("vllm") is None:
+            raise UserError("vLLM is not installed: pip install 'rrhf[vllm]', or use a local model")
+        self.model, self.text, self.engine = model, text, engine
+        self.llm: Any = None
+
+    def check(self) -> None:
+        """Nothing can be known without loading the model."""
+
+    def check_query(self, record: Record) -> None:
+        pass
+
+    def _load(self) -> None:
+        """Load the model when its first queries come: other models have had the device before."""
+        from vllm import LLM
+
         from rrhf.text import TextFormat
 
-        self.llm = LLM(model=model, seed=self.settings.seed, **engine)
-        self.format = TextFormat(self.llm.get_tokenizer(), text)
+        self.llm = LLM(model=self.model, seed=self.settings.seed, **self.engine)
+        self.format = TextFormat(self.llm.get_tokenizer(), self.text)
+
+    def close(self) -> None:
+        """Let go of the model."""
+        self.llm = None
 
     def _params(self, record: Record) -> Any:
         from vllm import SamplingParams
@@ -67,6 +83,8 @@ class VLLM:
 
     def respond(self, records: Sequence[Record]) -> Iterator[tuple[int, list[str], list[str]]]:
         """Yield (index of the record, texts, finish reasons "stop" or "length")."""
+        if self.llm is None:
+            self._load()
         prompts = [{"prompt_token_ids": self.format.encode_query(record.query)} for record in records]
         params = [self._params(record) for record in records]
         for start in range(0, len(records), QUERIES_A_CALL):
