@@ -332,16 +332,21 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
 
 
 def cold(
-    *arguments: str, cwd: Path, faults: Sequence[dict[str, Any]] = (), env: dict[str, str] | None = None, **options: Any
+    *arguments: str,
+    cwd: Path,
+    faults: Sequence[dict[str, Any]] = (),
+    env: dict[str, str] | None = None,
+    launcher: Sequence[str] = (),
+    **options: Any,
 ) -> Result:
-    """``python -m rrhf.cli …`` in a process of its own."""
+    """``python [launcher] -m rrhf.cli …`` in a process of its own."""
     with tempfile.TemporaryDirectory() as folder:
         site = "import sys\nsys.path.append({!r})\nimport tiny\ntiny.plant_from_environment()\n"
         Path(folder, "sitecustomize.py").write_text(site.format(str(Path(__file__).parent)), encoding="utf-8")
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         extra = {**(env or {}), "PYTHONPATH": os.pathsep.join(paths), FAULTS: json.dumps(list(faults))}
         found = subprocess.run(
-            [sys.executable, "-m", "rrhf.cli", *arguments],
+            [sys.executable, *launcher, "-m", "rrhf.cli", *arguments],
             cwd=cwd,
             env=environment(extra),
             capture_output=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 from rrhf import __version__
 from rrhf.errors import UserError, nearest
+from rrhf.launch import leave
 
 # name → what the overview says of it; each is a module of rrhf.commands
 COMMANDS = {
@@ -57,7 +58,9 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     try:
-        return int(importlib.import_module(f"rrhf.commands.{name}").main(rest) or 0)
+        code = int(importlib.import_module(f"rrhf.commands.{name}").main(rest) or 0)
+        leave()
+        return code
     except UserError as error:
         print(f"rrhf {name}: {error}", file=sys.stderr)
         return 2

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import os
+import sys
 from collections.abc import Mapping
 
 from rrhf.errors import UserError
@@ -52,8 +54,7 @@ def check_connected(started: int, seen: int) -> None:
     if started != seen:
         raise UserError(
             f"{started} processes were started but the trainer sees {seen}: they would train apart. On a CPU start "
-            "them with torchrun, unset ACCELERATE_* variables, and make no Accelerator before RRHFConfig; on GPUs "
-            "check the launcher"
+            "them with torchrun and leave ACCELERATE_* variables unset; on GPUs check the launcher"
         )
 
 
@@ -64,3 +65,15 @@ def warn_of_whole_weights(distributed_type: str, environment: Mapping[str, str] 
             f"FSDP was asked for, but accelerate made {distributed_type} of it, as it does on a CPU: every process "
             "holds all weights"
         )
+
+
+def leave() -> None:
+    """Take down the process group, if there is one, while the interpreter is whole.
+
+    Left to the interpreter's end, a thread of the group can let go of a tensor, or be destroyed, when Python is half
+    gone: the process then aborts ("terminate called without an active exception") though its work is done.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        gc.collect()  # trainers and models that hold the group
+        distributed.destroy_process_group()
