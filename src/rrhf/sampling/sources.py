@@ -82,7 +82,7 @@ def parse_source(text: str) -> Source:
     """
     if Path(text).is_file():
         return Source("file", text, "file", 0, Path(text).name.split(".")[0])
-    shown = re.sub(r"//[^/]*@(?=[^@]*@)|\?[^@]*", "…", text)  # a key someone put into the address is not repeated
+    shown = _shown(text)
     name, at, rest = text.rpartition("@")
     if not at:
         raise UserError(f"--source {shown}: no such file; a model is written MODEL@POLICY:N, a server URL@chat:N")
@@ -96,6 +96,11 @@ def parse_source(text: str) -> Source:
     short = re.sub(r"^https?://|^vllm:|^package:", "", name).rstrip("/")
     short = short.rpartition("/")[2].removesuffix(".gguf") if kind != "endpoint" else short.replace("/", "-")
     return Source(kind, name.removeprefix("vllm:"), policy, int(number), f"{short}@{policy}")
+
+
+def _shown(source: str) -> str:
+    """A source for a message, without the key that someone may have put into its address."""
+    return re.sub(r"//[^/]*@(?=[^@]*@)|\?[^@]*", "…", source)
 
 
 class LocalModel:
@@ -157,7 +162,7 @@ class LocalModel:
         before = self.sampler.format.queries_cut
         yield from self.sampler.extend(records)
         if cut := self.sampler.format.queries_cut - before:
-            counts[f"queries cut to --max_query_length {self.text.max_query_length} for {self.tag}"] += cut
+            counts[f"queries were cut to --max_query_length {self.text.max_query_length} ({self.tag})"] += cut
 
     def close(self) -> None:
         self.sampler = None
@@ -419,13 +424,13 @@ def _chain(
     repeated = Counter(source.tag for source in parsed)
     seen: Counter[str] = Counter()
     chain: list[Any] = []
-    for source in parsed:
+    for written, source in zip(sources, parsed, strict=True):
         seen[source.tag] += 1
         tag = f"{source.tag}-{seen[source.tag]}" if repeated[source.tag] > 1 else source.tag
         try:
             chain.append(_make(source, tag, output, model, sampling, text, remote, loaded))
         except UserError as error:
-            raise UserError(f"--source {source.tag}:{source.count}: {error}") from error
+            raise UserError(f"--source {_shown(written)}: {error}") from error
     return chain
 
 
