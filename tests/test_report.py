@@ -142,7 +142,9 @@ def make_run(
         row |= {"violated_pairs": 5 - 2 * done, "best_logprob": -3.1 + 0.4 * done, "tokens_per_second": 300 + 9 * noise}
         row |= {"learning_rate": 2e-5 * (1 - done), "grad_norm": 12 + noise}
         if step % 10 == 0:
-            history.append({"step": step, "eval_reward_mean": 0.55 + shift * done, "eval_perplexity": 12.3 + done})
+            watched = {"eval_reward_mean": 0.55 + shift * done, "eval_perplexity": 12.3 + done}
+            watched |= {"eval_length_mean": 38 + 4 * done, "eval_distinct_2": 0.9 - 0.1 * done}
+            history.append({"step": step, **watched, "eval_score_length_correlation": 0.3 * done - 0.1})
     history.append({"step": steps, "epoch": 3.0, "train_runtime": 400.0, "train_loss": 85.0})
     state = {"log_history": history, "global_step": steps}
     (folder / "model" / "trainer_state.json").write_text(json.dumps(state), encoding="utf-8")
@@ -487,6 +489,23 @@ def test_search_and_sort(tmp_path: Path, opened: Any) -> None:
     page.get_by_role("button", name="#").click()
     assert column(page, 0) == [str(i) for i in range(1, 21)]
     assert faults == []
+
+
+def test_what_was_watched_is_drawn_over_the_steps(run_a: Path, tmp_path: Path, opened: Any) -> None:
+    write_report([run_a], tmp_path / "page.html")
+    page, requests, faults = opened(tmp_path / "page.html")
+    for title, unit in (
+        ("Length of answers to held-out prompts", "tokens"),
+        ("Variety of the answers (distinct-2)", "share of different pairs"),
+        ("Reward and length of the answers", "Pearson's r"),
+    ):
+        drawing = page.locator(f'svg[aria-label^="{title}"]')
+        assert drawing.count() == 1 and drawing.is_visible()
+        texts = drawing.locator("text").all_text_contents()
+        assert unit in texts and "optimiser step" in texts
+        # six measurements: a line through them, and a mark each
+        assert drawing.locator("use[href]").count() >= 6
+    assert faults == [] and len(requests) == 1
 
 
 def test_several_runs_in_the_browser(tmp_path: Path, opened: Any) -> None:

@@ -38,6 +38,9 @@ METRICS: dict[str, tuple[str, str]] = {
     "eval_rank_accuracy": ("Held-out pairs ranked rightly", "share of pairs"),
     "eval_reward_mean": ("Mean reward on held-out prompts", "reward"),
     "eval_perplexity": ("Perplexity on held-out prompts", "perplexity"),
+    "eval_length_mean": ("Length of answers to held-out prompts", "tokens"),
+    "eval_distinct_2": ("Variety of the answers (distinct-2)", "share of different pairs"),
+    "eval_score_length_correlation": ("Reward and length of the answers", "Pearson's r"),
 }
 
 STYLE: dict[str, Any] = {
