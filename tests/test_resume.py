@@ -78,3 +78,40 @@ def test_killed_in_the_middle_of_an_accumulation(case: str, models: dict[str, Pa
     assert weights("killed") == weights("whole")
     assert weights("whole") != (model / "model.safetensors").read_bytes()
     assert curve("killed") == curve("whole")
+
+
+def test_going_on_with_other_settings_says_which(models: dict[str, Path], tmp_path: Path) -> None:
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
+    tiny.write_rows(tmp_path / "other.jsonl", tiny.rows(6))
+    train = ("train", "--model", str(models["plain"]), "--data", "scored.jsonl", "--output", "out", "--device", "cpu",
+             "--dtype", "float32", "--bf16", "false", "--gradient_accumulation_steps", "2", "--save_steps", "1",
+             "--report_to", "none", "--peft", "lora")  # fmt: skip
+    assert tiny.warm(*train, cwd=tmp_path, faults=[die(UPDATE, 3)]).code == -signal.SIGKILL
+    others = ("--learning_rate", "0.5", "--lora_r", "4", "--ranking_loss", "margin", "--data", "other.jsonl")
+    refused = tiny.warm(*train, *others, cwd=tmp_path)
+    assert refused.code == 2 and "Traceback" not in refused.err
+    for said in (
+        "learning_rate was 0.0002, is 0.5", "lora_r was 16, is 4", "ranking_loss was 'hinge', is 'margin'",
+        "data was 'scored.jsonl', is 'other.jsonl'", "--overwrite",
+    ):  # fmt: skip
+        assert said in refused.err
+    assert "seed was" not in refused.err
+    on = tiny.warm(*train, "--logging_steps", "1", cwd=tmp_path).done()  # what changes no result may differ
+    assert "checkpoint-2" in on.err
+
+
+def test_records_without_a_signal_are_counted(models: dict[str, Path], tmp_path: Path) -> None:
+    lines = tiny.rows(5, responses=3)
+    lines[0]["scores"] = [None, None, None]
+    lines[1]["scores"] = [0.5, None, None]
+    lines[2]["query"] = "a very long query that leaves no room " * 8
+    tiny.write_rows(tmp_path / "scored.jsonl", lines)
+    done = tiny.warm(
+        "train", "--model", str(models["plain"]), "--data", "scored.jsonl", "--output", "out", "--device", "cpu",
+        "--bf16", "false", "--max_steps", "1", "--max_length", "48", "--report_to", "none", cwd=tmp_path,
+    ).done()  # fmt: skip
+    assert "3 records to train on" in done.err and "1 skipped: no response is scored" in done.err
+    assert "1 skipped: the query leaves no room" in done.err and "--max_query_length" in done.err
+    assert "1 with fewer than two scored responses (fitted, not ranked)" in done.err
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert summary["records"] == 3 and summary["unranked"] == 1 and sum(summary["skipped"].values()) == 2

@@ -141,6 +141,53 @@ def test_one_step_logs_the_naive_losses(family: str, path: str, budget: int, rel
     assert "router_loss" not in line
 
 
+def padded_rows(model: Any, record: EncodedRecord) -> list[list[float]]:
+    """Log-probabilities as the released code lays them out: a row of the longest one's width a response.
+
+    A place holds the log-probability of the response token that comes next; all others, query and padding, hold 0.
+    """
+    rows = []
+    width = len(record.query) + max(len(response) for response in record.responses)
+    for response in record.responses:
+        ids = [*record.query, *response]
+        with torch.no_grad():
+            found = model(torch.tensor([ids])).logits[0].float().log_softmax(-1)
+        row = [0.0] * width
+        for place in range(len(record.query) - 1, len(ids) - 1):
+            row[place] = float(found[place, ids[place + 1]])
+        rows.append(row)
+    return rows
+
+
+@pytest.mark.parametrize("budget", [2048, 24])
+def test_released_compat_gives_what_means_over_padded_rows_give(budget: int, tmp_path: Path) -> None:
+    """PAPER: every p_i is divided by the padded length, and the cross-entropy is a mean over the padded row."""
+    records = toy_records(4, seed=1, responses=(3, 5))
+    model = tiny_model("llama", VOCABULARY)
+    rank = fit = 0.0
+    for record in encode(records):
+        rows = padded_rows(model, record)
+        p = [sum(row) / len(row) for row in rows]
+        scores = [-math.inf if score is None else score for score in record.scores]
+        for i, low in enumerate(record.scores):
+            for j, high in enumerate(record.scores):
+                if low is not None and high is not None and low < high and p[i] > p[j]:
+                    rank += (p[i] - p[j]) / len(records)
+        fit -= p[scores.index(max(scores))] / len(records)
+    found = {}
+    for released in (True, False):
+        trainer = trainer_of(
+            tiny_model("llama", VOCABULARY), tmp_path, records, learning_rate=0.0, max_steps=1,
+            gradient_accumulation_steps=4, max_tokens_per_forward=budget, released_compat=released,
+        )  # fmt: skip
+        trainer.train()
+        found[released] = trainer.state.log_history[0]
+    assert found[True]["rank_loss"] == pytest.approx(rank, abs=1e-5)
+    assert found[True]["sft_loss"] == pytest.approx(fit, abs=1e-5)
+    assert found[True]["loss"] == pytest.approx(rank + fit, abs=1e-4)
+    assert found[False]["sft_loss"] > 5 * fit and abs(found[False]["rank_loss"] - rank) > 0.05 * rank > 0
+
+
 def test_means_over_the_steps_between_two_lines(tmp_path: Path) -> None:
     records = toy_records(8, seed=2)
     model = tiny_model("llama", VOCABULARY)

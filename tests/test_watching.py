@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 import json
 import logging
 import os
@@ -487,6 +488,14 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])
 def test_report_to_is_passed_on(name: str, tmp_path: Path) -> None:
     assert RRHFConfig(output_dir=str(tmp_path), report_to=name, bf16=False, use_cpu=True).report_to == [name]
+
+
+@pytest.mark.parametrize("name", ["wandb", "trackio", "wandbb"])
+def test_a_tracker_that_is_not_there_is_named(name: str, tmp_path: Path) -> None:
+    if importlib.util.find_spec(name) is not None:
+        pytest.skip(f"{name} is installed")
+    with pytest.raises(UserError, match=f"--report_to {name}: .*(pip install|only)"):
+        trainer_of(phrase_model(), tmp_path, report_to=name)
 
 
 def test_figure_3_is_drawn_from_a_watched_training(tmp_path: Path) -> None:

@@ -219,15 +219,16 @@ class RRHFTrainer(Trainer):
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
         _take_records(model)
-        super().__init__(
-            model=model,
-            args=args,
-            train_dataset=train,
-            eval_dataset=held_out,
-            processing_class=processing_class,
-            data_collator=list,
-            **options,
-        )
+        with _missing_tracker_said(args):
+            super().__init__(
+                model=model,
+                args=args,
+                train_dataset=train,
+                eval_dataset=held_out,
+                processing_class=processing_class,
+                data_collator=list,
+                **options,
+            )
 
     # -- batches
 
@@ -491,6 +492,17 @@ class RRHFTrainer(Trainer):
         model = causal_lm(self.model)
         parameters = model.num_parameters(exclude_embeddings=True)
         return 6 * parameters * sum(tree_tokens(record) for record in inputs)
+
+
+@contextlib.contextmanager
+def _missing_tracker_said(args: RRHFConfig) -> Iterator[None]:
+    """Turn what transformers raises for a tracker that it does not know or that is not installed into a message."""
+    try:
+        yield
+    except (RuntimeError, ValueError) as error:
+        if not any(sign in str(error) for sign in ("to be installed", "is not supported, only")):
+            raise
+        raise UserError(f"--report_to {' '.join(args.report_to)}: {error}") from error
 
 
 _IDLE = EncodedRecord("idle", [0], [[0]], [None])
