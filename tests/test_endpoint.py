@@ -25,8 +25,9 @@ import pytest
 
 import misbehaving as bad
 from conftest import tiny_model
+from rrhf.cli import main
 from rrhf.errors import UserError
-from rrhf.records import Record
+from rrhf.records import Record, read_records, write_records
 from rrhf.sampling.endpoint import BudgetReached, Endpoint, EndpointSettings, request_seed
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.text import TextSettings
@@ -686,3 +687,44 @@ def test_what_a_real_server_refuses(real_server: RealServer) -> None:
         ).check()
     with pytest.raises(UserError, match=r"HTTP 404.*ends in /v1"):
         Endpoint(EndpointSettings(real_server.url.removesuffix("/v1"), model=real_server.model)).check()
+
+
+def test_a_mixture_with_a_real_server_in_one_command(
+    real_server: RealServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two policies of a local model, the server's answer and people's, each with its tag, in one file."""
+    human = [
+        Record(QUERIES[0].query, ["Red.", "Red.", "."], sources=["ann/0", "ben/0", "ben/1"], id="a"),
+        Record("Plain text.", ["Indeed."], id="elsewhere"),
+    ]
+    for name, records in (("queries", QUERIES), ("human", human)):
+        write_records(tmp_path / f"{name}.jsonl", records)
+    output = tmp_path / "responses.jsonl"
+    sources = [f"{real_server.model}@diverse-beam:4", f"{real_server.model}@top-p:2"]
+    sources += [f"{real_server.url}#{real_server.model}@chat:1", str(tmp_path / "human.jsonl")]
+    named = [part for source in sources for part in ("--source", source)]
+    sizes = ["--max_new_tokens", "6", "--seed", "5", "--device", "cpu", "--dtype", "float32", "--concurrency", "1"]
+    assert main(["sample", "--data", str(tmp_path / "queries.jsonl"), "--output", str(output), *named, *sizes]) == 0
+    found = list(read_records(output))
+    assert [record.id for record in found] == ["a", "b", "c"]
+    for record in found:
+        by_tag = {
+            tag: text
+            for text, joined in zip(record.responses, record.sources, strict=True)
+            for tag in joined.split("|")
+        }
+        messages = [{"role": "user", "content": record.query}] if isinstance(record.query, str) else record.query
+        by_hand = real_server.ask(
+            "chat/completions", messages=messages, max_tokens=6, temperature=1.0, top_p=1.0,
+            seed=request_seed(5, record.id, 0),
+        )  # fmt: skip
+        (served,) = (text for tag, text in by_tag.items() if tag.endswith("@chat/0"))
+        assert served == by_hand["message"]["content"]
+        drawn = {f"model@diverse-beam/{n}" for n in range(4)} | {f"model@top-p/{n}" for n in range(2)}
+        assert drawn <= set(by_tag)
+    assert found[0].sources[-2:] == ["ann/0|ben/0", "ben/1"] and found[0].responses[-2:] == ["Red.", "."]
+    assert found[2].sources[-1] == "human/0"
+    said = capsys.readouterr().err
+    assert "equal responses merged" in said and "2 queries joined with responses of" in said
+    assert not any(KEY in text for text in (said, output.read_text()))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["human.jsonl", "queries.jsonl", "responses.jsonl"]
