@@ -12,6 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from conftest import tiny_model, tiny_tokenizer, toy_records
+from rrhf.launch import leave
 
 # (family, options): 9 records, 4 queries a step, so that an epoch's last step has one query and one process has none
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -52,3 +53,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(180, exit=True)  # processes that wait for each other end with the place
     main(Path(sys.argv[1]))
+    leave()

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 import torch
 
 from conftest import tiny_model, tiny_tokenizer, toy_records
+from rrhf.launch import leave
 
 # name: (family, tokens a forward, the records of process 0 and of process 1). The processes make unequal numbers of
 # passes, with and without a graph; in one case process 1 has nothing to do at all.
@@ -66,3 +67,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(180, exit=True)  # processes that wait for each other end with the place
     main(Path(sys.argv[1]))
+    leave()
