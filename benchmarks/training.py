@@ -19,6 +19,7 @@ from common import arguments, hh_records, load, machine, matmul_peak, peak_gb, r
 from rrhf.attention import our_attention
 from rrhf.batching import plan_forwards, tree_tokens
 from rrhf.losses import LossSettings, rrhf_loss
+from rrhf.memory import keep_freed_memory
 from rrhf.text import EncodedRecord
 from rrhf.tree import tree_logprobs
 
@@ -85,6 +86,8 @@ def measure(
     side: str, precision: str, budget: int, k: int, queries: int, model_name: str, device: str
 ) -> dict[str, float]:
     """One row, in this process."""
+    if side != "padded":
+        keep_freed_memory()
     dtype, autocast = PRECISIONS[precision]
     model, _ = load(model_name, device, dtype)
     _, records = hh_records(queries, k=k)
@@ -101,11 +104,10 @@ def measure(
 
     def step(part: list[EncodedRecord]) -> None:
         with context():
-            opponent_step(model, part) if side == "padded" else our_step(model, part, budget)
+            our_step(model, part, budget) if side == "tree" else opponent_step(model, part)
 
-    with our_attention(model) if side != "padded" else contextlib.nullcontext():
-        step(records[:2])
-        took = seconds(lambda: step(records))
+    with our_attention(model) if side == "tree" else contextlib.nullcontext():
+        took = seconds(lambda: step(records), repeats=3)
     rate = useful_operations(model, records) / took / 1e9
     return {
         "queries_per_second": len(records) / took,

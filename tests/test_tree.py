@@ -5,26 +5,23 @@ from __future__ import annotations
 import dataclasses
 import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import rrhf.tree
 from conftest import tiny_model
 from oracles.logprobs import all_sums
+from rrhf.attention import masked_attention
 from rrhf.text import EncodedRecord, TextFormat
 from rrhf.tree import (
-    LOGIT_ROWS,
     Tree,
-    causal_lm,
     padded_logprobs,
     plant,
     response_logprobs,
-    token_logprobs,
     tree_logprobs,
     tree_mask,
     usable_path,
@@ -218,13 +215,30 @@ def test_a_model_goes_on_as_before_after_a_tree_pass() -> None:
     assert torch.equal(model(input_ids=ids).logits, logits)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", "gemma3"])
-def test_one_call_a_tree_gives_what_one_call_a_branch_gives(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gpt2"])
+def test_one_call_a_tree_gives_what_branches_give(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """The way of GPUs, run on the CPU."""
     model = tiny_model(family)
-    branches = tree_logprobs(model, RECORDS).sums
-    monkeypatch.setattr(rrhf.tree.Forest, "_attend_branches", rrhf.tree.Forest._attend_dense)
-    assert torch.allclose(tree_logprobs(model, RECORDS).sums, branches, atol=2e-5)
+    by_branches = tree_logprobs(model, RECORDS)
+    mine = gradients(model, weighted(by_branches.sums, by_branches.lengths))
+    calls = dense_attention(monkeypatch)
+    dense = tree_logprobs(model, RECORDS)
+    assert len(calls) == len(RECORDS) * 2  # layers
+    assert torch.allclose(dense.sums, by_branches.sums, atol=2e-5)
+    assert_same_gradients(mine, gradients(model, weighted(dense.sums, dense.lengths)))
+
+
+def dense_attention(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
+    """Make the CPU attend as a GPU does, by one masked call a tree; the list grows by an entry a call."""
+    calls: list[Any] = []
+
+    def counted(*args: Any, **options: Any) -> Tensor:
+        calls.append(args)
+        return masked_attention(*args, **options)
+
+    monkeypatch.setattr(rrhf.tree, "BRANCHED", ())
+    monkeypatch.setattr(rrhf.tree, "masked_attention", counted)
+    return calls
 
 
 def test_bfloat16_weights_take_the_tree(recwarn: pytest.WarningsRecorder) -> None:
@@ -252,7 +266,7 @@ def branches_see_each_other(tree: Tree, positions: Tensor, window: int | None = 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_broken_layout_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rrhf.tree, "tree_mask", branches_see_each_other)
-    monkeypatch.setattr(rrhf.tree.Forest, "_attend_branches", rrhf.tree.Forest._attend_dense)
+    dense_attention(monkeypatch)
     with pytest.warns(UserWarning, match="tree log-probabilities differ by"):
         assert usable_path(tiny_model(family), longest_row=40) == "padded"
 
@@ -295,7 +309,7 @@ def test_a_model_that_raises_falls_back_and_keeps_its_mode(monkeypatch: pytest.M
     def refuse(*args: Any) -> Tensor:
         raise NotImplementedError("attention option s_aux")
 
-    monkeypatch.setattr(rrhf.tree, "masked_attention", refuse)
+    monkeypatch.setattr(rrhf.tree, "branch_attention", refuse)
     with pytest.warns(UserWarning, match="NotImplementedError: attention option s_aux"):
         assert usable_path(model) == "padded"
     assert model.training
@@ -319,113 +333,3 @@ def test_the_router_loss_is_included() -> None:
     assert padded is not None
     assert float(padded) > 0
     assert tree_logprobs(tiny_model("llama"), [record]).router_loss is None
-
-
-# --- log-probabilities in chunks --------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("scale", [1.0, 0.25])
-@pytest.mark.parametrize("softcap", [None, 3.0])
-@pytest.mark.parametrize("with_bias", [False, True])
-def test_chunked_log_softmax_in_fp64(
-    with_bias: bool, softcap: float | None, scale: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rrhf.tree, "LOGIT_ROWS", 3)  # 7 rows: two whole chunks and a rest
-    generator = torch.Generator().manual_seed(0)
-
-    def leaf(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
-
-    hidden, weight, bias = leaf(7, 4), leaf(11, 4), leaf(11) if with_bias else None
-    targets = torch.tensor([0, 10, 3, 3, 7, 1, 10])
-    inputs = [hidden, weight, *([bias] if bias is not None else [])]
-
-    def ours(*leaves: Tensor) -> Tensor:
-        rest = leaves[2] if with_bias else None
-        return rrhf.tree._TokenLogprobs.apply(leaves[0], leaves[1], rest, targets, scale, softcap)
-
-    def plain(*leaves: Tensor) -> Tensor:
-        logits = leaves[0] @ leaves[1].t() + (leaves[2] if with_bias else 0)
-        logits = logits * scale
-        logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
-        return torch.log_softmax(logits, dim=-1)[torch.arange(7), targets]
-
-    assert torch.allclose(ours(*inputs), plain(*inputs), atol=1e-12, rtol=0)
-    weights = torch.randn(7, generator=generator, dtype=torch.float64)
-    mine = torch.autograd.grad((ours(*inputs) * weights).sum(), inputs)
-    theirs = torch.autograd.grad((plain(*inputs) * weights).sum(), inputs)
-    for a, b in zip(mine, theirs, strict=True):
-        assert torch.allclose(a, b, atol=1e-12, rtol=0)
-    assert torch.autograd.gradcheck(ours, inputs)
-
-
-def test_logprobs_are_fp32_whatever_the_weights_are() -> None:
-    model = tiny_model("llama").to(torch.bfloat16)
-    assert silently(model, longest_row=40) == "tree"
-    found = tree_logprobs(model, RECORDS)
-    assert found.sums.dtype == torch.float32
-    whole = tiny_model("llama")
-    with torch.autocast("cpu", torch.bfloat16):
-        mixed = tree_logprobs(whole, RECORDS)
-    assert mixed.sums.dtype == torch.float32
-    exact = tree_logprobs(whole, RECORDS).sums
-    lengths = found.lengths.clamp(min=1)
-    assert float(((mixed.sums - exact) / lengths).abs().max()) < 5e-2
-
-
-class LargestTensor(TorchDispatchMode):
-    """Records the largest tensor that any operation returns."""
-
-    largest = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        for value in _tensors(result):
-            self.largest = max(self.largest, value.numel())
-        return result
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, (tuple, list)):
-        for part in result:
-            yield from _tensors(part)
-
-
-def largest_tensor(compute: Any) -> int:
-    with LargestTensor() as mode:
-        compute().backward()
-    return mode.largest
-
-
-@pytest.mark.parametrize("adapter", [False, True])
-def test_the_logits_of_all_tokens_never_exist_together(adapter: bool) -> None:
-    vocabulary, record = 6000, random_record((40, (100, 90, 80, 70, 60)), vocabulary=6000)
-    model = tiny_model("llama", vocabulary)
-    if adapter:  # an output layer that is no plain linear map takes the other way
-        peft = pytest.importorskip("peft")
-        config = peft.LoraConfig(r=2, target_modules=["q_proj", "lm_head"], init_lora_weights=False)
-        model = peft.get_peft_model(model, config)
-        assert type(causal_lm(model).get_output_embeddings()) is not torch.nn.Linear
-    naive = padded_logprobs(causal_lm(model), [record]).sums
-    found = tree_logprobs(model, [record]).sums
-    assert torch.allclose(found, naive, atol=2e-3)
-    whole = 400 * vocabulary
-    chunk = LOGIT_ROWS * vocabulary
-    assert largest_tensor(lambda: tree_logprobs(model, [record]).sums.sum()) == chunk
-    # the same recorder sees the whole table where there is one, in both directions
-    hidden = torch.randn(400, 32, requires_grad=True)
-    weight = causal_lm(model).get_input_embeddings().weight
-    assert largest_tensor(lambda: torch.log_softmax(hidden @ weight.t(), dim=-1).sum()) == whole
-    assert chunk < whole / 3
-
-
-def test_token_logprobs_pass_a_gradient_to_frozen_and_trained_heads() -> None:
-    model = tiny_model("llama")
-    hidden = torch.randn(300, 32, requires_grad=True)
-    targets = torch.randint(0, VOCABULARY, (300,))
-    model.lm_head.weight.requires_grad_(False)
-    frozen = torch.autograd.grad(token_logprobs(model, hidden, targets).sum(), hidden)[0]
-    naive = torch.log_softmax(model.lm_head(hidden), dim=-1)[torch.arange(300), targets].sum()
-    assert torch.allclose(frozen, torch.autograd.grad(naive, hidden)[0], atol=1e-6)

@@ -18,6 +18,8 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from rrhf.lean import lean
+
 NAME = "rrhf"
 
 # What attention modules may pass beside the tensors that changes their result and that no layout implements.
@@ -130,13 +132,14 @@ def takes_layouts(model: PreTrainedModel) -> bool:
 
 @contextlib.contextmanager
 def our_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Switch ``model`` to the ``rrhf`` attention and back again."""
+    """Switch ``model`` to the ``rrhf`` attention, and on a CPU to lean modules, and back again."""
     before = model.config._attn_implementation
     if before == NAME:
         yield
         return
     model.set_attn_implementation(NAME)
     try:
-        yield
+        with lean(model) if model.device.type == "cpu" else contextlib.nullcontext():
+            yield
     finally:
         model.set_attn_implementation(before)

@@ -11,6 +11,7 @@ from typing import Any
 from rrhf import __version__
 from rrhf.errors import UserError, nearest
 from rrhf.launch import leave
+from rrhf.memory import keep_freed_memory
 
 # name → what the overview says of it; each is a module of rrhf.commands
 COMMANDS = {
@@ -57,6 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    keep_freed_memory()
     try:
         code = int(importlib.import_module(f"rrhf.commands.{name}").main(rest) or 0)
         leave()

@@ -2,8 +2,7 @@
 
 A record's row is ``[query | y_1 | y_2 | … | y_k]``; every response sees the query and its own beginning, its
 positions go on where the query ends, and the rows of several records stand behind each other without padding. The last
-token of a response predicts nothing and is left out. Logits are made in chunks, so that [tokens, vocabulary] never
-exists whole.
+token of a response predicts nothing and is left out.
 
 ``response_logprobs`` is the one entry; ``usable_path`` finds out by numbers whether a model takes trees.
 """
@@ -17,15 +16,16 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 from transformers import PreTrainedModel
 
 from rrhf.attention import NO_MASK, masked_attention, our_attention, takes_layouts
+from rrhf.branches import Branches, branch_attention, branches
+from rrhf.logprobs import token_logprobs
 from rrhf.text import EncodedRecord
 
 PATHS = ("tree", "padded")
-LOGIT_ROWS = 128  # rows of logits that exist at a time
+BRANCHED = ("cpu",)  # where many small products are cheaper than few with work on what is masked
 COPIED_PARAMETERS = 2_000_000_000  # a low-precision model up to this size is checked on a copy in fp32
 
 
@@ -59,6 +59,7 @@ class Forest:
     owners: Tensor
     lengths: Tensor
     _masks: dict[tuple[Any, ...], Tensor] = field(default_factory=dict)
+    _cut: list[Branches] = field(default_factory=list)
 
     def attend(
         self,
@@ -72,74 +73,35 @@ class Forest:
         softcap: float | None,
         dropout: float,
     ) -> Tensor:
+        if torch.is_autocast_enabled(query.device.type):
+            dtype = torch.get_autocast_dtype(query.device.type)
+            query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
+        narrow = window is not None and self.reach > window
+        if query.device.type in BRANCHED and softcap is None and not narrow and not dropout:
+            return branch_attention(query, key, value, scaling, self._branches())
+        # A whole tree in one call with its mask: few launches, for GPUs, and all that attention can ask for.
         # split, not slices: its backward is one concatenation instead of a zeroed row a tree
         sizes = [tree.size for tree in self.trees]
         pieces = zip(query.split(sizes, dim=2), key.split(sizes, dim=2), value.split(sizes, dim=2), strict=True)
-        attend = self._attend_dense if query.is_cuda else self._attend_branches
-        outputs = [attend(index, q, k, v, scaling, window, softcap, dropout) for index, (q, k, v) in enumerate(pieces)]
+        outputs = [
+            masked_attention(q, k, v, self._mask(index, window, q.dtype), scaling, softcap, dropout)
+            for index, (q, k, v) in enumerate(pieces)
+        ]
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    def _attend_dense(
-        self,
-        index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        dropout: float,
-    ) -> Tensor:
-        """A whole tree in one call with its mask: few launches, for GPUs."""
-        mask = self._mask(index, window, query.dtype)
-        return masked_attention(query, key, value, mask, scaling, softcap, dropout)
+    @property
+    def reach(self) -> int:
+        """Positions of the longest query and response together."""
+        return max(tree.query + max(tree.responses, default=0) for tree in self.trees)
 
-    def _attend_branches(
-        self,
-        index: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        scaling: float,
-        window: int | None,
-        softcap: float | None,
-        dropout: float,
-    ) -> Tensor:
-        """The query by itself, then each response against the query and itself: no work on what is masked between
-        branches, for CPUs, where a call costs little."""
-        tree = self.trees[index]
-        sizes = [tree.query, *tree.responses]
-        whole = None if window is None else self._mask(index, window, query.dtype)
-        outputs, begin = [], 0
-        pieces = zip(query.split(sizes, 2), key.split(sizes, 2), value.split(sizes, 2), sizes, strict=True)
-        for branch, (q, k, v, size) in enumerate(pieces):
-            if branch == 0:
-                first_key, first_value = k, v
-            elif size:
-                k, v = torch.cat([first_key, k], dim=2), torch.cat([first_value, v], dim=2)
-            seen = tree.query if branch else 0
-            if whole is None:
-                mask = self._branch_mask(seen, size, query)
-            else:
-                rows = whole[begin : begin + size]
-                mask = torch.cat([rows[:, :seen], rows[:, begin : begin + size]], dim=1)
-            if size:
-                outputs.append(masked_attention(q, k, v, mask, scaling, softcap, dropout))
-            begin += size
-        return torch.cat(outputs, dim=2)
-
-    def _branch_mask(self, query: int, size: int, like: Tensor) -> Tensor:
-        """Additive mask [size, query + size] of a response behind its query: all of the query, itself causally."""
-        found = self._masks.get((query, size, like.dtype))
-        if found is None:
-            found = torch.full((size, query + size), torch.finfo(like.dtype).min, dtype=like.dtype, device=like.device)
-            found = found.triu_(query + 1)
-            self._masks[query, size, like.dtype] = found
-        return found
+    def _branches(self) -> Branches:
+        if not self._cut:
+            self._cut.append(branches([(tree.start, tree.query, tree.responses) for tree in self.trees]))
+        return self._cut[0]
 
     def _mask(self, index: int, window: int | None, dtype: torch.dtype) -> Tensor:
         """The additive tree mask [t, t] of one record, with positions at least ``window`` apart hidden."""
-        found = self._masks.get((index, window, dtype, "tree"))
+        found = self._masks.get((index, window, dtype))
         if found is None:
             tree = self.trees[index]
             positions = self.position_ids[0, tree.start : tree.start + tree.size]
@@ -148,7 +110,7 @@ class Forest:
             visible = tree_mask(tree, positions, window)
             found = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             found.masked_fill_(~visible, torch.finfo(dtype).min)
-            self._masks[index, window, dtype, "tree"] = found
+            self._masks[index, window, dtype] = found
         return found
 
 
@@ -201,114 +163,9 @@ def plant(records: Sequence[EncodedRecord], device: torch.device | str = "cpu") 
     )
 
 
-class _TokenLogprobs(torch.autograd.Function):
-    """log P(target | hidden) for every row, with logits made chunk by chunk in both directions."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        hidden: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        targets: Tensor,
-        scale: float,
-        softcap: float | None,
-    ) -> Tensor:
-        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logprobs = torch.empty(len(targets), dtype=dtype, device=hidden.device)
-        partitions = torch.empty_like(logprobs)
-        for start in range(0, len(targets), LOGIT_ROWS):
-            chunk = slice(start, start + LOGIT_ROWS)
-            logits = _logits(hidden[chunk], weight, bias, scale, softcap)
-            partitions[chunk] = logits.logsumexp(dim=-1)
-            logprobs[chunk] = logits.gather(1, targets[chunk, None])[:, 0] - partitions[chunk]
-        ctx.save_for_backward(hidden, weight, bias, targets, partitions)
-        ctx.scale, ctx.softcap = scale, softcap
-        return logprobs
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, targets, partitions = ctx.saved_tensors
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
-        gradient = gradients[0].to(partitions.dtype)
-        d_hidden = torch.empty_like(hidden) if need_hidden else None
-        d_weight = torch.zeros_like(weight) if need_weight else None
-        d_bias = torch.zeros_like(bias, dtype=partitions.dtype) if need_bias else None
-        for start in range(0, len(targets), LOGIT_ROWS):
-            chunk = slice(start, start + LOGIT_ROWS)
-            logits = _logits(hidden[chunk], weight, bias, ctx.scale, ctx.softcap)
-            # ∂ log P(target) / ∂ logit = [is target] − P(token)
-            d_logits = torch.exp(logits - partitions[chunk, None]).mul_(-gradient[chunk, None])
-            d_logits.scatter_add_(1, targets[chunk, None], gradient[chunk, None])
-            if ctx.softcap is not None:
-                d_logits *= 1 - (logits / ctx.softcap) ** 2
-            d_logits = (d_logits * ctx.scale if ctx.scale != 1.0 else d_logits).to(hidden.dtype)
-            if d_hidden is not None:
-                torch.mm(d_logits, weight, out=d_hidden[chunk])
-            if d_weight is not None:
-                d_weight.addmm_(d_logits.t(), hidden[chunk])
-            if d_bias is not None:
-                d_bias += d_logits.sum(dim=0, dtype=partitions.dtype)
-        return d_hidden, d_weight, None if d_bias is None else d_bias.to(bias.dtype), None, None, None
-
-
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None) -> Tensor:
-    logits = nn.functional.linear(hidden, weight, bias)
-    if logits.dtype != torch.float64:
-        logits = logits.float()
-    if scale != 1.0:
-        logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside an adapter's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
-
-
-def _logit_shape(model: PreTrainedModel) -> tuple[float, float | None]:
-    """What a model does to its output layer's result: a factor (Cohere, Granite) and a soft cap (Gemma 2)."""
-    config = model.config.get_text_config()
-    scale = float(getattr(config, "logit_scale", None) or 1.0) / float(getattr(config, "logits_scaling", None) or 1.0)
-    return scale, getattr(config, "final_logit_softcapping", None)
-
-
-def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [N, V] of last hidden states [N, hidden_size], in the output layer's type."""
-    scale, softcap = _logit_shape(model)
-    logits = model.get_output_embeddings()(hidden)
-    if scale != 1.0:
-        logits = logits * scale
-    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
-
-
-def token_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
-    """log P(target) under the model's output layer, in fp32.
-
-    Args:
-        hidden: the last hidden states, Tensor of shape (N, hidden_size).
-        targets: token ids, Tensor of shape (N,).
-
-    Returns:
-        Tensor of shape (N,).
-    """
-    head = model.get_output_embeddings()
-    if type(head) is nn.Linear:
-        weight: Tensor = head.weight
-        bias: Tensor | None = head.bias
-        if torch.is_autocast_enabled(hidden.device.type):
-            dtype = torch.get_autocast_dtype(hidden.device.type)
-            hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
-        elif hidden.dtype != weight.dtype:
-            hidden = hidden.to(weight.dtype)
-        logprobs: Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, *_logit_shape(model))
-        return logprobs
-
-    def chunk(part: Tensor, ids: Tensor) -> Tensor:  # an output layer with an adapter in it
-        return torch.log_softmax(output_logits(model, part).float(), dim=-1).gather(1, ids[:, None])[:, 0]
-
-    pieces = zip(hidden.split(LOGIT_ROWS), targets.split(LOGIT_ROWS), strict=True)
-    return torch.cat([checkpoint(chunk, part, ids, use_reentrant=False) for part, ids in pieces])
 
 
 @dataclass

@@ -17,7 +17,8 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rrhf.attention import NO_MASK, masked_attention, our_attention
-from rrhf.tree import causal_lm, output_logits
+from rrhf.logprobs import output_logits
+from rrhf.tree import causal_lm
 
 PREFILL_TOKENS = 4096  # query tokens of one prefill forward
 COMPACT_BELOW = 0.75  # share of live queries under which the buffers are packed anew

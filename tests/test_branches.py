@@ -1,0 +1,84 @@
+"""Attention by branches against one masked softmax over the whole tree."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from rrhf.branches import branch_attention, branches
+from rrhf.tree import Tree, tree_mask
+
+# (query, responses' input lengths); ragged, empty, of like and unlike length, a query of one token
+FORESTS = [
+    [(5, (3, 4, 1))],
+    [(1, (0, 6)), (7, (2,)), (3, ())],
+    [(4, (0, 0)), (2, (9, 9, 8, 7, 6, 1, 1))],
+]
+
+
+def laid_out(shapes: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, int, Sequence[int]]]:
+    trees, start = [], 0
+    for query, responses in shapes:
+        trees.append((start, query, responses))
+        start += query + sum(responses)
+    return trees
+
+
+def naive(query: Tensor, key: Tensor, value: Tensor, scaling: float, trees: Sequence[tuple[int, int, Sequence[int]]]):
+    """softmax over the visible columns of the whole row, [1, T, H, D]."""
+    tokens = query.shape[2]
+    visible = torch.zeros(tokens, tokens, dtype=torch.bool)
+    for start, size, responses in trees:
+        tree = Tree(start, size, tuple(responses))
+        here = slice(start, start + tree.size)
+        visible[here, here] = tree_mask(tree, torch.arange(tree.size))
+    groups = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    scores = (scaling * query @ key.transpose(2, 3)).masked_fill(~visible, -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2)
+
+
+def leaves(trees: Sequence[tuple[int, int, Sequence[int]]], heads: int, kv_heads: int) -> list[Tensor]:
+    tokens = sum(query + sum(responses) for _, query, responses in trees)
+    generator = torch.Generator().manual_seed(0)
+
+    def leaf(count: int, size: int) -> Tensor:  # as a model hands them over: a transposed view
+        rows = torch.randn(1, tokens, count, size, generator=generator, dtype=torch.float64)
+        return rows.transpose(1, 2).requires_grad_()
+
+    return [leaf(heads, 4), leaf(kv_heads, 4), leaf(kv_heads, 3)]
+
+
+@pytest.mark.parametrize("shapes", FORESTS)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 2), (6, 2), (3, 1)])
+def test_branches_are_one_masked_softmax(shapes: list[tuple[int, tuple[int, ...]]], heads: int, kv_heads: int) -> None:
+    trees = laid_out(shapes)
+    inputs = leaves(trees, heads, kv_heads)
+    ours, theirs = branch_attention(*inputs, 0.7, branches(trees)), naive(*inputs, 0.7, trees)
+    assert ours.shape == theirs.shape
+    assert torch.allclose(ours, theirs, atol=1e-12, rtol=0)
+    outer = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    mine, plain = (torch.autograd.grad(found, inputs, outer) for found in (ours, theirs))
+    for a, b in zip(mine, plain, strict=True):
+        assert torch.allclose(a, b, atol=1e-12, rtol=0)
+
+
+def test_low_precision_is_rounding_away() -> None:
+    trees = laid_out(FORESTS[2])
+    inputs = leaves(trees, 6, 2)
+    exact = naive(*inputs, 0.5, trees)
+    low = branch_attention(*[x.detach().bfloat16() for x in inputs], 0.5, branches(trees))
+    assert low.dtype == torch.bfloat16
+    assert float((low - exact).abs().max()) < 0.05
+
+
+def test_responses_of_like_length_share_a_grid() -> None:
+    found = branches(laid_out([(3, (10, 9, 2)), (2, (8, 0, 7))]))
+    assert [(group.count, len(group.tokens)) for group in found.groups] == [(3, 27), (1, 7), (1, 2)]
+    covered = torch.cat([group.tokens for group in found.groups]).sort().values
+    # every response token once, no query token (0-2 and 24, 25)
+    assert covered.tolist() == [*range(3, 24), *range(26, 41)]
+    assert [(rows.start, rows.stop, rows.query) for rows in found.records] == [(0, 24, 3), (24, 41, 2)]
