@@ -24,6 +24,6 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    faulthandler.dump_traceback_later(100, exit=True)  # processes that wait for each other end with the place
+    faulthandler.dump_traceback_later(280, exit=True)  # processes that wait for each other end with the place
     main(Path(sys.argv[1]))
     leave()
