@@ -8,7 +8,6 @@ import json
 import os
 import platform
 import random
-import resource
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -118,11 +117,23 @@ def load(model: str, device: str, dtype: str) -> Any:
     return load_policy(ModelSettings(model=model, device=device, dtype=dtype))
 
 
-def peak_gb() -> float:
-    """The process's peak resident memory so far, or the GPU's, in GB."""
+def memory_gb() -> float:
+    """Memory in use now, the process's resident memory or the GPU's, in GB; ``peak_gb`` counts from this call on."""
     if torch.cuda.is_available():
-        return torch.cuda.max_memory_allocated() / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated() / 1e9
+    Path("/proc/self/clear_refs").write_text("5")
+    return _resident("VmRSS")
+
+
+def peak_gb() -> float:
+    """The largest ``memory_gb`` since it was last called, in GB."""
+    return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else _resident("VmHWM")
+
+
+def _resident(name: str) -> float:
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e9
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:

@@ -15,12 +15,13 @@ from typing import Any
 
 import torch
 
-from common import arguments, hh_records, load, machine, matmul_peak, peak_gb, report, seconds, table
+from common import arguments, hh_records, load, machine, matmul_peak, memory_gb, peak_gb, report, seconds, table
 from rrhf.attention import our_attention
 from rrhf.batching import plan_forwards, tree_tokens
 from rrhf.losses import LossSettings, rrhf_loss
 from rrhf.memory import keep_freed_memory
 from rrhf.text import EncodedRecord
+from rrhf.trainer import ROOMY
 from rrhf.tree import tree_logprobs
 
 PRECISIONS = {
@@ -54,7 +55,7 @@ def our_step(model: Any, records: list[EncodedRecord], budget: int) -> None:
     """Forward and backward as the trainer does it, slices of large records included."""
     for forward in plan_forwards(records, budget):
         if not forward.slices:
-            found = tree_logprobs(model, forward.records)
+            found = tree_logprobs(model, forward.records, keep_logits=budget >= ROOMY)
             sizes = [len(record.responses) for record in forward.records]
             parts = zip(forward.records, found.sums.split(sizes), found.lengths.split(sizes), strict=True)
             sum(_loss(sums, lengths, record) for record, sums, lengths in parts).backward()
@@ -95,7 +96,8 @@ def measure(
     peak = matmul_peak(torch.float32 if precision == "fp32" else torch.bfloat16, model.device)
     for parameter in model.parameters():
         parameter.grad = torch.zeros_like(parameter)
-    floor = peak_gb()
+        (parameter + parameter.grad).sum()  # weights mapped from a file count once they were read
+    floor = memory_gb()
 
     def context() -> contextlib.AbstractContextManager[Any]:
         if autocast:

@@ -202,7 +202,7 @@ def test_an_adapter_without_its_parts(adapter: tuple[Path, Any], tmp_path: Path)
     with pytest.raises(UserError, match="pickled weights are not read"):
         load_policy_or_adapter(cpu(folder))
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="adapter_config.json cannot be read"):
+    with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
         load_policy_or_adapter(cpu(folder))
 
 

@@ -2,8 +2,9 @@
 
 transformers' modules are composed of small operations whose results autograd keeps: an RMSNorm five copies of its
 input, a gated MLP four of its widest tensor. Here each is one autograd function that keeps its inputs (and the gate's
-and the up projection's results), makes the rest again by elementwise work, and so takes half the memory, and less
-time on a CPU. Modules are recognised by what they contain and by their numbers, never by name.
+and the up projection's results) and makes the rest again by elementwise work. A norm's result, which the layers behind
+it keep as their input, is made again for them from the norm's own. That halves the memory and takes less time on a
+CPU. Modules are recognised by what they contain and by their numbers, never by name.
 """
 
 from __future__ import annotations
@@ -25,10 +26,9 @@ class _RMSNorm(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
-        exact, scale = _normalised(x, epsilon)
         ctx.save_for_backward(x, weight)
         ctx.epsilon = epsilon
-        return weight * exact.mul_(scale).to(x.dtype)
+        return _norm(x, weight, epsilon)
 
     @staticmethod
     @once_differentiable
@@ -50,6 +50,11 @@ def _normalised(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     return exact, norm.square_().div_(x.shape[-1]).add_(epsilon).rsqrt_()
 
 
+def _norm(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
+    exact, scale = _normalised(x, epsilon)
+    return weight * exact.mul_(scale).to(x.dtype)
+
+
 class _GatedMLP(torch.autograd.Function):
     """W_down (silu(W_gate x) · W_up x)."""
 
@@ -62,8 +67,9 @@ class _GatedMLP(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, gate, up, down, gated, raised = (t.flatten(0, -2) if t.dim() > 2 else t for t in ctx.saved_tensors)
-        outer = gradients[0].flatten(0, -2)
+        x, gate, up, down, gated, raised = ctx.saved_tensors
+        shape = x.shape
+        x, gated, raised, outer = (t.flatten(0, -2) for t in (x, gated, raised, gradients[0]))
         need = ctx.needs_input_grad
         activated = nn.functional.silu(gated)
         d_product = outer @ down
@@ -71,17 +77,60 @@ class _GatedMLP(torch.autograd.Function):
         d_raised = activated.mul_(d_product)
         d_gated = torch.ops.aten.silu_backward(d_product.mul_(raised), gated)
         return (
-            torch.addmm(d_gated @ gate, d_raised, up).view(ctx.saved_tensors[0].shape) if need[0] else None,
+            torch.addmm(d_gated @ gate, d_raised, up).view(shape) if need[0] else None,
             d_gated.t() @ x if need[1] else None,
             d_raised.t() @ x if need[2] else None,
             d_down,
         )
 
 
+class _Remade:
+    """A norm's result that the graph need not keep: it is made again when the first of its users asks for it."""
+
+    def __init__(self, x: Tensor, weight: Tensor, epsilon: float) -> None:
+        self.x, self.weight, self.epsilon = x.detach(), weight.detach(), epsilon
+        self.users = 0
+        self._made: Tensor | None = None
+
+    @torch.no_grad()
+    def tensor(self) -> Tensor:
+        made = self._made
+        if made is None:
+            made = _norm(self.x, self.weight, self.epsilon)
+        self.users -= 1
+        self._made = made if self.users > 0 else None
+        return made
+
+
+# The results of norms in the running forward pass, by address, while they live.
+_remade: weakref.WeakValueDictionary[int, _Remade] = weakref.WeakValueDictionary()
+
+
+def _pack(tensor: Tensor) -> Any:
+    found = _remade.get(tensor.data_ptr())
+    if found is None or found.x.numel() != tensor.numel() or found.x.dtype != tensor.dtype:
+        return tensor
+    found.users += 1
+    return found, tensor.shape, tensor.stride()
+
+
+def _unpack(kept: Any) -> Tensor:
+    if isinstance(kept, Tensor):
+        return kept
+    found, shape, stride = kept
+    return torch.as_strided(found.tensor(), shape, stride)
+
+
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if not _plain(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
     found: Tensor = _RMSNorm.apply(hidden_states, self.weight, _epsilon(self))
+    if found.requires_grad and found.is_contiguous():
+        remade = _Remade(hidden_states, self.weight, _epsilon(self))
+        _remade[found.data_ptr()] = remade
+        # While the result lives, its address is its own; nothing is kept as a remade one after that.
+        weakref.finalize(found, _remade.pop, found.data_ptr(), None)
+        found._rrhf_remade = remade  # type: ignore[attr-defined]
     return found
 
 
@@ -146,7 +195,8 @@ def lean(model: nn.Module) -> Iterator[None]:
                 module.forward = types.MethodType(forward, module)
                 changed.append(module)
     try:
-        yield
+        with torch.autograd.graph.saved_tensors_hooks(_pack, _unpack) if changed else contextlib.nullcontext():
+            yield
     finally:
         for module in changed:
             vars(module).pop("forward", None)

@@ -15,7 +15,7 @@ LOGIT_ROWS = 2048  # tokens that share one pass over the output layer's weights
 # Logits that exist at a time. On a CPU a block should stay in its caches; a GPU wants few, large products.
 LOGIT_ELEMENTS = {"cpu": 1 << 20}
 LOGIT_ELEMENTS_ELSEWHERE = 1 << 25
-KEPT_BYTES = 1 << 28  # logits of a forward pass up to this size wait for its backward pass; larger ones are made again
+KEPT_BYTES = 1 << 28  # logits larger than this are made again in the backward pass, whoever asks to keep them
 
 
 def _blocks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
@@ -57,7 +57,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 inside, column = _columns(ids, block)
                 chosen[rows] += logits.gather(1, column).squeeze(1) * inside
                 highest = logits.amax(dim=-1, keepdim=True)
-                total = _exp(logits.sub_(highest)).sum(dim=-1, keepdim=True).log_().add_(highest)
+                total = exp_(logits.sub_(highest)).sum(dim=-1, keepdim=True).log_().add_(highest)
                 torch.logaddexp(partitions[rows], total[:, 0], out=partitions[rows])
         ctx.save_for_backward(hidden, weight, bias, targets, partitions)
         ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
@@ -82,7 +82,7 @@ class _TokenLogprobs(torch.autograd.Function):
                 inside, column = _columns(ids, block)
                 # ∂ log P(target) / ∂ logit = [is target] − P(token)
                 d_logits = torch.sub(logits, partitions[rows, None], out=None if ctx.softcap else logits)
-                d_logits = _exp(d_logits).mul_(-outer)
+                d_logits = exp_(d_logits).mul_(-outer)
                 d_logits.scatter_add_(1, column, outer * inside[:, None])
                 if ctx.softcap is not None:
                     d_logits *= 1 - (logits / ctx.softcap) ** 2
@@ -109,7 +109,7 @@ class _TokenLogprobs(torch.autograd.Function):
         )
 
 
-def _exp(x: Tensor) -> Tensor:
+def exp_(x: Tensor) -> Tensor:
     """e^x in place; on a CPU by 2^x, which is several times as fast there."""
     return x.mul_(math.log2(math.e)).exp2_() if x.device.type == "cpu" else x.exp_()
 
@@ -144,12 +144,13 @@ def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
-def token_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> Tensor:
+def token_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor, keep_logits: bool = False) -> Tensor:
     """log P(target) under the model's output layer, in fp32 (fp64 for a model in fp64).
 
     Args:
         hidden: the last hidden states, Tensor of shape (N, hidden_size).
         targets: token ids, Tensor of shape (N,).
+        keep_logits: keep them for the backward pass, up to ``KEPT_BYTES``, instead of making them twice.
 
     Returns:
         Tensor of shape (N,).
@@ -163,7 +164,8 @@ def token_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor) -> T
             hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
         elif hidden.dtype != weight.dtype:
             hidden = hidden.to(weight.dtype)
-        keep = torch.is_grad_enabled() and len(targets) * weight.shape[0] * weight.element_size() <= KEPT_BYTES
+        keep = keep_logits and torch.is_grad_enabled()
+        keep = keep and len(targets) * weight.shape[0] * weight.element_size() <= KEPT_BYTES
         logprobs: Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, *_logit_shape(model), keep)
         return logprobs
 

@@ -34,6 +34,10 @@ LEARNING_RATE = 2e-5  # the paper's
 ADAPTER_LEARNING_RATE = 2e-4  # ten times as much: docs/adapters.md
 
 
+# The default of --max_tokens_per_forward; who asks for less wants memory, and logits are then not kept.
+ROOMY = 2048
+
+
 @dataclass
 class RRHFConfig(TrainingArguments, LossSettings):
     """Every argument of ``transformers.TrainingArguments``, with the paper's values as defaults, and those of RRHF.
@@ -66,7 +70,7 @@ class RRHFConfig(TrainingArguments, LossSettings):
     system_prompt: str | None = field(default=None, metadata={"help": "put before queries that are messages"})
     chat_template_kwargs: str | None = field(default=None, metadata={"help": "arguments of the chat template, as JSON"})
     max_tokens_per_forward: int = field(
-        default=2048,
+        default=ROOMY,
         metadata={"help": "rows of one forward pass; a record with more is computed in two passes, slice by slice"},
     )
 
@@ -328,7 +332,8 @@ class RRHFTrainer(Trainer):
         return total.detach()
 
     def _logprobs(self, model: nn.Module, records: Sequence[EncodedRecord]) -> dict[str, Any]:
-        outputs: dict[str, Any] = model(rrhf_records=records, rrhf_path=self.path)
+        roomy = self.args.max_tokens_per_forward >= ROOMY
+        outputs: dict[str, Any] = model(rrhf_records=records, rrhf_path=self.path, rrhf_keep_logits=roomy)
         return outputs
 
     def _gradients_shared(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
@@ -516,11 +521,16 @@ def _take_records(model: PreTrainedModel) -> None:
     plain = model.forward
 
     def forward(
-        self: PreTrainedModel, *args: Any, rrhf_records: Any = None, rrhf_path: str = "tree", **kwargs: Any
+        self: PreTrainedModel,
+        *args: Any,
+        rrhf_records: Any = None,
+        rrhf_path: str = "tree",
+        rrhf_keep_logits: bool = False,
+        **kwargs: Any,
     ) -> Any:
         if rrhf_records is None:
             return plain(*args, **kwargs)
-        found = response_logprobs(self, rrhf_records, rrhf_path)
+        found = response_logprobs(self, rrhf_records, rrhf_path, rrhf_keep_logits)
         return {"sums": found.sums, "lengths": found.lengths, "router_loss": found.router_loss}
 
     model.forward = types.MethodType(forward, model)

@@ -182,12 +182,17 @@ class Logprobs:
     router_loss: Tensor | None = None
 
 
-def response_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord], path: str = "tree") -> Logprobs:
-    """Score every response of ``records`` under ``model``: as trees, or (``padded``) one padded row a response."""
-    return PASSES[path](model, records)
+def response_logprobs(
+    model: PreTrainedModel, records: Sequence[EncodedRecord], path: str = "tree", keep_logits: bool = False
+) -> Logprobs:
+    """Score every response of ``records`` under ``model``: as trees, or (``padded``) one padded row a response.
+
+    ``keep_logits`` lets the tree pass keep its logits for the backward pass where they are not large, which is faster.
+    """
+    return tree_logprobs(model, records, keep_logits) if path == "tree" else padded_logprobs(model, records)
 
 
-def tree_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Logprobs:
+def tree_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord], keep_logits: bool = False) -> Logprobs:
     """The tree pass; ``model`` must look its attention up in transformers' interface."""
     model = causal_lm(model)
     device = model.get_input_embeddings().weight.device
@@ -202,7 +207,7 @@ def tree_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> L
             **_router_options(model),
         )
     hidden = outputs.last_hidden_state[0]
-    logprobs = token_logprobs(model, hidden[forest.rows], forest.targets)
+    logprobs = token_logprobs(model, hidden[forest.rows], forest.targets, keep_logits)
     sums = torch.zeros(len(forest.lengths), dtype=logprobs.dtype, device=logprobs.device)
     sums = sums.index_add(0, forest.owners, logprobs)
     return Logprobs(sums, forest.lengths, forest.input_ids.shape[1], _router_loss(model, outputs))
@@ -232,9 +237,6 @@ def padded_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord]) ->
         sums.append(logprobs.gather(1, input_ids[i, 1:][keep][:, None]).sum())
     lengths = torch.tensor([len(response) for _, response in rows], device=device)
     return Logprobs(torch.stack(sums), lengths, int(mask.sum()), _router_loss(model, outputs))
-
-
-PASSES = {"tree": tree_logprobs, "padded": padded_logprobs}
 
 
 def _router_options(model: PreTrainedModel) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from rrhf.logprobs import exp_
 from rrhf.sampling.decoding import Advance, Policy, Response
 from rrhf.sampling.settings import SamplingSettings
 
@@ -45,7 +46,7 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float) -> Te
     values, tokens = torch.topk(logits, kept, dim=-1)
     weights = torch.exp(values - values[:, :1]).double()
     if top_k is None:
-        total = torch.exp(logits - values[:, :1]).sum(dim=-1, dtype=torch.float64)
+        total = exp_(logits - values[:, :1]).sum(dim=-1, dtype=torch.float64)
         if kept < vocabulary and bool((weights.sum(-1) < top_p * total).any()):
             values, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
             weights = torch.exp(values - values[:, :1]).double()
@@ -61,7 +62,7 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float) -> Te
 
 def _draw_from_all(logits: Tensor, uniform: Tensor) -> Tensor:
     rows, vocabulary = logits.shape
-    weights = torch.exp(logits - logits.amax(dim=-1, keepdim=True))
+    weights = exp_(logits - logits.amax(dim=-1, keepdim=True))
     padding = -vocabulary % BLOCK
     if padding:
         weights = torch.nn.functional.pad(weights, (0, padding))
@@ -209,7 +210,7 @@ class Beams:
                 scores = scores / self.settings.temperature
             top = torch.topk(scores, count, dim=-1)
             highest = top.values[:, :1]
-            rest = (scores - highest).exp_().sum(dim=-1, keepdim=True).log()
+            rest = exp_(scores - highest).sum(dim=-1, keepdim=True).log()
             values.append(top.values - highest - rest)
             tokens.append(top.indices)
         if values[0].dtype == torch.float64 and self.running.dtype != torch.float64:
