@@ -131,6 +131,22 @@ def peak_gb() -> float:
     return torch.cuda.max_memory_allocated() / 1e9 if torch.cuda.is_available() else _resident("VmHWM")
 
 
+def tensors_gb(work: Callable[[], Any]) -> float:
+    """The most memory that tensors made by ``work`` take at a time, in GB: what the allocator is asked for."""
+    if torch.cuda.is_available():
+        before = memory_gb()
+        work()
+        return peak_gb() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        work()
+    events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
+    now = most = 0
+    for event in sorted(events, key=lambda event: event.start_ns()):
+        now += event.nbytes()
+        most = max(most, now)
+    return most / 1e9
+
+
 def _resident(name: str) -> float:
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) * 1024 / 1e9

@@ -13,9 +13,10 @@ import pytest
 import torch
 from transformers import GenerationConfig, PreTrainedModel
 
-from conftest import tiny_model
+from conftest import in_fp64, tiny_model, tiny_tokenizer
 from oracles.beam_search import Outcome, diverse_beam_search, model_logprobs
-from rrhf.sampling import SamplingSettings
+from rrhf.errors import UserError
+from rrhf.sampling import Sampler, SamplingSettings
 from rrhf.sampling import decoding as decoding_module
 from rrhf.sampling.decoding import Response, decode
 from rrhf.sampling.policies import POLICIES
@@ -415,3 +416,32 @@ def test_each_query_has_its_own_end_tokens() -> None:
         )
         alone = [ours(model, [q], sorted(e), path, policy=policy, max_new_tokens=12)[0] for q, e in zip(queries, ends)]
         assert together == alone
+
+
+@pytest.mark.parametrize("policy", ["greedy", "top-k", "top-p", "beam", "diverse-beam"])
+@pytest.mark.parametrize("place", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
+def test_outputs_that_are_no_numbers_end_in_an_error(policy: str, place: str) -> None:
+    model = tiny_model("llama")
+    with torch.no_grad():
+        model.get_parameter(place)[3, 2] = torch.nan
+    width = {"num_responses": 2} if policy in ("top-k", "top-p") else {}
+    beams = {"num_beams": 2} if "beam" in policy else {}
+    sampler = Sampler(model, tiny_tokenizer(), SamplingSettings(policy=policy, max_new_tokens=4, **width, **beams))
+    with pytest.raises(UserError, match="no finite numbers"):
+        sampler.draw([[1, 2, 3]], ["a"], [set()])
+
+
+def test_keys_that_lie_for_products_give_the_fused_kernels_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What bfloat16 does on a CPU, run in fp64 with queries that finish early and buffers packed anew."""
+    model = in_fp64(tiny_model("llama"))
+    queries = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
+    ends = [set(range(20)), set(), set(range(40)), {96}]
+    found = {}
+    for plain in (False, True):
+        monkeypatch.setattr(decoding_module, "_plain_products", lambda x, plain=plain: plain)
+        for policy in ("top-p", "beam"):
+            width = {"num_responses": 3} if policy == "top-p" else {"num_beams": 3}
+            sampler = Sampler(model, tiny_tokenizer(), SamplingSettings(policy=policy, max_new_tokens=12, **width))
+            found[plain, policy] = sampler.draw(queries, list("abcd"), ends)
+    assert found[True, "top-p"] == found[False, "top-p"]
+    assert found[True, "beam"] == found[False, "beam"]

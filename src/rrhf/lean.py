@@ -124,6 +124,8 @@ def _unpack(kept: Any) -> Tensor:
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
     if not _plain(hidden_states, self.weight):
         return type(self).forward(self, hidden_states)
+    if not torch.is_grad_enabled():
+        return _norm(hidden_states, self.weight, _epsilon(self))
     found: Tensor = _RMSNorm.apply(hidden_states, self.weight, _epsilon(self))
     if found.requires_grad and found.is_contiguous():
         remade = _Remade(hidden_states, self.weight, _epsilon(self))

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rrhf.attention import NO_MASK, masked_attention, our_attention
+from rrhf.errors import UserError
 from rrhf.logprobs import output_logits
 from rrhf.tree import causal_lm
 
@@ -96,7 +97,8 @@ def _device(model: PreTrainedModel) -> torch.device:
 class SharedCache:
     """The stepper on our attention, and the ``Layout`` of its forward calls.
 
-    Buffers a layer: [N, H_kv, C, D] with C = longest query + width · (max_new_tokens − 1) columns.
+    Buffers a layer: values [N, H_kv, C, D] with C = longest query + width · (max_new_tokens − 1) columns; keys
+    [N, H_kv, D, C], so that a product reads them as they lie, where plain products are faster than fused attention.
     """
 
     def __init__(self, model: PreTrainedModel, queries: Sequence[list[int]], width: int, max_new_tokens: int) -> None:
@@ -131,7 +133,14 @@ class SharedCache:
                 stop += 1
             logits.append(self._prefill(start, stop))
             start = stop
-        return torch.cat(logits)
+        found = torch.cat(logits)
+        self._finite(found.amax(dim=-1))  # the output layer too, once: −inf for tokens that never come is sound
+        return found
+
+    def _finite(self, hidden: Tensor) -> Tensor:
+        if not bool(torch.isfinite(hidden).all()):
+            raise _not_numbers(self.model)
+        return hidden
 
     def _prefill(self, start: int, stop: int) -> Tensor:
         queries = self.queries[start:stop]
@@ -152,11 +161,14 @@ class SharedCache:
         return outputs.last_hidden_state[0]
 
     def store(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The buffers of a layer, made when its first keys come (heads and sizes differ between models)."""
+        """The buffers of a layer, [N, H_kv, C, D], made when its first keys come (sizes differ between models)."""
         if layer not in self.keys:
             shape = (len(self.queries), like.shape[1], self.columns, like.shape[-1])
-            self.keys[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
             self.values[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
+            if _plain_products(like):
+                self.keys[layer] = self.values[layer].new_zeros(*shape[:2], shape[3], shape[2]).transpose(2, 3)
+            else:
+                self.keys[layer] = torch.zeros_like(self.values[layer])
         return self.keys[layer], self.values[layer]
 
     # -- one step
@@ -174,7 +186,7 @@ class SharedCache:
         self._everything = len(row) == len(self.visible) * self.width
         self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
         self.steps += 1
-        hidden = self._forward(advance.tokens, self.lengths[query] + self.steps - 1, self)
+        hidden = self._finite(self._forward(advance.tokens, self.lengths[query] + self.steps - 1, self))
         return output_logits(self.model, hidden)
 
     def attend(
@@ -205,7 +217,8 @@ class SharedCache:
             full[self._row, :, :, self._slot] = query.view(heads, groups, -1, size).permute(2, 0, 1, 3)
             queries = full.view(count, heads, groups * self.width, size)
         mask = self._mask(window, query.dtype, groups)
-        output = masked_attention(queries, keys[:, :, :end], values[:, :, :end], mask, scaling, softcap)
+        attend = _attend_plainly if _plain_products(query) else masked_attention
+        output = attend(queries, keys[:, :, :end], values[:, :, :end], mask, scaling, softcap)
         output = output.view(count, heads, groups, self.width, -1)
         if self._everything:
             return output.permute(0, 3, 1, 2, 4).reshape(1, count * self.width, heads * groups, -1)
@@ -233,11 +246,30 @@ class SharedCache:
             return
         rows = self.place[live]
         for layer in self.keys:
-            self.keys[layer] = self.keys[layer][rows]
+            lying = self.keys[layer].transpose(2, 3).is_contiguous()
+            self.keys[layer] = (
+                self.keys[layer].transpose(2, 3)[rows].transpose(2, 3) if lying else self.keys[layer][rows]
+            )
             self.values[layer] = self.values[layer][rows]
         self.visible, self.positions = self.visible[rows], self.positions[rows]
         self.place = torch.full_like(self.place, -1)
         self.place[live] = torch.arange(len(live), device=self.device)
+
+
+def _plain_products(x: Tensor) -> bool:
+    """Whether two products and a softmax beat torch's fused kernel for a few rows: on CPUs in bfloat16."""
+    return x.device.type == "cpu" and x.dtype == torch.bfloat16
+
+
+def _attend_plainly(
+    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
+) -> Tensor:
+    """``masked_attention`` for as many heads of queries as of keys, as two products with a softmax in fp32."""
+    scores = torch.matmul(query, key.transpose(2, 3)).float().mul_(scaling)
+    if softcap is not None:
+        scores = scores.div_(softcap).tanh_().mul_(softcap)
+    weights = torch.softmax(scores.add_(mask), dim=-1)
+    return torch.matmul(weights.to(query.dtype), value)
 
 
 class _QueryPass:
@@ -322,7 +354,17 @@ class TransformersCache:
         outputs = self.model(
             input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
         )
-        return outputs.logits[:, -1]
+        logits: Tensor = outputs.logits[:, -1]
+        if not bool(torch.isfinite(logits.amax(dim=-1)).all()):  # −inf for tokens that never come is sound
+            raise _not_numbers(self.model)
+        return logits
+
+
+def _not_numbers(model: PreTrainedModel) -> UserError:
+    return UserError(
+        f"{model.config._name_or_path or type(model).__name__}: its outputs are no finite numbers, so nothing can be "
+        "drawn from them. Its weights may be damaged, or overflow in their type (try --dtype float32)"
+    )
 
 
 STEPPERS: dict[str, type[SharedCache] | type[TransformersCache]] = {"tree": SharedCache, "padded": TransformersCache}
