@@ -420,13 +420,15 @@ def test_each_query_has_its_own_end_tokens() -> None:
 
 @pytest.mark.parametrize("policy", ["greedy", "top-k", "top-p", "beam", "diverse-beam"])
 @pytest.mark.parametrize("place", ["model.layers.1.mlp.up_proj.weight", "lm_head.weight"])
-def test_outputs_that_are_no_numbers_end_in_an_error(policy: str, place: str) -> None:
+@pytest.mark.parametrize("path", ["tree", "padded"])
+def test_outputs_that_are_no_numbers_end_in_an_error(policy: str, place: str, path: str) -> None:
     model = tiny_model("llama")
-    with torch.no_grad():
-        model.get_parameter(place)[3, 2] = torch.nan
     width = {"num_responses": 2} if policy in ("top-k", "top-p") else {}
     beams = {"num_beams": 2} if "beam" in policy else {}
     sampler = Sampler(model, tiny_tokenizer(), SamplingSettings(policy=policy, max_new_tokens=4, **width, **beams))
+    sampler.path = path
+    with torch.no_grad():
+        model.get_parameter(place)[3, 2] = torch.nan
     with pytest.raises(UserError, match="no finite numbers"):
         sampler.draw([[1, 2, 3]], ["a"], [set()])
 
