@@ -126,7 +126,7 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
     name = resolve_model(settings.model)
     if name.endswith(".gguf"):
         name = str(gguf_as_folder(Path(name)))
-    _check_folder(name)
+    check_folder(name)
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device, training)
     options: dict[str, Any] = {}
@@ -142,7 +142,8 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
     return model.to(device).eval(), tokenizer
 
 
-def _check_folder(name: str) -> None:
+def check_folder(name: str) -> None:
+    """Refuse, with a ``UserError``, the name of a folder that is not there or holds no model."""
     folder = Path(name)
     looks_local = folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2
     if not folder.exists():

@@ -24,7 +24,6 @@ from rrhf.branches import Branches, branch_attention, branches
 from rrhf.logprobs import token_logprobs
 from rrhf.text import EncodedRecord
 
-PATHS = ("tree", "padded")
 BRANCHED = ("cpu",)  # where many small products are cheaper than few with work on what is masked
 COPIED_PARAMETERS = 2_000_000_000  # a low-precision model up to this size is checked on a copy in fp32
 

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 from rrhf.adapters import is_adapter
 from rrhf.errors import UserError, nearest
 from rrhf.files import append_line
-from rrhf.models import ModelSettings, _check_folder, gguf_as_folder, resolve_model
+from rrhf.models import ModelSettings, check_folder, gguf_as_folder, resolve_model
 from rrhf.parts import Work, checksum_of_file, checksum_of_records, in_parts, nothing_left
 from rrhf.progress import progress
 from rrhf.records import WRITERS, Query, Record, file_suffix, read_records, record_from_row, record_line
@@ -121,7 +121,7 @@ class LocalModel:
             return  # its loading says what is wrong with it, or with its base model
         if name.endswith(".gguf"):
             name = str(gguf_as_folder(Path(name)))
-        _check_folder(name)
+        check_folder(name)
         from transformers import AutoConfig, AutoTokenizer
 
         try:
