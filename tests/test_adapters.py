@@ -16,6 +16,7 @@ from rrhf.commands import demo
 from rrhf.errors import UserError
 from rrhf.models import ModelSettings
 from rrhf.recipes.config import override, parse_config, read_config
+from rrhf.report.page import number
 from rrhf.trainer import RRHFConfig, RRHFTrainer
 
 pytest.importorskip("peft")
@@ -70,7 +71,7 @@ def test_a_run_with_lora_evaluates_what_it_trained(base: Path, tmp_path: Path) -
             name: [row["responses"] for row in tiny.read_rows(run / f"evaluation.{name}.jsonl")]
             for name in ("rho", "pi")
         }
-        assert f"{evaluations[merge]['reward_gain']['mean']:.3f}" in (run / "report.html").read_text(encoding="utf-8")
+        assert number(evaluations[merge]["reward_gain"]["mean"]) in (run / "report.html").read_text(encoding="utf-8")
         card = (run / "model" / "README.md").read_text(encoding="utf-8")
         assert ("A language model" if merge else "A LoRA adapter") in card
         history = json.loads((run / "model" / "trainer_state.json").read_text())["log_history"]

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tiny
+from rrhf.report.page import number
 from tiny import Result, count, die, put
 
 RUN = ("run", "config.yaml", "--output", "run")
@@ -182,9 +183,9 @@ def test_the_report_and_the_terminal_show_the_numbers(undisturbed: Path) -> None
     evaluation = json.loads((run / "evaluation.json").read_text())
     page = (run / "report.html").read_text(encoding="utf-8")
     for name in ("rho", "pi"):
-        assert f"{evaluation[name]['reward_mean']:.3f}" in page
+        assert number(evaluation[name]["reward_mean"]) in page
         assert evaluation[name]["n"] == 9
-    assert f"{evaluation['reward_gain']['mean']:.3f}" in page
+    assert number(evaluation["reward_gain"]["mean"]) in page
     assert evaluation["reward_gain"]["mean"] == pytest.approx(
         evaluation["pi"]["reward_mean"] - evaluation["rho"]["reward_mean"]
     )
