@@ -19,8 +19,8 @@ IDS = torch.arange(40)[None] % 97
 
 
 def changed(model: Any) -> set[str]:
-    """The classes of modules whose forward pass is replaced."""
-    return {type(module).__name__ for module in model.modules() if "forward" in vars(module)}
+    """The classes of modules whose forward pass is replaced, but for linear layers (tests/test_products.py)."""
+    return {type(module).__name__ for module in model.modules() if "forward" in vars(module)} - {"Linear"}
 
 
 def outcome(model: Any) -> tuple[Tensor, dict[str, Tensor]]:

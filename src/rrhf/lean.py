@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from rrhf import products
+
 
 class _RMSNorm(torch.autograd.Function):
     """y = w · x / √(mean(x²) + ε); the quotient in fp32 and rounded to x's type, as transformers does."""
@@ -60,9 +62,9 @@ class _GatedMLP(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-        gated, raised = nn.functional.linear(x, gate), nn.functional.linear(x, up)
+        gated, raised = products.linear(x, gate), products.linear(x, up)
         ctx.save_for_backward(x, gate, up, down, gated, raised)
-        return nn.functional.linear(nn.functional.silu(gated).mul_(raised), down)
+        return products.linear(nn.functional.silu(gated).mul_(raised), down)
 
     @staticmethod
     @once_differentiable
@@ -72,14 +74,14 @@ class _GatedMLP(torch.autograd.Function):
         x, gated, raised, outer = (t.flatten(0, -2) for t in (x, gated, raised, gradients[0]))
         need = ctx.needs_input_grad
         activated = nn.functional.silu(gated)
-        d_product = outer @ down
-        d_down = outer.t() @ (activated * raised) if need[3] else None
+        d_product = products.matmul(outer, down)
+        d_down = products.matmul(outer.t(), activated * raised) if need[3] else None
         d_raised = activated.mul_(d_product)
         d_gated = torch.ops.aten.silu_backward(d_product.mul_(raised), gated)
         return (
-            torch.addmm(d_gated @ gate, d_raised, up).view(shape) if need[0] else None,
-            d_gated.t() @ x if need[1] else None,
-            d_raised.t() @ x if need[2] else None,
+            products.addmm(products.matmul(d_gated, gate), d_raised, up).view(shape) if need[0] else None,
+            products.matmul(d_gated.t(), x) if need[1] else None,
+            products.matmul(d_raised.t(), x) if need[2] else None,
             d_down,
         )
 
@@ -145,6 +147,13 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     return found
 
 
+def _linear_forward(self: Any, x: Tensor) -> Tensor:
+    if not _plain(x, self.weight):
+        return type(self).forward(self, x)
+    found: Tensor = products.Linear.apply(x, self.weight, self.bias)
+    return found
+
+
 def _plain(x: Tensor, *weights: Any) -> bool:
     """Ordinary tensors of one type on a CPU: not sharded, quantised, gathered layer by layer, or cast on the way."""
     return (
@@ -175,7 +184,11 @@ def _is_mlp(module: nn.Module) -> bool:
     )
 
 
-_FORWARDS = {_is_norm: _norm_forward, _is_mlp: _mlp_forward}
+def _is_linear(module: nn.Module) -> bool:
+    return type(module) is nn.Linear and module.weight.dtype == torch.float32 and products.onednn_is_faster()
+
+
+_FORWARDS = {_is_norm: _norm_forward, _is_mlp: _mlp_forward, _is_linear: _linear_forward}
 
 
 # What a model's classes of modules were found to compute, by their first module.
@@ -206,12 +219,12 @@ def lean(model: nn.Module) -> Iterator[None]:
 
 @torch.no_grad()
 def _equal(module: nn.Module, forward: Any) -> bool:
-    """Whether ``forward`` gives the module's numbers, tried in fp32 on random input."""
+    """Whether ``forward`` gives the module's numbers, tried in fp64 on random input (products round in fp32)."""
     try:
-        probe = copy.deepcopy(module).float()
+        probe = copy.deepcopy(module).double()
         weight = next(probe.parameters())
         generator = torch.Generator(weight.device).manual_seed(0)
-        x = torch.randn(2, weight.shape[-1], generator=generator, device=weight.device)
+        x = torch.randn(2, weight.shape[-1], generator=generator, device=weight.device, dtype=torch.float64)
         return torch.allclose(probe(x), forward(probe, x), rtol=1e-4, atol=1e-5)
     except Exception:  # a module that looks alike and is called otherwise keeps its own forward pass
         return False

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
+from rrhf import products
+
 LOGIT_ROWS = 2048  # tokens that share one pass over the output layer's weights
 # Logits that exist at a time. On a CPU a block should stay in its caches; a GPU wants few, large products.
 LOGIT_ELEMENTS = {"cpu": 1 << 20}
@@ -50,7 +52,7 @@ class _TokenLogprobs(torch.autograd.Function):
         for rows in _row_chunks(len(targets)):
             part, ids = hidden[rows], targets[rows]
             for block in _blocks(len(ids), len(weight), hidden.device):
-                raw = nn.functional.linear(part, weight[block], None if bias is None else bias[block])
+                raw = products.linear(part, weight[block], None if bias is None else bias[block])
                 logits = _shaped(raw, scale, softcap, spare=not keep)
                 if keep:
                     kept.append(raw)
@@ -77,7 +79,7 @@ class _TokenLogprobs(torch.autograd.Function):
             for block in _blocks(len(ids), len(weight), hidden.device):
                 raw = next(kept, None)
                 if raw is None:
-                    raw = nn.functional.linear(part, weight[block], None if bias is None else bias[block])
+                    raw = products.linear(part, weight[block], None if bias is None else bias[block])
                 logits = _shaped(raw, ctx.scale, ctx.softcap, spare=True)
                 inside, column = _columns(ids, block)
                 # ∂ log P(target) / ∂ logit = [is target] − P(token)
@@ -92,12 +94,12 @@ class _TokenLogprobs(torch.autograd.Function):
                     d_bias[block] += d_logits.sum(dim=0)
                 d_logits = d_logits.to(hidden.dtype)
                 if d_hidden is not None:
-                    d_hidden[rows] += d_logits @ weight[block]
+                    d_hidden[rows] += products.matmul(d_logits, weight[block])
                 if d_weight is not None:
                     if rows.start:
-                        d_weight[block].addmm_(d_logits.t(), part)
+                        d_weight[block] = products.addmm(d_weight[block], d_logits.t(), part)
                     else:
-                        torch.mm(d_logits.t(), part, out=d_weight[block])
+                        products.matmul(d_logits.t(), part, out=d_weight[block])
         return (
             None if d_hidden is None else d_hidden.to(hidden.dtype),
             d_weight,
