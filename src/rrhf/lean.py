@@ -143,13 +143,19 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     hooked = any(layer._forward_hooks or layer._forward_pre_hooks for layer in layers)
     if hooked or not _plain(x, *(layer.weight for layer in layers)):
         return type(self).forward(self, x)
-    found: Tensor = _GatedMLP.apply(x, *(layer.weight for layer in layers))
+    gate, up, down = (layer.weight for layer in layers)
+    if not torch.is_grad_enabled():
+        activated = nn.functional.silu(products.linear(x, gate), inplace=True)
+        return products.linear(activated.mul_(products.linear(x, up)), down)
+    found: Tensor = _GatedMLP.apply(x, gate, up, down)
     return found
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
     if not _plain(x, self.weight):
         return type(self).forward(self, x)
+    if not torch.is_grad_enabled():
+        return products.linear(x, self.weight, self.bias)
     found: Tensor = products.Linear.apply(x, self.weight, self.bias)
     return found
 
@@ -185,7 +191,10 @@ def _is_mlp(module: nn.Module) -> bool:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    return type(module) is nn.Linear and module.weight.dtype == torch.float32 and products.onednn_is_faster()
+    if type(module) is not nn.Linear:
+        return False
+    exact = module.weight.dtype == torch.float32 and products.onednn_is_faster()
+    return exact or products.is_packed(module.weight)
 
 
 _FORWARDS = {_is_norm: _norm_forward, _is_mlp: _mlp_forward, _is_linear: _linear_forward}

@@ -1,19 +1,29 @@
-"""Matrix products in fp32 on CPUs, by whichever of torch's two libraries is the faster there.
+"""Matrix products on CPUs: fp32 by the faster of torch's two libraries, and weights laid out for few rows.
 
 torch gives fp32 products to MKL, which keeps to AVX2 on processors that are not Intel's; oneDNN, which torch has too,
 uses their AVX-512 and is more than twice as fast (docs/benchmarks.md). Which one is taken depends on the processor
 alone, so that a run that is resumed on its machine takes the same one. Other types, and GPUs, are torch's own affair.
+
+A product of a few hundred rows, as decoding makes them, spends a tenth or more of its time on laying the weight out for
+the processor's vectors; ``packed`` does that once for many products.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+
+PACKED_BYTES = 1 << 31  # models whose linear layers take more are not laid out a second time
+
+# Weights laid out for oneDNN, by the address of the tensor they were made from.
+_packed: dict[int, Tensor] = {}
 
 
 @functools.cache
@@ -63,7 +73,53 @@ def addmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, as ``torch.nn.functional.linear``, but without autograd."""
+    laid_out = _packed.get(weight.data_ptr()) if _packed else None
+    if laid_out is not None and x.numel() and laid_out.shape == weight.shape:
+        return _onednn(x, laid_out, bias)
     return _onednn(x, weight, bias) if _taken(x, weight, bias) else nn.functional.linear(x, weight, bias)
+
+
+def is_packed(weight: Tensor) -> bool:
+    """Whether ``linear`` has this weight laid out."""
+    return weight.data_ptr() in _packed
+
+
+@contextlib.contextmanager
+def packed(model: nn.Module, rows: int) -> Iterator[None]:
+    """Lay the weights of ``model``'s linear layers out for products of about ``rows`` rows, while the context lasts.
+
+    Nothing happens on a GPU, for types that oneDNN does not take here, and where the copies would be large. The weights
+    must not change meanwhile.
+    """
+    weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    if _packed or not all(_packs(weight) for weight in weights):
+        yield
+        return
+    if sum(weight.nbytes for weight in weights) > PACKED_BYTES:
+        yield
+        return
+    try:
+        for weight in weights:
+            _packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+        yield
+    finally:
+        _packed.clear()
+
+
+def _packs(weight: Tensor) -> bool:
+    if weight.device.type != "cpu" or type(weight) is not nn.Parameter or not weight.is_contiguous():
+        return False
+    if weight.dtype == torch.bfloat16:
+        return _bfloat16_works()
+    return _taken(weight)
+
+
+@functools.cache
+def _bfloat16_works() -> bool:
+    try:
+        return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported()) and _onednn_works()
+    except (AttributeError, RuntimeError):
+        return False
 
 
 class Linear(torch.autograd.Function):

@@ -8,6 +8,7 @@ queries that finished leave the buffer.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -19,10 +20,12 @@ from transformers import DynamicCache, PreTrainedModel
 from rrhf.attention import NO_MASK, masked_attention, our_attention
 from rrhf.errors import UserError
 from rrhf.logprobs import output_logits
+from rrhf.products import packed
 from rrhf.tree import causal_lm
 
 PREFILL_TOKENS = 4096  # query tokens of one prefill forward
 COMPACT_BELOW = 0.75  # share of live queries under which the buffers are packed anew
+PACK_ROWS, PACK_TOKENS = 32, 32  # from so many rows a step and tokens a response on, laying weights out anew pays
 
 
 @dataclass(frozen=True)
@@ -82,7 +85,12 @@ def decode(
         For each query its responses, in the policy's order.
     """
     stepper = STEPPERS[path](model, queries, policy.width, max_new_tokens)
-    with our_attention(causal_lm(model)) if path == "tree" else torch.inference_mode():
+    rows = len(queries) * policy.width
+    with contextlib.ExitStack() as stack:
+        if path == "tree":
+            if rows >= PACK_ROWS and max_new_tokens >= PACK_TOKENS:
+                stack.enter_context(packed(causal_lm(model), rows))
+            stack.enter_context(our_attention(causal_lm(model)))
         slots = torch.arange(len(queries), device=_device(model)) * policy.width
         advance = policy.advance(stepper.prefill(), slots)
         while len(advance.slots):
@@ -205,6 +213,7 @@ class SharedCache:
         heads, size = key.shape[1], query.shape[-1]
         groups = query.shape[1] // heads
         count, end = len(keys), self._column + self.width
+        plain = _plain_products(query)
         if self._everything:  # all slots live, in order: plain views
             keys[:, :, self._column : end] = key.view(heads, count, self.width, size).transpose(0, 1)
             values[:, :, self._column : end] = value.view(heads, count, self.width, -1).transpose(0, 1)
@@ -216,8 +225,8 @@ class SharedCache:
             full = query.new_zeros(count, heads, groups, self.width, size)
             full[self._row, :, :, self._slot] = query.view(heads, groups, -1, size).permute(2, 0, 1, 3)
             queries = full.view(count, heads, groups * self.width, size)
-        mask = self._mask(window, query.dtype, groups)
-        attend = _attend_plainly if _plain_products(query) else masked_attention
+        mask = self._mask(window, torch.float32 if plain else query.dtype, groups)
+        attend = _attend_plainly if plain else masked_attention
         output = attend(queries, keys[:, :, :end], values[:, :, :end], mask, scaling, softcap)
         output = output.view(count, heads, groups, self.width, -1)
         if self._everything:
@@ -265,10 +274,10 @@ def _attend_plainly(
     query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
     """``masked_attention`` for as many heads of queries as of keys, as two products with a softmax in fp32."""
-    scores = torch.matmul(query, key.transpose(2, 3)).float().mul_(scaling)
+    scores = torch.matmul(query, key.transpose(2, 3)).float()
     if softcap is not None:
-        scores = scores.div_(softcap).tanh_().mul_(softcap)
-    weights = torch.softmax(scores.add_(mask), dim=-1)
+        scores, scaling = scores.mul_(scaling / softcap).tanh_(), softcap
+    weights = torch.softmax(torch.add(mask, scores, alpha=scaling, out=scores), dim=-1)
     return torch.matmul(weights.to(query.dtype), value)
 
 

@@ -13,8 +13,8 @@ from rrhf.logprobs import exp_
 from rrhf.sampling.decoding import Advance, Policy, Response
 from rrhf.sampling.settings import SamplingSettings
 
-ROWS = 64  # rows whose [rows, vocabulary] temporaries exist at a time: they stay in the processor's cache
-BLOCK = 256  # tokens whose probabilities are summed before the search for a draw
+ROWS = 16  # rows whose [rows, vocabulary] temporaries exist at a time: they stay in the processor's cache
+BLOCK = 256  # tokens whose probabilities are summed, or their maxima taken, before a search inside
 NUCLEUS = 1024  # likeliest tokens among which a nucleus is looked for before the whole vocabulary is sorted
 NEVER = -1.0e9  # the score of what cannot be
 
@@ -75,6 +75,19 @@ def _draw_from_all(logits: Tensor, uniform: Tensor) -> Tensor:
     index = torch.searchsorted(inside.cumsum(dim=-1), target - before, right=True)
     last = BLOCK - 1 - inside.flip(-1).gt(0).to(torch.uint8).argmax(dim=-1, keepdim=True)  # never a token of no weight
     return block[:, 0] * BLOCK + torch.minimum(index, last)[:, 0]
+
+
+def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """``torch.topk`` of [R, V]: on a CPU looked for in the ``count`` blocks with the largest maxima, which hold it."""
+    rows, vocabulary = scores.shape
+    if scores.device.type != "cpu" or vocabulary % BLOCK or count * BLOCK >= vocabulary:
+        found = torch.topk(scores, count, dim=-1)
+        return found.values, found.indices
+    blocks = scores.view(rows, -1, BLOCK)
+    best = torch.topk(blocks.amax(dim=-1), count, dim=-1).indices
+    inside = blocks.gather(1, best[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
+    found = torch.topk(inside, count, dim=-1)
+    return found.values, best.gather(1, found.indices // BLOCK) * BLOCK + found.indices % BLOCK
 
 
 class Draws:
@@ -208,11 +221,11 @@ class Beams:
             scores = part.double() if part.dtype == torch.float64 else part.float()
             if self.settings.temperature != 1.0:
                 scores = scores / self.settings.temperature
-            top = torch.topk(scores, count, dim=-1)
-            highest = top.values[:, :1]
+            best, indices = _top(scores, count)
+            highest = best[:, :1]
             rest = exp_(scores - highest).sum(dim=-1, keepdim=True).log()
-            values.append(top.values - highest - rest)
-            tokens.append(top.indices)
+            values.append(best - highest - rest)
+            tokens.append(indices)
         if values[0].dtype == torch.float64 and self.running.dtype != torch.float64:
             self.running, self.finished = self.running.double(), self.finished.double()
         return torch.cat(values), torch.cat(tokens)
