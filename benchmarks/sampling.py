@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from common import arguments, hh_records, load, machine, matmul_peak, report, seconds, table
+from common import arguments, hh_records, load, machine, matmul_peak, memory_gb, peak_gb, report, seconds, table
 from rrhf.memory import keep_freed_memory
 from rrhf.sampling import Sampler, SamplingSettings
 
@@ -104,7 +104,8 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--batches", type=int, nargs="+", default=[16, 64])
+    parser.add_argument("--batches", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--other_batches", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--old", help="a Python with transformers 4.46, for diverse beam")
@@ -113,6 +114,7 @@ def main() -> None:
     queries = sorted((list(record.query) for record in records), key=len, reverse=True)
     rows, lines = [], [f"Machine: {machine()}."]
     tokens = len(queries) * 4 * options.new_tokens
+    memory_gb()
     plan = [(dtype, policy) for dtype in options.dtypes for policy in options.policies]
     others: dict[tuple[str, str], tuple[str, dict[int, float]]] = {}
     # All others first: what the command line does for its own process (see rrhf.memory) is not theirs.
@@ -120,12 +122,13 @@ def main() -> None:
         model, tokenizer = load(options.model, options.device, dtype)
         if policy == "diverse-beam" and options.old:
             folder = model.config._name_or_path
-            found = {b: old(options.old, folder, queries, dtype, options.new_tokens, b) for b in options.batches}
+            found = {b: old(options.old, folder, queries, dtype, options.new_tokens, b) for b in options.other_batches}
             others[dtype, policy] = "group beam search of transformers 4.46", found
         else:
-            found = {b: theirs(model, queries, policy, options.new_tokens, b) for b in options.batches}
+            found = {b: theirs(model, queries, policy, options.new_tokens, b) for b in options.other_batches}
             others[dtype, policy] = "generate" + (", 4 plain beams" if policy == "diverse-beam" else ""), found
         print(dtype, policy, found, file=sys.stderr, flush=True)
+    peaks = [peak_gb()]
     keep_freed_memory()
     for dtype, policy in plan:
         model, tokenizer = load(options.model, options.device, dtype)
@@ -145,7 +148,9 @@ def main() -> None:
             ]
         )
         print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+    peaks.append(peak_gb())
     lines += [
+        f"Peak memory: {peaks[0]:.1f} GB up to the end of the others' runs, {peaks[1]:.1f} GB in all.",
         f"{len(queries)} real prompts of up to 128 tokens, 4 responses a query, {options.new_tokens} new tokens.",
         "",
         table(["policy", "type", "rrhf tok/s", "other tok/s", "ratio", "other"], rows),

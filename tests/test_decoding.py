@@ -434,7 +434,8 @@ def test_outputs_that_are_no_numbers_end_in_an_error(policy: str, place: str, pa
 
 
 def test_keys_that_lie_for_products_give_the_fused_kernels_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What bfloat16 does on a CPU, run in fp64 with queries that finish early and buffers packed anew."""
+    """What bfloat16 does on a CPU, run in fp64 with queries that finish early, buffers packed anew and many blocks."""
+    monkeypatch.setattr(decoding_module, "BLOCK", 7)  # two steps of three slots
     model = in_fp64(tiny_model("llama"))
     queries = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
     ends = [set(range(20)), set(), set(range(40)), {96}]

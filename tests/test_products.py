@@ -129,3 +129,30 @@ def test_which_processors_take_it(
     monkeypatch.setattr(Path, "read_text", lambda _: processor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
     assert products.onednn_is_faster.__wrapped__() is expected
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_packed_weights_give_the_model_its_numbers(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", products._onednn_works)
+    model = tiny_model("llama-tied").to(dtype)
+    linears = [module.weight for module in model.modules() if type(module) is nn.Linear]
+    if not all(products._packs(weight) for weight in linears):
+        pytest.skip(f"oneDNN does not take {dtype} here")
+    ids = torch.arange(1, 30)[None]
+    with torch.inference_mode():
+        stock = model(input_ids=ids).logits
+        with products.packed(model, 16), our_attention(model):
+            assert all(products.is_packed(weight) for weight in linears)
+            found = model(input_ids=ids).logits
+    assert not any(products.is_packed(weight) for weight in linears)
+    assert torch.allclose(found, stock, atol=1e-5 if dtype == torch.float32 else 0.05)
+
+
+def test_what_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(products, "onednn_is_faster", products._onednn_works)
+    model = tiny_model("llama")
+    with products.packed(model.double(), 16):
+        assert not products._packed
+    monkeypatch.setattr(products, "PACKED_BYTES", 1000)
+    with products.packed(model.float(), 16):
+        assert not products._packed

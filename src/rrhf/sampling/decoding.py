@@ -1,7 +1,7 @@
 """The decode loop that all sampling policies share: each query runs once, its responses read its keys together.
 
-Keys and values of a query and of all its responses lie in one buffer that never moves: first the query's columns,
-then, step by step, one column a slot. Which columns a slot may read is a mask that follows its ancestry, so beams
+Keys and values of a query and of all its responses lie in buffers that never move: first the query's columns, then,
+step by step, one column a slot. Which columns a slot may read is a mask that follows its ancestry, so beams
 that change places change a few booleans instead of copying caches. Slots that finished leave the forward pass;
 queries that finished leave the buffer.
 """
@@ -25,6 +25,7 @@ from rrhf.tree import causal_lm
 
 PREFILL_TOKENS = 4096  # query tokens of one prefill forward
 COMPACT_BELOW = 0.75  # share of live queries under which the buffers are packed anew
+BLOCK = 64  # columns of a block of the cache, where it is cut into blocks
 PACK_ROWS, PACK_TOKENS = 32, 32  # from so many rows a step and tokens a response on, laying weights out anew pays
 
 
@@ -102,11 +103,25 @@ def _device(model: PreTrainedModel) -> torch.device:
     return model.get_input_embeddings().weight.device
 
 
+@dataclass
+class _Block:
+    """``keys`` and ``values`` [N, H_kv, C, D] of the columns [start, start + C)."""
+
+    start: int
+    keys: Tensor
+    values: Tensor
+
+    @property
+    def end(self) -> int:
+        return self.start + self.keys.shape[2]
+
+
 class SharedCache:
     """The stepper on our attention, and the ``Layout`` of its forward calls.
 
-    Buffers a layer: values [N, H_kv, C, D] with C = longest query + width · (max_new_tokens − 1) columns; keys
-    [N, H_kv, D, C], so that a product reads them as they lie, where plain products are faster than fused attention.
+    A layer's cache is one block of longest query + width · (max_new_tokens − 1) columns. Where plain products are
+    faster than fused attention it is several, the queries' and then one for every ``BLOCK`` columns, since a product
+    reads whole tensors as they lie and copies parts of them first; keys lie as [N, H_kv, D, C] there.
     """
 
     def __init__(self, model: PreTrainedModel, queries: Sequence[list[int]], width: int, max_new_tokens: int) -> None:
@@ -116,8 +131,7 @@ class SharedCache:
         self.lengths = torch.tensor([len(query) for query in queries], device=self.device)
         self.prompt = max(len(query) for query in queries)
         self.columns = self.prompt + width * (max_new_tokens - 1)
-        self.keys: dict[int, Tensor] = {}
-        self.values: dict[int, Tensor] = {}
+        self.blocks: dict[int, list[_Block]] = {}
         self.steps = 0
         # Which live query stands where in the buffers, and where each slot's query is found.
         self.place = torch.arange(len(queries), device=self.device)
@@ -168,16 +182,22 @@ class SharedCache:
         )
         return outputs.last_hidden_state[0]
 
-    def store(self, layer: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The buffers of a layer, [N, H_kv, C, D], made when its first keys come (sizes differ between models)."""
-        if layer not in self.keys:
-            shape = (len(self.queries), like.shape[1], self.columns, like.shape[-1])
-            self.values[layer] = torch.zeros(shape, dtype=like.dtype, device=like.device)
-            if _plain_products(like):
-                self.keys[layer] = self.values[layer].new_zeros(*shape[:2], shape[3], shape[2]).transpose(2, 3)
+    def block(self, layer: int, column: int, like: Tensor) -> _Block:
+        """The block of a layer with ``column``, made when the first keys for it come (sizes differ between models)."""
+        blocks = self.blocks.setdefault(layer, [])
+        if not blocks or column >= blocks[-1].end:
+            count = blocks[-1].keys.shape[0] if blocks else len(self.queries)
+            plain = _plain_products(like)
+            if not plain:
+                end = self.columns
+            elif not blocks:
+                end = self.prompt
             else:
-                self.keys[layer] = torch.zeros_like(self.values[layer])
-        return self.keys[layer], self.values[layer]
+                end = min(column + max(BLOCK // self.width, 1) * self.width, self.columns)
+            values = like.new_zeros(count, like.shape[1], end - column, like.shape[-1])
+            keys = values.new_zeros(*values.transpose(2, 3).shape).transpose(2, 3) if plain else values.clone()
+            blocks.append(_Block(column, keys, values))
+        return blocks[-1]
 
     # -- one step
 
@@ -209,38 +229,41 @@ class SharedCache:
         softcap: float | None,
         dropout: float,
     ) -> Tensor:
-        keys, values = self.keys[layer], self.values[layer]
+        block = self.block(layer, self._column, key)
         heads, size = key.shape[1], query.shape[-1]
         groups = query.shape[1] // heads
-        count, end = len(keys), self._column + self.width
-        plain = _plain_products(query)
+        count, column = len(block.keys), self._column - block.start
         if self._everything:  # all slots live, in order: plain views
-            keys[:, :, self._column : end] = key.view(heads, count, self.width, size).transpose(0, 1)
-            values[:, :, self._column : end] = value.view(heads, count, self.width, -1).transpose(0, 1)
+            here = slice(column, column + self.width)
+            block.keys[:, :, here] = key.view(heads, count, self.width, size).transpose(0, 1)
+            block.values[:, :, here] = value.view(heads, count, self.width, -1).transpose(0, 1)
             queries = query.view(heads, groups, count, self.width, size).permute(2, 0, 1, 3, 4)
             queries = queries.reshape(count, heads, groups * self.width, size)
         else:
-            keys[self._row, :, self._column + self._slot] = key[0].transpose(0, 1)
-            values[self._row, :, self._column + self._slot] = value[0].transpose(0, 1)
+            block.keys[self._row, :, column + self._slot] = key[0].transpose(0, 1)
+            block.values[self._row, :, column + self._slot] = value[0].transpose(0, 1)
             full = query.new_zeros(count, heads, groups, self.width, size)
             full[self._row, :, :, self._slot] = query.view(heads, groups, -1, size).permute(2, 0, 1, 3)
             queries = full.view(count, heads, groups * self.width, size)
-        mask = self._mask(window, torch.float32 if plain else query.dtype, groups)
-        attend = _attend_plainly if plain else masked_attention
-        output = attend(queries, keys[:, :, :end], values[:, :, :end], mask, scaling, softcap)
+        if _plain_products(query):
+            mask = self._mask(window, torch.float32, groups, block.end)
+            output = _attend_plainly(queries, self.blocks[layer], mask, scaling, softcap)
+        else:
+            end = self._column + self.width
+            mask = self._mask(window, query.dtype, groups, end)
+            output = masked_attention(queries, block.keys[:, :, :end], block.values[:, :, :end], mask, scaling, softcap)
         output = output.view(count, heads, groups, self.width, -1)
         if self._everything:
             return output.permute(0, 3, 1, 2, 4).reshape(1, count * self.width, heads * groups, -1)
         return output[self._row, :, :, self._slot].reshape(1, len(self._row), heads * groups, -1)
 
-    def _mask(self, window: int | None, dtype: torch.dtype, groups: int) -> Tensor:
-        """Additive mask of this step, [N, 1, groups · width, columns so far]; the same for all layers of a kind."""
+    def _mask(self, window: int | None, dtype: torch.dtype, groups: int, end: int) -> Tensor:
+        """Additive mask of this step, [N, 1, groups · width, end]; the same for all layers of a kind."""
         found = self._masks.get((window, dtype, groups))
         if found is None:
-            end = self._column + self.width
             visible = self.visible[:, :, :end]
             if window is not None:
-                now = self.positions[:, self._column : end]
+                now = self.positions[:, self._column : self._column + self.width]
                 visible = visible & (now[:, :, None] - self.positions[:, None, :end] < window)
             found = torch.zeros(visible.shape, dtype=dtype, device=visible.device)
             found.masked_fill_(~visible, torch.finfo(dtype).min)
@@ -254,12 +277,12 @@ class SharedCache:
         if len(live) > COMPACT_BELOW * len(self.visible):
             return
         rows = self.place[live]
-        for layer in self.keys:
-            lying = self.keys[layer].transpose(2, 3).is_contiguous()
-            self.keys[layer] = (
-                self.keys[layer].transpose(2, 3)[rows].transpose(2, 3) if lying else self.keys[layer][rows]
-            )
-            self.values[layer] = self.values[layer][rows]
+        for block in [block for blocks in self.blocks.values() for block in blocks]:
+            if _plain_products(block.keys):
+                block.keys = block.keys.transpose(2, 3)[rows].transpose(2, 3)
+            else:
+                block.keys = block.keys[rows]
+            block.values = block.values[rows]
         self.visible, self.positions = self.visible[rows], self.positions[rows]
         self.place = torch.full_like(self.place, -1)
         self.place[live] = torch.arange(len(live), device=self.device)
@@ -271,14 +294,25 @@ def _plain_products(x: Tensor) -> bool:
 
 
 def _attend_plainly(
-    query: Tensor, key: Tensor, value: Tensor, mask: Tensor, scaling: float, softcap: float | None
+    query: Tensor, blocks: Sequence[_Block], mask: Tensor, scaling: float, softcap: float | None
 ) -> Tensor:
-    """``masked_attention`` for as many heads of queries as of keys, as two products with a softmax in fp32."""
-    scores = torch.matmul(query, key.transpose(2, 3)).float()
+    """``masked_attention`` over blocks of keys and values, as products a block around one softmax in fp32.
+
+    ``query`` [N, H_kv, L, D] has as many heads as the keys; ``mask`` [N, 1, L, columns of all blocks].
+    """
+    scores = torch.empty(*query.shape[:3], mask.shape[-1], dtype=torch.float32, device=query.device)
+    for block in blocks:
+        scores[..., block.start : block.end] = torch.matmul(query, block.keys.transpose(2, 3))
     if softcap is not None:
         scores, scaling = scores.mul_(scaling / softcap).tanh_(), softcap
     weights = torch.softmax(torch.add(mask, scores, alpha=scaling, out=scores), dim=-1)
-    return torch.matmul(weights.to(query.dtype), value)
+    parts = [torch.matmul(weights[..., b.start : b.end].to(query.dtype), b.values) for b in blocks]
+    if len(parts) == 1:
+        return parts[0]
+    output = parts[0].float()
+    for part in parts[1:]:
+        output += part
+    return output.to(query.dtype)
 
 
 class _QueryPass:
@@ -300,13 +334,13 @@ class _QueryPass:
         softcap: float | None,
         dropout: float,
     ) -> Tensor:
-        keys, values = self.cache.store(layer, key)
+        block = self.cache.block(layer, 0, key)
         outputs, begin = [], 0
         for i, length in enumerate(self.lengths):
             here = slice(begin, begin + length)
             k, v = key[:, :, here], value[:, :, here]
-            keys[self.start + i, :, :length] = k[0]
-            values[self.start + i, :, :length] = v[0]
+            block.keys[self.start + i, :, :length] = k[0]
+            block.values[self.start + i, :, :length] = v[0]
             mask = self._mask(length, window, query)
             outputs.append(masked_attention(query[:, :, here], k, v, mask, scaling, softcap))
             begin += length
