@@ -104,7 +104,7 @@ def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--queries", type=int, default=64)
     parser.add_argument("--new_tokens", type=int, default=64)
-    parser.add_argument("--batches", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--batches", type=int, nargs="+", default=[32, 64])
     parser.add_argument("--other_batches", type=int, nargs="+", default=[16, 32])
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
