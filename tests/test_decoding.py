@@ -5,8 +5,9 @@ Ours always runs all queries in one batch; the references run them one by one, s
 
 from __future__ import annotations
 
+import contextlib
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -15,9 +16,11 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from conftest import in_fp64, tiny_model, tiny_tokenizer
 from oracles.beam_search import Outcome, diverse_beam_search, model_logprobs
+from rrhf import products
 from rrhf.errors import UserError
 from rrhf.sampling import Sampler, SamplingSettings
 from rrhf.sampling import decoding as decoding_module
+from rrhf.sampling import policies as policies_module
 from rrhf.sampling.decoding import Response, decode
 from rrhf.sampling.policies import POLICIES
 from rrhf.tree import usable_path
@@ -448,3 +451,41 @@ def test_keys_that_lie_for_products_give_the_fused_kernels_numbers(monkeypatch: 
             found[plain, policy] = sampler.draw(queries, list("abcd"), ends)
     assert found[True, "top-p"] == found[False, "top-p"]
     assert found[True, "beam"] == found[False, "beam"]
+
+
+@pytest.mark.parametrize("vocabulary", [97, 4096, 49152])
+def test_the_best_tokens_are_found_in_blocks(vocabulary: int) -> None:
+    scores = torch.randn(9, vocabulary, generator=torch.Generator().manual_seed(vocabulary))
+    scores[0, :12] = torch.arange(12) + 50.0  # all of the best in one block
+    scores[1, ::300] = scores[1, ::300] + 60.0  # and each in one of its own
+    scores[2, 5:] = -torch.inf
+    values, tokens = policies_module._top(scores, 12)
+    expected = torch.topk(scores, 12)
+    assert torch.equal(values, expected.values)
+    assert torch.equal(scores.gather(1, tokens), values)
+    assert all(len(set(row)) == 12 for row in tokens.tolist())
+
+
+@pytest.mark.parametrize("policy", ["top-p", "beam"])
+def test_weights_laid_out_for_a_batch_give_the_same_responses(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not products._onednn_works():
+        pytest.skip("this build of torch has no oneDNN, and lays nothing out")
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+    model, queries = lively("llama", bias=1.0), some_queries(3, 12)
+    options: dict[str, Any] = {"num_responses": 3} if policy == "top-p" else {"num_beams": 3}
+    laid_out: list[int] = []
+    laying = products.packed
+
+    @contextlib.contextmanager
+    def counted(model: Any, rows: int) -> Iterator[None]:
+        with laying(model, rows):
+            laid_out.append(len(products._packed))
+            yield
+
+    monkeypatch.setattr(decoding_module, "packed", counted)
+    expected = ours(model, queries, policy=policy, max_new_tokens=31, **options)
+    assert not laid_out
+    assert ours(model, queries, policy=policy, max_new_tokens=32, **options) != [] and laid_out[0] > 10
+    monkeypatch.setattr(decoding_module, "PACK_TOKENS", 1)
+    assert ours(model, queries, policy=policy, max_new_tokens=31, **options) == expected
+    assert len(laid_out) == 2 and not products._packed

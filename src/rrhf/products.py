@@ -36,16 +36,28 @@ def onednn_is_faster() -> bool:
 
 
 def _onednn_works() -> bool:
-    """Whether oneDNN's product is there and right; torch keeps the operation for its own compiler."""
+    """Whether oneDNN's products are there and right; torch keeps these operations for its own compiler."""
     try:
         x = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
-        return torch.allclose(_onednn(x.t(), x.t(), None), x.t() @ x, atol=1e-5)
+        exact = x.t() @ x
+        laid_out = torch.ops.mkldnn._reorder_linear_weight(x.t().contiguous(), 7)
+        found = [
+            _onednn(x.t(), x.t(), None),
+            _onednn(x.t().contiguous(), laid_out, None),
+            _onednn_sum(exact, x.t(), x) / 2,
+        ]
+        return all(torch.allclose(product, exact, atol=1e-5) for product in found)
     except (AttributeError, RuntimeError):
         return False
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return found
+
+
+def _onednn_sum(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a.contiguous(), c, b.t(), None, "add")
     return found
 
 
@@ -65,10 +77,7 @@ def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
 
 def addmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """c + a · b for matrices, without autograd."""
-    if not _taken(a, b, c):
-        return torch.addmm(c, a, b)
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a.contiguous(), c, b.t(), None, "add")
-    return found
+    return _onednn_sum(c, a, b) if _taken(a, b, c) else torch.addmm(c, a, b)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
