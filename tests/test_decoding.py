@@ -439,7 +439,7 @@ def test_outputs_that_are_no_numbers_end_in_an_error(policy: str, place: str, pa
 def test_keys_that_lie_for_products_give_the_fused_kernels_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What bfloat16 does on a CPU, run in fp64 with queries that finish early, buffers packed anew and many blocks."""
     monkeypatch.setattr(decoding_module, "BLOCK", 7)  # two steps of three slots
-    model = in_fp64(tiny_model("llama"))
+    model = in_fp64(lively("llama"))
     queries = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
     ends = [set(range(20)), set(), set(range(40)), {96}]
     found = {}
@@ -468,7 +468,7 @@ def test_the_best_tokens_are_found_in_blocks(vocabulary: int) -> None:
 
 @pytest.mark.parametrize("policy", ["top-p", "beam"])
 def test_weights_laid_out_for_a_batch_give_the_same_responses(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    if not products._onednn_works():
+    if not torch.backends.mkldnn.is_available():
         pytest.skip("this build of torch has no oneDNN, and lays nothing out")
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     model, queries = lively("llama", bias=1.0), some_queries(3, 12)
