@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+import rrhf.branches
 from rrhf.branches import branch_attention, branches
 from rrhf.tree import Tree, tree_mask
 
@@ -75,10 +76,54 @@ def test_low_precision_is_rounding_away() -> None:
     assert float((low - exact).abs().max()) < 0.05
 
 
-def test_responses_of_like_length_share_a_grid() -> None:
-    found = branches(laid_out([(3, (10, 9, 2)), (2, (8, 0, 7))]))
-    assert [(group.count, len(group.tokens)) for group in found.groups] == [(3, 27), (1, 7), (1, 2)]
-    covered = torch.cat([group.tokens for group in found.groups]).sort().values
-    # every response token once, no query token (0-2 and 24, 25)
-    assert covered.tolist() == [*range(3, 24), *range(26, 41)]
-    assert [(rows.start, rows.stop, rows.query) for rows in found.records] == [(0, 24, 3), (24, 41, 2)]
+def test_scores_far_above_the_first_tokens_do_not_overflow() -> None:
+    trees = laid_out(FORESTS[2])
+    query, key, value = (x.detach().float() for x in leaves(trees, 6, 2))
+    key[:, :, [start for start, _, _ in trees]] = -200.0  # sinks that most rows dislike
+    query = query.abs() + 1.0
+    inputs = [x.requires_grad_() for x in (query, key, value)]
+    exact = [x.detach().double().requires_grad_() for x in inputs]
+    ours, theirs = branch_attention(*inputs, 0.7, branches(trees)), naive(*exact, 0.7, trees)
+    assert torch.allclose(ours.double(), theirs, atol=1e-5)
+    outer = torch.randn(theirs.shape, generator=torch.Generator().manual_seed(1))
+    mine, plain = torch.autograd.grad(ours, inputs, outer), torch.autograd.grad(theirs, exact, outer.double())
+    for a, b in zip(mine, plain, strict=True):
+        assert torch.allclose(a.double(), b, atol=1e-3)
+    # the sums would overflow: relative to the first token's score the others' weights are no fp32 numbers
+    gaps = 0.7 * (exact[0][0, 0, -1] @ (exact[1][0, 0] - exact[1][0, 0, trees[-1][0]]).t())
+    assert float(gaps.max()) > 128
+
+
+def grid_sizes(shapes: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, int]]:
+    """Responses and columns of every group."""
+    found = branches(laid_out(shapes))
+    return [(group.count, len(group.grid) // group.count) for group in found.groups]
+
+
+def test_responses_of_like_length_share_a_grid(monkeypatch: pytest.MonkeyPatch) -> None:
+    shapes = [(3, (10, 9, 2)), (2, (8, 0, 7))]
+    assert grid_sizes(shapes) == [(5, 10)]  # small ones may as well be padded
+    monkeypatch.setattr(rrhf.branches, "SPARE_CELLS", 60)
+    assert grid_sizes(shapes) == [(3, 10), (2, 7)]  # 9 and 8 in ten columns leave 19 + 36 cells, 7 another 51
+    monkeypatch.setattr(rrhf.branches, "SPARE_CELLS", 0)
+    assert grid_sizes(shapes) == [(1, 10), (1, 9), (1, 8), (1, 7), (1, 2)]
+    assert [(rows.start, rows.stop, rows.query) for rows in branches(laid_out(shapes)).records] == [
+        (0, 24, 3),
+        (24, 41, 2),
+    ]
+
+
+@pytest.mark.parametrize("spare", [0, 60, 1 << 14])
+def test_every_token_finds_its_cell(spare: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rrhf.branches, "SPARE_CELLS", spare)
+    trees = laid_out([(3, (10, 9, 2)), (2, (8, 0, 7))])
+    found = branches(trees)
+    grid = torch.cat([group.grid for group in found.groups])
+    queries = [*range(3), 24, 25]
+    responses = [token for token in range(41) if token not in queries]
+    assert grid[found.cells[responses]].tolist() == responses
+    assert found.cells[queries].tolist() == [len(grid)] * 5
+    # the keys' order: queries' tokens, then all cells
+    assert torch.cat([torch.tensor(queries), grid])[found.keys].tolist() == list(range(41))
+    padding = torch.cat([group.padding for group in found.groups])
+    assert len(grid) - len(padding) == len(responses)

@@ -2,10 +2,11 @@
 
 Nothing is computed that the tree mask hides between responses, the query's keys are read once for all of them, and
 the heads of a group share keys as rows of one product. A row's softmax runs over two parts, the query's columns
-(unpadded, a record at a time) and its own response's (responses of like length padded together), which meet in their
-log-sum-exp. The backward pass makes the weights again from it (as FlashAttention, arXiv 2205.14135, does), so that
-autograd keeps neither them nor the many small operations. Scores carry a factor log2 e, because 2^x is several times
-as fast as e^x on a CPU.
+(unpadded, a record at a time) and its own response's (responses of like length padded together). Both parts are taken
+relative to the row's score with the first token of its record, which every row sees, so that their sums simply add up
+and no maximum is sought; where that overflows, the row's highest score takes its place. The backward pass makes the
+weights again from the log of their sum (as FlashAttention, arXiv 2205.14135, does), so that autograd keeps neither
+them nor the many small operations. Scores carry a factor log2 e, because 2^x is several times as fast as e^x on a CPU.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LIKE_LENGTH = 0.75  # responses at least this share of the longest of a group are padded to it
+SPARE_CELLS = 1 << 14  # scores a head that padding may add to a group before another group is cheaper
+HIGHEST_SUM = 2.0**100  # of weights relative to the first token's; above it the output's sums might overflow
 
 
 @dataclass(frozen=True)
@@ -37,25 +39,29 @@ class Rows:
 class Group:
     """Responses of like length in a grid [n, L].
 
-    ``grid``: the token of each cell, [n · L] (any token for padding). ``cells``, ``tokens``: the cells that hold a
-    token, and those tokens. ``padding``: the other cells. ``mask``: additive [L, L], hides what lies ahead, and with
-    it the padding, from the cells that hold a token.
+    ``grid``: the token of each cell, [n · L] (any token for padding). ``padding``: the cells that hold none. ``mask``:
+    additive [L, L], hides what lies ahead, and with it the padding, from the cells that hold a token.
     """
 
     count: int
     grid: Tensor
-    cells: Tensor
-    tokens: Tensor
     padding: Tensor
     mask: Tensor
 
 
 @dataclass(frozen=True)
 class Branches:
-    """How the trees of one row are cut for attention."""
+    """How the trees of one row are cut for attention.
+
+    ``cells``: [T], where each token stands among the cells of all groups, one group behind the other; a query's tokens
+    at the cell behind the last. ``keys``: [T], where it stands among the queries' tokens of all records and behind
+    them those cells.
+    """
 
     records: tuple[Rows, ...]
     groups: tuple[Group, ...]
+    cells: Tensor
+    keys: Tensor
 
 
 def branches(trees: Sequence[tuple[int, int, Sequence[int]]]) -> Branches:
@@ -68,12 +74,16 @@ def branches(trees: Sequence[tuple[int, int, Sequence[int]]]) -> Branches:
             begin += size
         records.append(Rows(start, begin, query, _causal(query)))
     groups: list[list[tuple[int, int]]] = []
+    spare = 0
     for span in sorted(spans, reverse=True):
-        if groups and span[0] >= LIKE_LENGTH * groups[-1][0][0]:
+        spare += groups[-1][0][0] ** 2 - span[0] ** 2 if groups else 0
+        if groups and spare <= SPARE_CELLS:
             groups[-1].append(span)
         else:
             groups.append([span])
-    return Branches(tuple(records), tuple(_group(group) for group in groups))
+            spare = 0
+    cut = tuple(_group(group) for group in groups)
+    return Branches(tuple(records), cut, *_places(records, cut))
 
 
 def _causal(size: int) -> Tensor:
@@ -85,9 +95,23 @@ def _group(spans: list[tuple[int, int]]) -> Group:
     column = torch.arange(int(sizes[0]))
     inside = column < sizes[:, None]
     grid = torch.where(inside, starts[:, None] + column, starts[:, None]).flatten()
-    cells = inside.flatten().nonzero()[:, 0]
-    padding = (~inside).flatten().nonzero()[:, 0]
-    return Group(len(spans), grid, cells, grid[cells], padding, _causal(len(column)))
+    return Group(len(spans), grid, (~inside).flatten().nonzero()[:, 0], _causal(len(column)))
+
+
+def _places(records: Sequence[Rows], groups: Sequence[Group]) -> tuple[Tensor, Tensor]:
+    """``Branches.cells`` and ``Branches.keys``."""
+    last = sum(len(group.grid) for group in groups)
+    cells = torch.full((records[-1].stop,), last)
+    first = 0
+    for group in groups:
+        here = torch.arange(first, first + len(group.grid))
+        real = torch.ones(len(here), dtype=torch.bool).index_fill_(0, group.padding, False)
+        cells[group.grid[real]] = here[real]
+        first += len(here)
+    queries = torch.cat([torch.arange(rows.start, rows.start + rows.query) for rows in records])
+    keys = cells + len(queries)
+    keys[queries] = torch.arange(len(queries))
+    return cells, keys
 
 
 def branch_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Branches) -> Tensor:
@@ -107,73 +131,110 @@ def branch_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
 class _BranchAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Branches) -> Tensor:
-        q, k, v = _by_key_head(query, key.shape[1]), key[0].contiguous(), value[0].contiguous()
-        heads, size = len(k), v.shape[-1]
-        # log2 Σ 2^score of every row, and what its weights, not yet divided by their sum, make of the values
-        partitions = torch.empty(*q.shape[:3], 1, dtype=_exact(q.dtype))
-        output = torch.empty(*q.shape[:3], size, dtype=partitions.dtype)
-        for rows in layout.records:
-            found, partition = _softmax(_record_scores(rows, q, k, scaling), v[:, _seen(rows)])
-            output[:, rows.start : rows.stop] = found.view(heads, -1, q.shape[2], size)
-            partitions[:, rows.start : rows.stop] = partition.view(heads, -1, q.shape[2], 1)
-        for group in layout.groups:
-            found, partition = _softmax(_group_scores(group, q, k, scaling), _to_grid(group, v))
-            first, second = partitions.index_select(1, group.tokens), _from_grid(group, partition, partitions)
-            both = torch.logaddexp2(first, second)
-            own = _from_grid(group, found, output).mul_(torch.exp2(second - both))
-            own.addcmul_(output.index_select(1, group.tokens), torch.exp2(first - both))
-            output.index_copy_(1, group.tokens, own)
-            partitions.index_copy_(1, group.tokens, both)
-        result = _by_token(output, query.shape[1]).to(q.dtype)
-        ctx.save_for_backward(query, key, value, result, partitions)
+        q, k, v = _by_key_head(query, key.shape[1]), key[0] * (scaling * math.log2(math.e)), value[0].contiguous()
+        reference = _first_scores(layout, q, k)
+        output, total = _weighed(layout, q, k, v, reference)
+        if not bool(total.amax() < HIGHEST_SUM):
+            reference = _highest_scores(layout, q, k)
+            output, total = _weighed(layout, q, k, v, reference)
+        result = _by_token(output.div_(total), query.dtype)
+        ctx.save_for_backward(query, key, value, result, total.log2_().add_(reference))
         ctx.scaling, ctx.layout = scaling, layout
         return result
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, result, partitions = ctx.saved_tensors
-        heads, scaling = key.shape[1], ctx.scaling
-        q, k, v = _by_key_head(query, heads), key[0].contiguous(), value[0].contiguous()
-        d_output = _by_key_head(gradients[0].transpose(1, 2), heads)
+        query, key, value, result, partition = ctx.saved_tensors
+        heads, layout = key.shape[1], ctx.layout
+        q, k, v = _by_key_head(query, heads), key[0] * (ctx.scaling * math.log2(math.e)), value[0].contiguous()
+        d_output, scaled = _by_key_head(gradients[0].transpose(1, 2), heads), key[0] * ctx.scaling
         # through the softmax: dS = P · (dP − Σ P dP), and Σ P dP = Σ_d O dO over both parts
-        shift = (gradients[0] * result).sum(dim=-1, dtype=partitions.dtype)
-        shift = shift[0].view(-1, heads, q.shape[2]).transpose(0, 1)[..., None]
-        d_q, d_k, d_v = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
-        for rows in ctx.layout.records:
+        shift = (gradients[0] * result).sum(dim=-1, dtype=partition.dtype)
+        shift = shift[0].view(-1, heads, q.shape[2]).transpose(0, 1)[..., None].contiguous()
+        found: list[tuple[Tensor, ...]] = []
+        for rows in layout.records:
             seen, own, d_own = _seen(rows), _record(rows, q), _record(rows, d_output)
-            weights = _record_scores(rows, q, k, scaling).sub_(_record(rows, partitions)).exp2_()
-            d_scores = torch.bmm(d_own, v[:, seen].transpose(1, 2)).sub(_record(rows, shift)).mul_(weights).to(q.dtype)
-            d_q[:, rows.start : rows.stop] = torch.bmm(d_scores, k[:, seen]).view(heads, -1, *q.shape[2:])
-            d_k[:, seen] = torch.bmm(d_scores.transpose(1, 2), own)
-            d_v[:, seen] = torch.bmm(weights.to(q.dtype).transpose(1, 2), d_own)
-        for group in ctx.layout.groups:
-            own, d_own = _to_grid(group, q), _to_grid(group, d_output)
-            partition = partitions.index_select(1, group.grid).index_fill_(1, group.padding, torch.inf)
-            partition = partition.view(len(own), -1, 1)
-            weights = _group_scores(group, q, k, scaling).sub_(partition).exp2_()  # 0 in padding's rows
-            d_weights = torch.bmm(d_own, _to_grid(group, v).transpose(1, 2))
-            d_scores = d_weights.sub(_to_grid(group, shift)).mul_(weights).to(q.dtype)
-            d_q.index_add_(1, group.tokens, _from_grid(group, torch.bmm(d_scores, _to_grid(group, k)), d_q))
-            d_keys = torch.bmm(d_scores.transpose(1, 2), own)
-            d_k.index_copy_(1, group.tokens, _from_grid(group, d_keys, d_k))
-            d_values = torch.bmm(weights.to(q.dtype).transpose(1, 2), d_own)
-            d_v.index_copy_(1, group.tokens, _from_grid(group, d_values, d_v))
-        d_query = _by_token(d_q.mul_(scaling), query.shape[1]).transpose(1, 2)
-        return d_query, d_k.mul_(scaling)[None], d_v[None], None, None
+            weights = _record_weights(rows, q, k, partition)
+            found.append(_gradients(weights, own, scaled[:, seen], v[:, seen], d_own, _record(rows, shift)))
+        for group in layout.groups:
+            own, d_own, keys, values, shifts = (_to_grid(group, x) for x in (q, d_output, scaled, v, shift))
+            weights = _group_weights(group, q, k, partition)
+            found.append(_gradients(weights, own, keys, values, d_own, shifts))
+        d_queries, d_keys, d_values = zip(*found, strict=True)
+        d_query = _added(layout, d_queries, q.shape)
+        d_key = _joined(len(k), k.shape[-1], d_keys).index_select(1, layout.keys).mul_(ctx.scaling)
+        d_value = _joined(len(v), v.shape[-1], d_values).index_select(1, layout.keys)
+        return _by_token(d_query, query.dtype).transpose(1, 2), d_key[None], d_value[None], None, None
+
+
+def _weighed(layout: Branches, q: Tensor, k: Tensor, v: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:
+    """Σ 2^(score − reference) · value over a row's columns [H_kv, T, G, D], and the same sum without the values."""
+    outputs, totals = [], []
+    for rows in layout.records:
+        weights = _record_weights(rows, q, k, reference)
+        outputs.append(torch.bmm(weights.to(v.dtype), v[:, _seen(rows)]))
+        totals.append(weights.sum(dim=-1, keepdim=True))
+    for group in layout.groups:
+        weights = _group_weights(group, q, k, reference)
+        outputs.append(torch.bmm(weights.to(v.dtype), _to_grid(group, v)))
+        totals.append(weights.sum(dim=-1, keepdim=True))
+    return _added(layout, outputs, (*q.shape[:3], v.shape[-1])), _added(layout, totals, (*q.shape[:3], 1))
+
+
+def _first_scores(layout: Branches, q: Tensor, k: Tensor) -> Tensor:
+    """Every row's score with its record's first token, [H_kv, T, G, 1]."""
+    scores = [_scores(_record(rows, q), k[:, rows.start : rows.start + 1]) for rows in layout.records]
+    return torch.cat(scores, dim=1).view(*q.shape[:3], 1)
+
+
+def _highest_scores(layout: Branches, q: Tensor, k: Tensor) -> Tensor:
+    """Every row's highest score, [H_kv, T, G, 1]."""
+    nothing = torch.zeros(*q.shape[:3], 1, dtype=_exact(q.dtype))
+    highest = [_record_scores(rows, q, k, nothing).amax(dim=-1, keepdim=True) for rows in layout.records]
+    within = [_group_scores(group, q, k, nothing).amax(dim=-1, keepdim=True) for group in layout.groups]
+    found = torch.cat(highest, dim=1).view_as(nothing)
+    return torch.maximum(found, _placed(layout, within, nothing.shape, -torch.inf)) if within else found
+
+
+def _gradients(
+    weights: Tensor, queries: Tensor, keys: Tensor, values: Tensor, d_output: Tensor, shift: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of queries, keys (but for the scaling, which ``keys`` have) and values of one block of weights."""
+    d_scores = torch.bmm(d_output, values.transpose(1, 2)).to(weights.dtype)
+    d_scores = d_scores.sub_(shift).mul_(weights).to(keys.dtype)
+    d_keys = torch.bmm(d_scores.transpose(1, 2), queries)
+    return torch.bmm(d_scores, keys), d_keys, torch.bmm(weights.to(keys.dtype).transpose(1, 2), d_output)
+
+
+def _record_weights(rows: Rows, q: Tensor, k: Tensor, partition: Tensor) -> Tensor:
+    """2^(score − partition) over the query's columns, in fp32 (fp64) [H_kv, t · G, query]."""
+    return _record_scores(rows, q, k, partition).exp2_()
+
+
+def _record_scores(rows: Rows, q: Tensor, k: Tensor, partition: Tensor) -> Tensor:
+    scores = _scores(_record(rows, q), k[:, _seen(rows)]).sub_(_record(rows, partition))
+    scores[:, : rows.query * q.shape[2]] += rows.mask.repeat_interleave(q.shape[2], dim=0)
+    return scores
+
+
+def _group_weights(group: Group, q: Tensor, k: Tensor, partition: Tensor) -> Tensor:
+    """2^(score − partition) within responses, in fp32 (fp64) [H_kv · n, L · G, L]; 0 in padding's rows."""
+    return _group_scores(group, q, k, partition).exp2_()
+
+
+def _group_scores(group: Group, q: Tensor, k: Tensor, partition: Tensor) -> Tensor:
+    own = partition.index_select(1, group.grid).index_fill_(1, group.padding, torch.inf)
+    scores = _scores(_to_grid(group, q), _to_grid(group, k)).sub_(own.view(len(k) * group.count, -1, 1))
+    return scores.add_(group.mask.repeat_interleave(q.shape[2], dim=0))
+
+
+def _scores(queries: Tensor, keys: Tensor) -> Tensor:
+    return torch.bmm(queries, keys.transpose(1, 2)).to(_exact(queries.dtype))
 
 
 def _exact(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
-
-
-def _softmax(scores: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
-    """softmax2(scores) · values and log2 Σ 2^score; ``scores`` is used up."""
-    highest = scores.amax(dim=-1, keepdim=True)
-    weights = scores.sub_(highest).exp2_()
-    total = weights.sum(dim=-1, keepdim=True)
-    output = torch.bmm(weights.to(values.dtype), values).to(total.dtype)
-    return output.div_(total), total.log2_().add_(highest)
 
 
 def _by_key_head(x: Tensor, heads: int) -> Tensor:
@@ -181,9 +242,10 @@ def _by_key_head(x: Tensor, heads: int) -> Tensor:
     return x[0].unflatten(0, (heads, -1)).transpose(1, 2).contiguous()
 
 
-def _by_token(x: Tensor, heads: int) -> Tensor:
-    """[H_kv, T, H / H_kv, D] as [1, T, H, D]."""
-    return x.transpose(0, 1).reshape(1, x.shape[1], heads, -1)
+def _by_token(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """[H_kv, T, H / H_kv, D] as [1, T, H, D] of another type."""
+    result = torch.empty(x.shape[1], x.shape[0], *x.shape[2:], dtype=dtype, device=x.device)
+    return result.copy_(x.transpose(0, 1)).flatten(1, 2)[None]
 
 
 def _seen(rows: Rows) -> slice:
@@ -200,22 +262,20 @@ def _to_grid(group: Group, x: Tensor) -> Tensor:
     return x.index_select(1, group.grid).view(len(x) * group.count, -1, x.shape[-1])
 
 
-def _from_grid(group: Group, x: Tensor, like: Tensor) -> Tensor:
-    """``_to_grid`` undone, without padding: [H_kv, tokens, …, D], shaped as ``like`` [H_kv, T, …, D]."""
-    return x.view(len(like), len(group.grid), *like.shape[2:]).index_select(1, group.cells)
+def _joined(heads: int, width: int, parts: Sequence[Tensor]) -> Tensor:
+    """Records' and groups' rows [·, ·, D] one behind the other, [H_kv, rows, width]."""
+    return torch.cat([part.view(heads, -1, width) for part in parts], dim=1)
 
 
-def _record_scores(rows: Rows, q: Tensor, k: Tensor, scaling: float) -> Tensor:
-    """log2 e · scaling · q kᵀ over the query's columns, in fp32 [H_kv, t · G, query]."""
-    scores = torch.bmm(_record(rows, q), k[:, _seen(rows)].transpose(1, 2))
-    scores = scores.to(_exact(q.dtype)).mul_(scaling * math.log2(math.e))
-    scores[:, : rows.query * q.shape[2]].view(len(k), rows.query, q.shape[2], -1).add_(rows.mask[:, None])
-    return scores
+def _placed(layout: Branches, parts: Sequence[Tensor], shape: Sequence[int], nothing: float) -> Tensor:
+    """Groups' cells [H_kv · n, L · G, D] brought to their tokens [H_kv, T, G, D]; ``nothing`` for queries' tokens."""
+    heads, width = shape[0], shape[2] * shape[3]
+    beyond = parts[0].new_full((heads, 1, width), nothing)
+    return _joined(heads, width, [*parts, beyond]).index_select(1, layout.cells).view(shape)
 
 
-def _group_scores(group: Group, q: Tensor, k: Tensor, scaling: float) -> Tensor:
-    """log2 e · scaling · q kᵀ within responses, in fp32 [H_kv · n, L · G, L]."""
-    scores = torch.bmm(_to_grid(group, q), _to_grid(group, k).transpose(1, 2))
-    scores = scores.to(_exact(q.dtype)).mul_(scaling * math.log2(math.e))
-    scores.view(len(scores), -1, q.shape[2], scores.shape[-1]).add_(group.mask[:, None])
-    return scores
+def _added(layout: Branches, parts: Sequence[Tensor], shape: Sequence[int]) -> Tensor:
+    """The records' rows, and to them the groups', [H_kv, T, G, D]."""
+    records, groups = parts[: len(layout.records)], parts[len(layout.records) :]
+    total = torch.cat(list(records), dim=1).view(shape)
+    return total.add_(_placed(layout, groups, shape, 0.0)) if groups else total

@@ -38,11 +38,12 @@ class _RMSNorm(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         exact, scale = _normalised(x, ctx.epsilon)
         exact = exact.mul_(scale)
-        outer = gradients[0].to(exact.dtype)
-        d_weight = (outer * exact).flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
-        outer = outer * weight
-        mean = (outer * exact).mean(dim=-1, keepdim=True)
-        return exact.mul_(-mean).add_(outer).mul_(scale).to(x.dtype), d_weight, None
+        outer, factors = gradients[0].to(exact.dtype), weight.to(exact.dtype)
+        both = outer * exact
+        d_weight = both.flatten(0, -2).sum(dim=0).to(weight.dtype) if ctx.needs_input_grad[1] else None
+        mean = torch.matmul(both, factors[:, None] / -len(factors))
+        d_x = torch.mul(outer, factors, out=both).addcmul_(exact, mean).mul_(scale)
+        return d_x.to(x.dtype), d_weight, None
 
 
 def _normalised(x: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
