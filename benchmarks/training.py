@@ -2,18 +2,25 @@
 
 Each row runs in a process of its own, so that peak memory is its own. The opponent is how the released code does it:
 one query a forward, its k responses padded to [k, T], the log-softmax of all positions at once; in bf16 the faster of
-autocast and bf16 weights counts.
+autocast and bf16 weights counts. The rows are run in turn, round after round, because machines have slow moments.
+
+"Products alone" replays the matrix products of the tree pass, with other operands and nothing between them: what would
+be left of its time if all else were free.
 """
 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
+import statistics
 import subprocess
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import (
     arguments,
@@ -81,6 +88,53 @@ def our_step(model: Any, records: list[EncodedRecord], budget: int) -> None:
             (tree_logprobs(model, [part]).sums * weight).sum().backward()
 
 
+class _Products(TorchDispatchMode):
+    """Records the matrix products that are made while it is active."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls: list[tuple[Any, Any, Any]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if func._schema.name.split("::")[1] in ("mm", "bmm", "addmm", "linear", "_linear_pointwise"):
+            lie = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: (x.shape, x.stride(), x.dtype), args)
+            out = (kwargs or {}).get("out")
+            self.calls.append((func, lie, None if out is None else (out.shape, out.stride(), out.dtype)))
+        return result
+
+
+def products_alone(step: Callable[[], Any]) -> float:
+    """Seconds of the products of ``step``, replayed with operands that take turns, so that they come from memory."""
+    with _Products() as recorded:
+        step()
+    pools: dict[Any, Any] = {}
+
+    def operand(lie: Any) -> torch.Tensor:
+        if lie not in pools:
+            shape, stride, dtype = lie
+            made = [torch.empty_strided(shape, stride, dtype=dtype).normal_() for _ in range(8)]
+            pools[lie] = itertools.cycle(made)
+        tensor: torch.Tensor = next(pools[lie])
+        return tensor
+
+    def is_lie(value: Any) -> bool:
+        return isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], torch.Size)
+
+    calls = []
+    for func, lies, out in recorded.calls:
+        args = [operand(value) if is_lie(value) else value for value in lies]
+        calls.append((func, args, {} if out is None else {"out": operand(out)}))
+
+    def replay() -> None:
+        for func, args, kwargs in calls:
+            func(*args, **kwargs)
+
+    with torch.no_grad():
+        replay()
+        return seconds(replay, repeats=2)
+
+
 def _loss(sums: torch.Tensor, lengths: torch.Tensor, record: EncodedRecord) -> torch.Tensor:
     scores = torch.tensor(record.scores, dtype=torch.float64, device=sums.device)
     return rrhf_loss(sums, lengths, scores, LossSettings()).total
@@ -120,12 +174,15 @@ def measure(
 
     def step(part: list[EncodedRecord]) -> None:
         with context():
-            our_step(model, part, budget) if side == "tree" else opponent_step(model, part)
+            opponent_step(model, part) if side == "padded" else our_step(model, part, budget)
 
-    with our_attention(model) if side == "tree" else contextlib.nullcontext():
-        took = seconds(lambda: step(records), repeats=2)
-        gb, above = peak_gb(), peak_gb() - floor
-        tensors = tensors_gb(lambda: step(records))
+    with our_attention(model) if side != "padded" else contextlib.nullcontext():
+        if side == "products":
+            took, gb, above, tensors = products_alone(lambda: step(records)), 0.0, 0.0, 0.0
+        else:
+            took = seconds(lambda: step(records), repeats=2)
+            gb, above = peak_gb(), peak_gb() - floor
+            tensors = tensors_gb(lambda: step(records))
     rate = useful_operations(model, records) / took / 1e9
     return {
         "queries_per_second": len(records) / took,
@@ -152,43 +209,33 @@ def in_process(*row: Any) -> dict[str, float]:
 
 def main() -> None:
     parser = arguments(__doc__ or "")
-    parser.add_argument("--queries", type=int, default=12)
-    parser.add_argument("--budget", type=int, default=2048)
+    parser.add_argument("--queries", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--precision", action="append", choices=[*PRECISIONS], help="only these rows")
     parser.add_argument("--row", help="(internal) one row, as JSON")
     options = parser.parse_args()
     if options.row:
         print(json.dumps(measure(*json.loads(options.row))))
         return
-    common = (options.model, options.device)
-    n = options.queries
     plan: list[tuple[str, str, str, int, int]] = [
         ("padded [k, T], full log-softmax", "padded", precision, 0, 6) for precision in PRECISIONS
     ]
+    for budget in (4096, 2048, 1024):
+        plan += [(f"tree, {budget} tokens a forward", "tree", precision, budget, 6) for precision in PRECISIONS]
     plan += [
-        (f"tree, {options.budget} tokens a forward", "tree", precision, options.budget, 6) for precision in PRECISIONS
+        ("products alone of 2048 tokens", "products", precision, 2048, 6) for precision in ("fp32", "bf16 weights")
     ]
-    plan += [("tree, 1024 tokens a forward", "tree", precision, 1024, 6) for precision in PRECISIONS]
     plan += [(f"tree, 1024 tokens, k = {k}", "tree", "fp32", 1024, k) for k in (8, 64)]
-    rows, found = [], {}
-    for name, side, precision, budget, k in plan:
-        few = max(1, n * 6 // k)  # as many responses in each row; the rows of k = 6 have the same records
-        result = in_process(side, precision, budget, k, few, *common)
-        found[side, precision, budget, k] = result
-        rows.append(
-            [
-                name,
-                precision,
-                f"{result['queries_per_second']:.2f}",
-                f"{result['tokens_per_second']:.0f}",
-                f"{100 * result['share_of_torch']:.0f} %",
-                f"{100 * result['share_of_fastest']:.0f} %",
-                f"{result['gb']:.1f}",
-                f"{result['gb_above']:.2f}",
-                f"{result['gb_tensors']:.2f}",
-            ]
-        )
-        peaks = f"peaks {result['peak_of_torch']:.0f}, {result['peak_of_fastest']:.0f}"
-        print("  ".join([*rows[-1], peaks]), file=sys.stderr, flush=True)
+    plan = [row for row in plan if row[2] in (options.precision or PRECISIONS)]
+    found: dict[Any, list[dict[str, float]]] = {}
+    for turn in range(options.rounds):
+        for name, side, precision, budget, k in plan:
+            few = max(1, options.queries * 6 // k)  # as many responses in each row; rows of k = 6 have the same records
+            result = in_process(side, precision, budget, k, few, options.model, options.device)
+            found.setdefault((side, precision, budget, k), []).append(result)
+            shown = {key: round(value, 2) for key, value in result.items()}
+            print(turn, name, precision, shown, file=sys.stderr, flush=True)
+    rows = [[row[0], *_line(row[2], found[row[1:]])] for row in plan]
     header = [
         "pass",
         "precision",
@@ -200,22 +247,44 @@ def main() -> None:
         "GB above weights and gradients",
         "GB of tensors above them",
     ]
-    best = max(found["padded", p, 0, 6]["queries_per_second"] for p in ("bf16 autocast", "bf16 weights"))
     lines = [
-        f"Machine: {machine()}. SmolLM2-135M, HH records, queries up to 128 tokens, k = 6; the faster of 2 runs.",
+        f"Machine: {machine()}. {options.queries} HH records, queries up to 128 tokens, k = 6; medians of "
+        f"{options.rounds} rounds, each the faster of 2 runs; in brackets the lowest and highest.",
         "",
         table(header, rows),
         "",
-        _ratio("fp32", found, options.budget, found["padded", "fp32", 0, 6]["queries_per_second"]),
-        _ratio("bf16 autocast", found, options.budget, best),
-        _ratio("bf16 weights", found, options.budget, best),
     ]
+    for side, precision, budget, k in found:
+        if side == "tree" and k == 6:
+            lines.append(_ratio(precision, budget, found))
     report("\n".join(lines), options.output)
 
 
-def _ratio(precision: str, found: dict[Any, dict[str, float]], budget: int, opponent: float) -> str:
-    ours = found["tree", precision, budget, 6]["queries_per_second"]
-    return f"- {precision}: {ours / opponent:.1f}× the opponent's queries/s (its fastest in like precision)"
+def _line(precision: str, results: list[dict[str, float]]) -> list[str]:
+    def middle(key: str) -> float:
+        return statistics.median(result[key] for result in results)
+
+    rates = [result["queries_per_second"] for result in results]
+    return [
+        precision,
+        f"{middle('queries_per_second'):.2f} ({min(rates):.2f}–{max(rates):.2f})",
+        f"{middle('tokens_per_second'):.0f}",
+        f"{100 * middle('share_of_torch'):.0f} %",
+        f"{100 * middle('share_of_fastest'):.0f} %",
+        *(f"{middle(key):.2f}" for key in ("gb", "gb_above", "gb_tensors")),
+    ]
+
+
+def _ratio(precision: str, budget: int, found: dict[Any, list[dict[str, float]]]) -> str:
+    """The tree pass against the opponent's faster pass in like precision, round by round."""
+    others = ("fp32",) if precision == "fp32" else ("bf16 autocast", "bf16 weights")
+    rounds = zip(found["tree", precision, budget, 6], *(found["padded", other, 0, 6] for other in others), strict=True)
+    rates = [[result["queries_per_second"] for result in results] for results in rounds]
+    ratios = [ours / max(theirs) for ours, *theirs in rates]
+    return (
+        f"- {precision}, {budget} tokens a forward: {statistics.median(ratios):.1f}× the opponent's queries/s "
+        f"({', '.join(f'{ratio:.2f}' for ratio in ratios)})"
+    )
 
 
 if __name__ == "__main__":

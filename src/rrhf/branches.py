@@ -137,7 +137,7 @@ class _BranchAttention(torch.autograd.Function):
         if not bool(total.amax() < HIGHEST_SUM):
             reference = _highest_scores(layout, q, k)
             output, total = _weighed(layout, q, k, v, reference)
-        result = _by_token(output.div_(total), query.dtype)
+        result = _by_token(output.to(total.dtype).div_(total), query.dtype)
         ctx.save_for_backward(query, key, value, result, total.log2_().add_(reference))
         ctx.scaling, ctx.layout = scaling, layout
         return result
