@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 import os
 import subprocess
 import sys
+import warnings
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from rrhf.losses import LossSettings, rrhf_loss
 from rrhf.records import Record
 from rrhf.text import EncodedRecord, TextFormat
 from rrhf.trainer import EncodedRecords, RRHFConfig, RRHFTrainer
+from rrhf.tree import usable_path
 from scripts import ddp_train, fsdp_pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -385,6 +388,24 @@ def test_the_loss_is_a_mean_over_queries_however_they_are_split(budget: int, tmp
         for ours, theirs in zip(log, found[0][0], strict=True):
             for name in ("loss", "rank_loss", "sft_loss", "rank_accuracy", "violated_pairs", "best_logprob"):
                 assert ours[name] == pytest.approx(theirs[name], abs=1e-4), name
+
+
+def test_a_copy_of_the_model_computes_with_its_own_weights(tmp_path: Path) -> None:
+    model = tiny_model("llama", VOCABULARY)
+    ids = torch.arange(6)[None]
+    before = model(input_ids=ids).logits
+    trainer = trainer_of(model, tmp_path, toy_records(2))
+    copied = copy.deepcopy(trainer.model)
+    with torch.no_grad():
+        for parameter in copied.parameters():
+            parameter.zero_()
+    assert float(copied(input_ids=ids).logits.abs().max()) == 0
+    assert torch.equal(trainer.model(input_ids=ids).logits, before)
+    # the check of the attention path compares a low-precision model's copies in fp32
+    low = trainer_of(model.bfloat16(), tmp_path / "low", toy_records(2)).model
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert usable_path(low) == "tree"
 
 
 def test_the_order_changes_with_the_epoch(tmp_path: Path) -> None:

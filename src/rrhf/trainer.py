@@ -518,7 +518,9 @@ def _take_records(model: PreTrainedModel) -> None:
 
     Wrappers for several processes (DDP, FSDP) and autocast act on calls of the model, so the ranking pass must be one.
     """
-    plain = model.forward
+    # A function of the model, not bound to this one: a copy's forward pass must be that of the copy.
+    bound = model.forward
+    plain = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
 
     def forward(
         self: PreTrainedModel,
@@ -529,7 +531,7 @@ def _take_records(model: PreTrainedModel) -> None:
         **kwargs: Any,
     ) -> Any:
         if rrhf_records is None:
-            return plain(*args, **kwargs)
+            return plain(self, *args, **kwargs)
         found = response_logprobs(self, rrhf_records, rrhf_path, rrhf_keep_logits)
         return {"sums": found.sums, "lengths": found.lengths, "router_loss": found.router_loss}
 
