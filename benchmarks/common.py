@@ -17,7 +17,7 @@ import torch
 
 from rrhf import products
 from rrhf.datasets import load_dataset_records
-from rrhf.models import ModelSettings, load_policy
+from rrhf.models import ModelSettings, load_policy, resolve_device
 from rrhf.records import Record
 from rrhf.text import EncodedRecord, TextFormat, TextSettings
 
@@ -123,7 +123,23 @@ def load_tokenizer(model: str = SMOLLM2) -> Any:
     return AutoTokenizer.from_pretrained(gguf_as_folder(Path(name)) if name.endswith(".gguf") else name)
 
 
+# Llamas with random weights, for speed alone, where no weights are at hand: layers, width, MLP, heads, key heads.
+RANDOM = {"random:135m": (30, 576, 1536, 9, 3), "random:1b": (16, 2048, 8192, 32, 8)}
+
+
 def load(model: str, device: str, dtype: str) -> Any:
+    """The model and its tokenizer; one of ``RANDOM`` has SmolLM2's tokenizer."""
+    if model in RANDOM:
+        from transformers import LlamaConfig, LlamaForCausalLM
+
+        layers, width, inner, heads, key_heads = RANDOM[model]
+        tokenizer = load_tokenizer()
+        config = LlamaConfig(
+            vocab_size=len(tokenizer), hidden_size=width, intermediate_size=inner, num_hidden_layers=layers,
+            num_attention_heads=heads, num_key_value_heads=key_heads, tie_word_embeddings=True,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        return LlamaForCausalLM(config).to(resolve_device(device), getattr(torch, dtype)), tokenizer
     return load_policy(ModelSettings(model=model, device=device, dtype=dtype))
 
 

@@ -98,10 +98,15 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func._schema.name.split("::")[1] in ("mm", "bmm", "addmm", "linear", "_linear_pointwise"):
-            lie = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: (x.shape, x.stride(), x.dtype), args)
+            lie = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: _lie(x), args)
             out = (kwargs or {}).get("out")
-            self.calls.append((func, lie, None if out is None else (out.shape, out.stride(), out.dtype)))
+            self.calls.append((func, lie, None if out is None else _lie(out)))
         return result
+
+
+def _lie(x: torch.Tensor) -> tuple[Any, ...]:
+    """How a tensor lies in memory."""
+    return x.shape, x.stride(), x.dtype, x.device
 
 
 def products_alone(step: Callable[[], Any]) -> float:
@@ -112,14 +117,14 @@ def products_alone(step: Callable[[], Any]) -> float:
 
     def operand(lie: Any) -> torch.Tensor:
         if lie not in pools:
-            shape, stride, dtype = lie
-            made = [torch.empty_strided(shape, stride, dtype=dtype).normal_() for _ in range(8)]
+            shape, stride, dtype, device = lie
+            made = [torch.empty_strided(shape, stride, dtype=dtype, device=device).normal_() for _ in range(8)]
             pools[lie] = itertools.cycle(made)
         tensor: torch.Tensor = next(pools[lie])
         return tensor
 
     def is_lie(value: Any) -> bool:
-        return isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], torch.Size)
+        return isinstance(value, tuple) and len(value) == 4 and isinstance(value[0], torch.Size)
 
     calls = []
     for func, lies, out in recorded.calls:
