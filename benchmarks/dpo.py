@@ -2,8 +2,7 @@
 
 A record of k responses is one query here, and for TRL's ``DPOTrainer`` the k − 1 pairs of its best response with each
 other one. Both train bf16 weights with AdamW, without gradient checkpointing, a step of the same records; DPO keeps a
-second model as its reference, unless ``--precomputed`` lets TRL compute its log-probabilities before the clock starts.
-Needs ``pip install trl``. Each side runs in a process of its own.
+second model as its reference, or ("precomputed") TRL computes its log-probabilities before the clock starts. Needs ``pip install trl``. Each side runs in a process of its own.
 """
 
 from __future__ import annotations
@@ -146,8 +145,8 @@ def main() -> None:
         rows.append(
             [
                 side,
-                *(f"{statistics.median(r[key] for r in results):.2f}" for key in ("records_per_second",)),
-                *(f"{statistics.median(r[key] for r in results):.0f}" for key in ("tokens_per_second",)),
+                f"{statistics.median(r['records_per_second'] for r in results):.3f}",
+                f"{statistics.median(r['tokens_per_second'] for r in results):.0f}",
                 f"{statistics.median(r['gb'] for r in results):.1f}",
                 f"{statistics.median(ratios):.1f}× ({min(ratios):.1f}–{max(ratios):.1f})",
             ]

@@ -98,7 +98,7 @@ class _Products(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
         if func._schema.name.split("::")[1] in ("mm", "bmm", "addmm", "linear", "_linear_pointwise"):
-            lie = torch.utils._pytree.tree_map_only(torch.Tensor, lambda x: _lie(x), args)
+            lie = torch.utils._pytree.tree_map_only(torch.Tensor, _lie, args)
             out = (kwargs or {}).get("out")
             self.calls.append((func, lie, None if out is None else _lie(out)))
         return result
