@@ -2,7 +2,8 @@
 
 A record of k responses is one query here, and for TRL's ``DPOTrainer`` the k − 1 pairs of its best response with each
 other one. Both train bf16 weights with AdamW, without gradient checkpointing, a step of the same records; DPO keeps a
-second model as its reference, or ("precomputed") TRL computes its log-probabilities before the clock starts. Needs ``pip install trl``. Each side runs in a process of its own.
+second model as its reference, or ("precomputed") TRL computes its log-probabilities before the clock starts.
+Needs ``pip install trl``. Each side runs in a process of its own.
 """
 
 from __future__ import annotations
