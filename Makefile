@@ -36,7 +36,7 @@ test-long: setup browser
 	RRHF_LONG=1 $(BIN)/python -m pytest -q tests tests/long $(ARGS)
 
 test-faults: setup
-	$(BIN)/python tests/faults.py
+	$(BIN)/python tests/faults/kill_runs.py
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

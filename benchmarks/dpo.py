@@ -21,10 +21,10 @@ import torch
 from transformers import TrainerCallback
 
 from common import arguments, hh_records, load, machine, memory_gb, peak_gb, report, table
-from rrhf.batching import tree_tokens
-from rrhf.memory import keep_freed_memory
-from rrhf.records import Record
-from rrhf.text import EncodedRecord
+from rrhf.models.batching import tree_tokens
+from rrhf.models.kernels.cpu.memory import keep_freed_memory
+from rrhf.models.tokenization import EncodedRecord
+from rrhf.records.record import Record
 
 
 class _Clock(TrainerCallback):

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from common import arguments, hh_records, load, machine, matmul_peak, memory_gb, peak_gb, report, seconds, table
-from rrhf.memory import keep_freed_memory
-from rrhf.sampling import Sampler, SamplingSettings
+from rrhf.models.kernels.cpu.memory import keep_freed_memory
+from rrhf.sampling.sampler import Sampler
+from rrhf.sampling.settings import SamplingSettings
 
 POLICIES: dict[str, dict[str, Any]] = {
     "top-p": {"policy": "top-p", "num_responses": 4, "temperature": 0.8},
@@ -117,7 +118,7 @@ def main() -> None:
     memory_gb()
     plan = [(dtype, policy) for dtype in options.dtypes for policy in options.policies]
     others: dict[tuple[str, str], tuple[str, dict[int, float]]] = {}
-    # All others first: what the command line does for its own process (see rrhf.memory) is not theirs.
+    # All others first: what the command line does for its own process (kernels/cpu/memory.py) is not theirs.
     for dtype, policy in plan:
         model, tokenizer = load(options.model, options.device, dtype)
         if policy == "diverse-beam" and options.old:

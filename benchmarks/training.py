@@ -36,13 +36,13 @@ from common import (
     table,
     tensors_gb,
 )
-from rrhf.attention import our_attention
-from rrhf.batching import plan_forwards, tree_tokens
 from rrhf.losses import LossSettings, rrhf_loss
-from rrhf.memory import keep_freed_memory
-from rrhf.text import EncodedRecord
-from rrhf.trainer import ROOMY
-from rrhf.tree import tree_logprobs
+from rrhf.models.attention import our_attention
+from rrhf.models.batching import plan_forwards, tree_tokens
+from rrhf.models.kernels.cpu.memory import keep_freed_memory
+from rrhf.models.shared_prefix import tree_logprobs
+from rrhf.models.tokenization import EncodedRecord
+from rrhf.training.config import ROOMY
 
 PRECISIONS = {
     "fp32": ("float32", False),

@@ -11,7 +11,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from oracles import losses as oracle
-from rrhf.errors import UserError
+from rrhf.common.errors import UserError
 from rrhf.losses import (
     RANKING_LOSSES,
     SFT_REDUCTIONS,

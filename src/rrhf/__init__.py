@@ -7,28 +7,28 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 _EXPORTS = {
-    "RRHFConfig": "rrhf.trainer",
-    "RRHFTrainer": "rrhf.trainer",
-    "Record": "rrhf.records",
-    "UserError": "rrhf.errors",
-    "evaluate": "rrhf.evaluation",
-    "read_records": "rrhf.records",
-    "sample": "rrhf.sampling",
-    "score": "rrhf.rewards",
-    "write_records": "rrhf.records",
+    "RRHFConfig": "rrhf.training.config",
+    "RRHFTrainer": "rrhf.training.trainer",
+    "Record": "rrhf.records.record",
+    "UserError": "rrhf.common.errors",
+    "evaluate": "rrhf.evaluation.policies",
+    "read_records": "rrhf.records.files",
+    "sample": "rrhf.sampling.sampler",
+    "score": "rrhf.rewards.scoring",
+    "write_records": "rrhf.records.files",
 }
 __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
-    from rrhf.errors import UserError as UserError
+    from rrhf.common.errors import UserError as UserError
     from rrhf.evaluation import evaluate as evaluate
-    from rrhf.records import Record as Record
-    from rrhf.records import read_records as read_records
-    from rrhf.records import write_records as write_records
-    from rrhf.rewards import score as score
-    from rrhf.sampling import sample as sample
-    from rrhf.trainer import RRHFConfig as RRHFConfig
-    from rrhf.trainer import RRHFTrainer as RRHFTrainer
+    from rrhf.records.files import read_records as read_records
+    from rrhf.records.files import write_records as write_records
+    from rrhf.records.record import Record as Record
+    from rrhf.rewards.scoring import score as score
+    from rrhf.sampling.sampler import sample as sample
+    from rrhf.training.config import RRHFConfig as RRHFConfig
+    from rrhf.training.trainer import RRHFTrainer as RRHFTrainer
 
 
 def __getattr__(name: str) -> Any:

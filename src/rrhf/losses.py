@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from rrhf.errors import UserError, nearest
+from rrhf.common.errors import UserError, nearest
 
 
 def normalised_logprobs(logprob_sums: Tensor, lengths: Tensor, length_exponent: float = 1.0) -> Tensor:

@@ -19,13 +19,13 @@ import pytest
 import torch
 from transformers import DynamicCache, GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from conftest import SMOLLM2
 from oracles.beam_search import LogProbs, diverse_beam_search, model_logprobs
-from rrhf.models import ModelSettings, load_policy
-from rrhf.sampling import SamplingSettings
+from rrhf.models.load import ModelSettings, load_policy
+from rrhf.models.tokenization import TextFormat, TextSettings
 from rrhf.sampling.decoding import Response, decode
 from rrhf.sampling.policies import POLICIES
-from rrhf.text import TextFormat, TextSettings
+from rrhf.sampling.settings import SamplingSettings
+from support.models import SMOLLM2
 
 LONG = os.environ.get("RRHF_LONG") == "1"
 PROMPTS = int(os.environ.get("RRHF_LONG_PROMPTS", "200")) if LONG else 2

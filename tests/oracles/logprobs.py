@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from rrhf.text import EncodedRecord
+from rrhf.models.tokenization import EncodedRecord
 
 
 def response_sum(model: Any, query: Sequence[int], response: Sequence[int]) -> Tensor:

@@ -7,9 +7,10 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rrhf.evaluation.texts import Perplexity, Text, evaluate_texts
-from rrhf.records import Record
-from rrhf.sampling import Sampler, SamplingSettings
-from rrhf.text import TextFormat, TextSettings
+from rrhf.models.tokenization import TextFormat, TextSettings
+from rrhf.records.record import Record
+from rrhf.sampling.sampler import Sampler
+from rrhf.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -28,9 +29,9 @@ def nll_under(
     """
     import torch
 
-    from rrhf.batching import plan_forwards
-    from rrhf.progress import progress
-    from rrhf.tree import response_logprobs, usable_path
+    from rrhf.common.progress import progress
+    from rrhf.models.batching import plan_forwards
+    from rrhf.models.shared_prefix import response_logprobs, usable_path
 
     format = TextFormat(tokenizer, text)
     path = usable_path(model)

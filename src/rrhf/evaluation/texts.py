@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 
 from rrhf.evaluation.metrics import TURN_MARKERS, corpus_perplexity, cut_at_turn, distinct_n, paired_bootstrap
-from rrhf.records import Query, Record
-from rrhf.rewards import reward_name, score_records
+from rrhf.records.record import Query, Record
 from rrhf.rewards.functions import RewardFunction
+from rrhf.rewards.scoring import reward_name, score_records
 
 Text = tuple[str, str]  # a generation and its finish, "stop" or "length"
 Values = list[float | None]

@@ -8,18 +8,19 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrhf.adapters import AdapterSettings
-from rrhf.errors import UserError, nearest
-from rrhf.flags import Flags, as_arguments
-from rrhf.models import ModelSettings
+from rrhf.common.errors import UserError, nearest
+from rrhf.common.flags import Flags, as_arguments
+from rrhf.evaluation.stage import EvaluationSettings
+from rrhf.models.adapters import AdapterSettings
+from rrhf.models.load import ModelSettings
+from rrhf.models.tokenization import TextSettings
+from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
-from rrhf.sampling.sources import RemoteSettings
-from rrhf.stages import EvaluationSettings, RewardSettings
-from rrhf.text import TextSettings
+from rrhf.sampling.sources.remote import RemoteSettings
 
 if TYPE_CHECKING:
-    from rrhf.trainer import RRHFConfig
-    from rrhf.watching import WatchSettings
+    from rrhf.training.alarms import WatchSettings
+    from rrhf.training.config import RRHFConfig
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ SECTIONS = ("data", "sample", "score", "train", "evaluate")
 
 def shipped() -> dict[str, Path]:
     """The configurations that come with the package, by name."""
-    folder = Path(str(resources.files("rrhf"))) / "configs"
+    folder = Path(str(resources.files("rrhf"))) / "recipes" / "configs"
     return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
 
 
@@ -139,8 +140,8 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
     Raises:
         UserError: all unknown keys and unfit values, each with its section, in one message.
     """
-    from rrhf.trainer import RRHFConfig
-    from rrhf.watching import WatchSettings
+    from rrhf.training.alarms import WatchSettings
+    from rrhf.training.config import RRHFConfig
 
     classes: dict[str, list[type]] = {
         "data": [DataSettings],

@@ -9,22 +9,29 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from rrhf.datasets import load_dataset_records
-from rrhf.errors import UserError
-from rrhf.files import write_text
-from rrhf.models import ModelSettings
-from rrhf.publishing.card import write_card
+from rrhf.common.errors import UserError
+from rrhf.common.files import write_text
+from rrhf.common.imports import load_function
+from rrhf.common.presentation import describe_counts
+from rrhf.evaluation.stage import evaluate_models
+from rrhf.models.cache import Loaded
+from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import DataSettings, RunConfig
-from rrhf.records import Record, record_from_row, write_records
-from rrhf.rewards import load_reward
-from rrhf.stages import Loaded, describe_counts, evaluate_models, is_trained, score_file
+from rrhf.records.files import write_records
+from rrhf.records.formats import load_dataset_records
+from rrhf.records.record import Record, record_from_row
+from rrhf.report.card import write_card
+from rrhf.rewards.stage import score_file
+from rrhf.training.folder import is_trained
 
 log = logging.getLogger("rrhf")
 
+SOURCE_USAGE = "a function f(limit, seed) that returns records"
 FREE = ("train.watch_", "train.alarm")  # what these set changes no result: a run may go on with others
 
 
@@ -125,7 +132,7 @@ class _timed:  # noqa: N801 - reads as a statement
 
 def _source(source: str, settings: DataSettings, limit: int | None, counts: Counter[str]) -> Iterator[Record]:
     if ":" in source and not Path(source).exists() and "/" not in source:
-        rows: Iterable[Any] = load_reward(source)(limit=limit, seed=settings.seed)
+        rows: Iterable[Any] = load_function(source, "data source", SOURCE_USAGE)(limit=limit, seed=settings.seed)
         return (row if isinstance(row, Record) else record_from_row(row, source) for row in rows)
     return load_dataset_records(source, settings.format, settings.split, limit, counts)
 
@@ -159,11 +166,11 @@ def _write_data(run: RunFolder, settings: DataSettings) -> None:
 
 def _sample(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
     if config.sample is None:
-        from rrhf.records import read_records
+        from rrhf.records.files import read_records
 
         write_records(run.responses, read_records(run.queries, require="responses"))
         return
-    from rrhf.sampling.sources import sample_file
+    from rrhf.sampling.stage import sample_file
 
     sample_file(
         run.queries,
@@ -178,11 +185,13 @@ def _sample(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
 
 
 def _train(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
-    from rrhf.training import train_model
+    from rrhf.report.hub import card_of_training
+    from rrhf.training.stage import train_model
 
     loaded.policy = None  # free the sampling weights
+    saved = partial(card_of_training, token=config.train.hub_token)
     watch = config.watch.filled(run.held_out, config.evaluate_rewards.reward)
-    train_model(run.scored, config.model, config.train, config.adapter, watch=watch)
+    train_model(run.scored, config.model, config.train, config.adapter, watch=watch, saved=saved)
 
 
 def _evaluate(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from rrhf.errors import UserError
+from rrhf.common.errors import UserError
 
 RUN_FILES = (
     "config.yaml",
@@ -190,7 +190,8 @@ def _samples(path: Path, reward: str | None) -> Samples | None:
     """Go through the scored records once. Where each names ``reward``, it is used, else ``scores``."""
     import numpy as np
 
-    from rrhf.records import Record, read_records
+    from rrhf.records.files import read_records
+    from rrhf.records.record import Record
 
     def values(record: Record, name: str | None) -> Sequence[float | None]:
         return record.rewards[name] if name is not None else record.scores

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rrhf.errors import UserError
-from rrhf.files import write_text
+from rrhf.common.errors import UserError
+from rrhf.common.files import write_text
 from rrhf.report import plots
 from rrhf.report.load import Generation, Run, finite, load_run, run_names, setting
 

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrhf.errors import UserError
-from rrhf.files import replacing
+from rrhf.common.errors import UserError
+from rrhf.common.files import replacing
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -4,76 +4,28 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import difflib
-import importlib
 import inspect
 import math
 import numbers
-import os
-import pkgutil
-import sys
 import threading
-import traceback
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from rrhf.errors import UserError, nearest
-from rrhf.records import Record
+from rrhf.common.errors import UserError
+from rrhf.common.imports import last_line, load_function
+from rrhf.records.record import Record
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> list[float | None], plain or async
 Item = tuple[Record, int]  # one response: its record and its index in it
 Scorer = Callable[[Sequence[Item]], list[float | None]]  # a score a response
 
 
+USAGE = "a function f(prompts, completions, **columns)"
+
+
 def load_reward(name: str) -> RewardFunction:
-    """Import the reward function ``pkg.module:function``; modules of the current folder are found too.
-
-    A callable object and an async function are as good as a function, and ``module:object.method`` is followed.
-
-    Raises:
-        UserError: no such module or attribute, the module cannot be imported, or what was found cannot be called.
-    """
-    module_name, _, path = name.partition(":")
-    if not module_name or not path:
-        raise UserError(f"reward {name!r}: write it as pkg.module:function")
-    found: Any = _import(module_name, name)
-    for attribute in path.split("."):
-        if not hasattr(found, attribute):
-            own = (key for key, value in vars(found).items() if callable(value)) if hasattr(found, "__dict__") else ()
-            known = [key for key in own if not key.startswith("_")]
-            raise UserError(f"reward {name!r}: {module_name} has no {attribute!r}: {nearest(attribute, known)}")
-        found = getattr(found, attribute)
-    if inspect.isclass(found) or not callable(found):
-        raise UserError(
-            f"reward {name!r} is {'a class' if inspect.isclass(found) else type(found).__name__}, not a function: "
-            "name a function f(prompts, completions, **columns), or an object that can be called so"
-        )
-    return found
-
-
-def _import(module_name: str, reward: str) -> Any:
-    if os.getcwd() not in sys.path:  # noqa: PTH109 — sys.path holds text
-        sys.path.insert(0, os.getcwd())  # noqa: PTH109
-    importlib.invalidate_caches()
-    try:
-        return importlib.import_module(module_name)
-    except ModuleNotFoundError as error:
-        if error.name is None or not (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise UserError(f"reward {reward!r}: {module_name} needs the module {error.name!r}: install it") from error
-        raise UserError(
-            f"reward {reward!r}: no module {error.name!r} here or among the installed ones"
-            f"{_similar_module(error.name)}; run from the folder that has it, or install it"
-        ) from error
-    except Exception as error:
-        raise UserError(f"reward {reward!r}: importing {module_name} failed: {_last_line(error)}") from error
-
-
-def _similar_module(name: str) -> str:
-    parent, _, last = name.rpartition(".")
-    folders = getattr(sys.modules.get(parent), "__path__", None) if parent else None
-    known = [module.name for module in pkgutil.iter_modules(folders)]
-    close = difflib.get_close_matches(last, known, n=1, cutoff=0.6)
-    return f" (did you mean {parent + '.' if parent else ''}{close[0]}?)" if close else ""
+    """Import the reward function ``pkg.module:function``. Raises ``UserError`` where there is none."""
+    return load_function(name, "reward", USAGE)
 
 
 def function_scorer(function: RewardFunction, name: str) -> Scorer:
@@ -111,7 +63,7 @@ def function_scorer(function: RewardFunction, name: str) -> Scorer:
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"reward {name!r} failed on {_ids(items)}: {_last_line(error)}") from error
+            raise UserError(f"reward {name!r} failed on {_ids(items)}: {last_line(error)}") from error
         return _checked(values, items, name)
 
     return scores
@@ -195,13 +147,3 @@ def _ids(items: Sequence[Item], shown: int = 8) -> str:
     ids = list(dict.fromkeys(record.id for record, _ in items))
     more = f" … ({len(ids)} records)" if len(ids) > shown else ""
     return f"record{'s' if len(ids) > 1 else ''} {', '.join(ids[:shown])}{more}"
-
-
-def _last_line(error: BaseException) -> str:
-    """What failed and where: the error with the innermost line of code, outside the libraries if there is one."""
-    what = traceback.format_exception_only(error)[-1].strip()
-    frames = traceback.extract_tb(error.__traceback__)[1:]
-    own = [frame for frame in frames if "site-packages" not in frame.filename and "<frozen" not in frame.filename]
-    for frame in reversed(own or frames):
-        return f"{what} (in {frame.name}, {frame.filename}, line {frame.lineno})"
-    return what

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rrhf.errors import UserError
-from rrhf.records import Record
+from rrhf.common.errors import UserError
+from rrhf.records.record import Record
 from rrhf.rewards.functions import Item, Scorer
 
 

@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from rrhf.attention import NO_MASK, masked_attention, our_attention
-from rrhf.errors import UserError
-from rrhf.logprobs import output_logits
-from rrhf.products import packed
-from rrhf.tree import causal_lm
+from rrhf.common.errors import UserError
+from rrhf.models.attention import NO_MASK, masked_attention, our_attention
+from rrhf.models.kernels.cpu.products import packed
+from rrhf.models.logprobs import output_logits
+from rrhf.models.shared_prefix import causal_lm
 
 PREFILL_TOKENS = 4096  # query tokens of one prefill forward
 COMPACT_BELOW = 0.75  # share of live queries under which the buffers are packed anew

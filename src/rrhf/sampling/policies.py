@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rrhf.logprobs import exp_
+from rrhf.models.logprobs import exp_
 from rrhf.sampling.decoding import Advance, Policy, Response
 from rrhf.sampling.settings import SamplingSettings
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rrhf.errors import UserError, nearest
+from rrhf.common.errors import UserError, nearest
 
 POLICY_NAMES = ("greedy", "top-p", "top-k", "beam", "diverse-beam")
 

@@ -1,0 +1,83 @@
+"""The command ``rrhf``: finds the command's module and imports nothing else."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+from typing import Any
+
+from rrhf import __version__
+from rrhf.common.errors import UserError, nearest
+from rrhf.common.launch import leave
+from rrhf.models.kernels.cpu.memory import keep_freed_memory
+
+# name → what the overview says of it; each is a module of rrhf.cli
+COMMANDS = {
+    "demo": "the whole job on what installed packages carry",
+    "run": "sample → score → train → evaluate → report, from one configuration; run again to resume",
+    "sample": "draw responses to queries",
+    "score": "score responses",
+    "train": "train a policy on scored responses",
+    "evaluate": "measure a model, or two on the same prompts",
+    "inspect": "look into a file of records",
+    "convert": "turn other data sets into records",
+    "report": "one HTML page of one run or several",
+    "publish": "a model card, an upload to the hub, or a GGUF file for llama.cpp",
+}
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  rrhf {name:<{width}}  {text}" for name, text in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"rrhf {__version__}: align language models by ranking responses",
+            "",
+            *lines,
+            "",
+            "rrhf COMMAND --help says more.",
+        ]
+    )
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run a command. Exit codes: 0 done, 2 the user can mend it, 130 / 143 stopped by a signal, 1 a fault of ours."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        print(__version__)
+        return 0
+    name, *rest = arguments
+    if name not in COMMANDS:
+        print(f"rrhf: unknown command {name!r}: {nearest(name, COMMANDS)}", file=sys.stderr)
+        return 2
+    signal.signal(signal.SIGTERM, _terminate)
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    keep_freed_memory()
+    try:
+        code = int(importlib.import_module(f"rrhf.cli.{name}").main(rest) or 0)
+        leave()
+        return code
+    except UserError as error:
+        print(f"rrhf {name}: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print(
+            f"rrhf {name}: stopped; what is finished is kept, and the same command goes on from there", file=sys.stderr
+        )
+        return 130
+    except OSError as error:
+        if error.errno in (28, 122):  # no space, quota
+            print(f"rrhf {name}: {error}: free some space; what is finished is kept", file=sys.stderr)
+            return 2
+        raise
+
+
+def _terminate(number: int, frame: Any) -> None:
+    print("rrhf: terminated; what is finished is kept, and the same command goes on from there", file=sys.stderr)
+    raise SystemExit(128 + number)

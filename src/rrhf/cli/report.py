@@ -1,0 +1,20 @@
+"""rrhf report: one HTML page of one run or several."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from rrhf.cli.parser import PlainParser
+from rrhf.common.files import refuse_existing
+from rrhf.report import write_report
+
+
+def main(arguments: list[str]) -> None:
+    parser = PlainParser("report", __doc__)
+    parser.add_argument("runs", nargs="+", help="run folders")
+    parser.add_argument("--output", required=True, help="the page (.html)")
+    parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
+    options = parser.parse_args(arguments)
+    refuse_existing(options.output, options.overwrite)
+    write_report([Path(run) for run in options.runs], Path(options.output))
+    print(options.output)

@@ -1,0 +1,51 @@
+"""rrhf run: a whole run in a folder, from one configuration; run again to resume."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rrhf.cli.parser import PlainParser
+
+
+def main(arguments: list[str]) -> int:
+    parser = PlainParser("run", __doc__)
+    parser.add_argument("config", help="a YAML file, or the name of a shipped configuration")
+    parser.add_argument("overrides", nargs="*", help="section.key=value, laid over the configuration")
+    parser.add_argument("--output", required=True, help="the run folder")
+    options = parser.parse_intermixed_args(arguments)
+    return execute(options.config, options.overrides, Path(options.output))
+
+
+def execute(config: str, overrides: list[str], output: Path) -> int:
+    """Run a configuration in a folder and print what it came to."""
+    import json
+
+    from rrhf.common.logging import set_up_logging
+    from rrhf.recipes.config import override, parse_config, read_config
+    from rrhf.recipes.offline import RunFolder, remember_config, run_offline
+    from rrhf.report.terminal import format_evaluation, format_examples, format_timings
+    from rrhf.rewards.scoring import score_records
+    from rrhf.training.callbacks import Stopped
+
+    run = RunFolder(output)
+    values = override(read_config(config), overrides)
+    settings = parse_config(values, run.model)
+    for rewards in (settings.score, settings.evaluate_rewards):  # an unknown reward is refused before any work
+        score_records([], rewards.reward, weights=rewards.reward_weights or None)
+    remember_config(run, values)
+    set_up_logging(run.log)
+    try:
+        evaluation = run_offline(run, settings)
+    except Stopped as stopped:
+        print("rrhf run: stopped after a checkpoint; the same command goes on from there", file=sys.stderr)
+        return stopped.code
+    generations = (output / evaluation["generations"]).read_text(encoding="utf-8").splitlines()
+    print()
+    print(format_evaluation(evaluation))
+    print(format_timings(json.loads(run.timings.read_text(encoding="utf-8"))))
+    print()
+    print(format_examples([json.loads(line) for line in generations]))
+    print()
+    print(f"report: {run.report}")
+    return 0

@@ -1,0 +1,45 @@
+"""rrhf sample: queries → responses."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rrhf.common.flags import Flags
+from rrhf.common.logging import set_up_logging
+from rrhf.models.load import ModelSettings
+from rrhf.models.tokenization import TextSettings
+from rrhf.recipes.config import SourceSettings
+from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.sources.remote import RemoteSettings
+from rrhf.sampling.stage import sample_file
+
+
+@dataclass(frozen=True)
+class Files:
+    data: str = field(metadata={"help": "records with queries (.jsonl, .jsonl.gz, .parquet)"})
+    output: str = field(metadata={"help": "where the records with responses go"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+
+
+@dataclass(frozen=True)
+class SampledModel(ModelSettings):
+    """``--model`` is not needed where ``--source`` says where responses come from."""
+
+    model: str = field(default="", metadata={"help": "hub id, local folder, GGUF file, or package:NAME/FILE"})
+
+
+def main(arguments: list[str]) -> None:
+    kinds = [SampledModel, Files, SourceSettings, SamplingSettings, TextSettings, RemoteSettings]
+    model, files, source, sampling, text, remote = Flags(kinds, "sample", __doc__).parse(arguments)
+    set_up_logging()
+    sample_file(
+        Path(files.data),
+        Path(files.output),
+        model,
+        sampling,
+        text,
+        sources=source.source,
+        remote=remote,
+        overwrite=files.overwrite,
+    )

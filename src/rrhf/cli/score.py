@@ -1,0 +1,23 @@
+"""rrhf score: responses → scores."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rrhf.common.flags import Flags
+from rrhf.common.logging import set_up_logging
+from rrhf.rewards.stage import RewardSettings, score_file
+
+
+@dataclass(frozen=True)
+class Files:
+    data: str = field(metadata={"help": "records with responses (.jsonl, .jsonl.gz, .parquet)"})
+    output: str = field(metadata={"help": "where the scored records go"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+
+
+def main(arguments: list[str]) -> None:
+    reward, files = Flags([RewardSettings, Files], "score", __doc__).parse(arguments)
+    set_up_logging()
+    score_file(Path(files.data), Path(files.output), reward, overwrite=files.overwrite)

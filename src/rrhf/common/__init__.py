@@ -1,0 +1,1 @@
+"""What knows nothing of ranking: errors, files, progress, flags, logging, launch."""

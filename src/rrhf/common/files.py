@@ -1,0 +1,114 @@
+"""Whole files or none: every result is written beside its place and renamed into it."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from rrhf.common.errors import UserError
+
+
+def fsync_folder(folder: Path) -> None:
+    """Make a rename inside ``folder`` survive a crash."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, tidy: bool = True) -> Iterator[Path]:
+    """Yield a temporary path in the same folder; on success fsync it and rename it to ``path``.
+
+    On any exception the temporary file is removed and what stood at ``path`` stays whole. What a killed process left
+    behind is removed when ``path`` is written again, unless ``tidy`` is false (it looks through the whole folder).
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    path = Path(path)
+    temporary = _temporary(path, os.getpid())
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if tidy:
+            _remove_stale(path)
+        yield temporary
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+        fsync_folder(path.parent)
+    except OSError as error:
+        if error.filename is not None and Path(error.filename) not in (temporary, path, path.parent):
+            raise
+        raise UserError(
+            f"{path}: cannot write: {error.strerror or error}. What stood there before is untouched; "
+            "free some space or choose another --output, then run the same command again."
+        ) from error
+    finally:
+        with contextlib.suppress(OSError):  # there is none after a success, nor where no folder could be made
+            temporary.unlink()
+
+
+def _temporary(path: Path, process: int | str) -> Path:
+    return path.with_name(f".{path.name}.{os.uname().nodename}-{process}.tmp")
+
+
+def _remove_stale(path: Path) -> None:
+    """Remove temporary files of ``path`` whose process, on this machine, is gone."""
+    start, _, end = _temporary(path, "|").name.partition("|")
+    for other in list(path.parent.iterdir()):
+        number = other.name.removeprefix(start).removesuffix(end)
+        if other.name == f"{start}{number}{end}" and number.isdigit():
+            try:
+                os.kill(int(number), 0)
+            except ProcessLookupError:
+                other.unlink(missing_ok=True)
+            except OSError:  # someone else's process
+                pass
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Write a small text file whole or not at all."""
+    with replacing(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
+
+
+def append_line(path: str | Path, line: str, sync: bool = False) -> None:
+    """Append a line; one that a dying process left unfinished before it is closed first."""
+    with Path(path).open("ab+") as file:
+        if file.tell():
+            file.seek(-1, os.SEEK_END)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
+        file.write(line.encode() + b"\n")
+        file.flush()
+        if sync:
+            os.fsync(file.fileno())
+
+
+def refuse_existing(path: str | Path, overwrite: bool) -> None:
+    """Raise ``UserError`` where ``path`` exists and may not be replaced."""
+    if Path(path).exists() and not overwrite:
+        raise UserError(f"{path} exists already: give --overwrite to replace it, or another --output")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """The JSON object in ``path``; empty where there is no such file.
+
+    Raises:
+        UserError: the file is no JSON object.
+    """
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}): write or fetch it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: must hold a JSON object")
+    return found

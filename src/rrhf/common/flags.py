@@ -1,0 +1,73 @@
+"""Command-line flags and configuration keys from settings classes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any, NoReturn
+
+from transformers import HfArgumentParser
+
+from rrhf.common.errors import UserError, nearest
+
+
+class Flags(HfArgumentParser):
+    """transformers' parser of settings classes, strict: no abbreviations, unknown flags named with the nearest one."""
+
+    def __init__(self, settings: Sequence[type], command: str, description: str) -> None:
+        super().__init__(list(settings), prog=f"rrhf {command}", description=description, allow_abbrev=False)
+        for action in self._actions:
+            if action.nargs == "+" and not action.required:
+                action.nargs = "*"  # an empty list is a value too
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+
+    def known(self) -> list[str]:
+        """Every flag in its spelling with underscores."""
+        return [
+            name
+            for action in self._actions
+            for name in action.option_strings
+            if "-" not in name[2:] and name not in ("-h", "--help")
+        ]
+
+    def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
+        """One instance a settings class; positional arguments, if any were added, stand in a namespace at the end.
+
+        Raises:
+            UserError: an unknown flag, a missing one, or a value that does not fit.
+        """
+        *found, rest = self.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
+        if rest:
+            flag = rest[0].partition("=")[0]
+            if flag.startswith("-"):
+                raise UserError(f"unknown flag {flag}: {_suggest(flag, self.known())}")
+            raise UserError(f"unexpected argument {rest[0]!r}; `{self.prog} --help` says what is taken")
+        return tuple(found)
+
+
+def _suggest(flag: str, known: list[str]) -> str:
+    text = nearest(flag.replace("-", "_").replace("__", "--", 1), known)
+    return text if len(known) < 30 else text.partition("known:")[0].strip() + " see --help"
+
+
+def as_arguments(section: Mapping[str, Any], where: str) -> list[str]:
+    """The flags that a section of a configuration stands for; ``null`` leaves a key at its default.
+
+    Raises:
+        UserError: a value no flag can take.
+    """
+    arguments = []
+    for key, value in section.items():
+        if value is None:
+            continue
+        if isinstance(value, list):
+            arguments += [f"--{key}", *map(str, value)]
+        elif isinstance(value, dict):
+            arguments += [f"--{key}", json.dumps(value)]
+        elif isinstance(value, (str, bool, int, float)):
+            arguments += [f"--{key}={value}"]
+        else:
+            raise UserError(f"{where}: {key}: a value of type {type(value).__name__} is not understood")
+    return arguments

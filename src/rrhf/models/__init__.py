@@ -1,0 +1,1 @@
+"""Policies: loading, tokenization, log-probabilities of responses."""

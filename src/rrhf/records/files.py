@@ -1,0 +1,304 @@
+"""Files of records: JSON lines (plain or .gz), JSON and Parquet, read as streams and written whole or not at all."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import gzip
+import hashlib
+import json
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from rrhf.common.errors import UserError
+from rrhf.common.files import refuse_existing, replacing
+from rrhf.records.parquet import read_parquet, write_parquet
+from rrhf.records.record import (
+    REQUIRED,
+    EmptyResponses,
+    Record,
+    Require,
+    Row,
+    RowError,
+    record_from_row,
+    record_line,
+    writable,
+)
+
+
+class Ids:
+    """Makes ids unique within one file and remembers of each an 8-byte hash and the line of its first use."""
+
+    def __init__(self) -> None:
+        self._lines: dict[int, int] = {}
+        self._repeats: dict[int, int] = {}
+
+    @staticmethod
+    def _digest(name: str) -> int:
+        return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogatepass"), digest_size=8).digest(), "big")
+
+    def first_line(self, name: str) -> int | None:
+        """Return the line of the first use of ``name``, None where it is new."""
+        return self._lines.get(self._digest(name))
+
+    def claim(self, name: str, line: int) -> str:
+        """Return ``name``, or with the first free of the suffixes -2, -3, … where it is taken."""
+        digest = self._digest(name)
+        if digest not in self._lines:
+            self._lines[digest] = line
+            return name
+        number = self._repeats.get(digest, 1) + 1
+        while (other := self._digest(f"{name}-{number}")) in self._lines:
+            number += 1
+        self._repeats[digest] = number
+        self._lines[other] = line
+        return f"{name}-{number}"
+
+
+def read_records(
+    path: str | Path,
+    require: Require = "query",
+    empty_responses: EmptyResponses = "error",
+    counts: Counter[str] | None = None,
+) -> Iterator[Record]:
+    """Read the records of a .jsonl, .jsonl.gz, .json or .parquet file, one after another.
+
+    A missing or repeated content id gets a suffix (-2, -3, …); an id given twice is an error. With
+    ``empty_responses="drop"`` empty responses are taken out, and records that keep none, and both are counted.
+
+    Args:
+        path: the file.
+        require: the last field the stage needs: ``query``, ``responses`` or ``scores``.
+        empty_responses: ``error`` or ``drop``.
+        counts: counts what was dropped, by reason.
+
+    Raises:
+        UserError: at once where the file is missing or of an unknown kind; while reading for a bad row.
+    """
+    if require not in REQUIRED:
+        raise ValueError(f"require is {require!r}, not one of {REQUIRED}")
+    return _read_records(Path(path), read_rows(path), require, empty_responses, counts)
+
+
+def _read_records(
+    path: Path, rows: Iterator[Row], require: Require, empty_responses: EmptyResponses, counts: Counter[str] | None
+) -> Iterator[Record]:
+    ids = Ids()
+    empty = True
+    for row, where, line in rows:
+        empty = False
+        record = record_from_row(row, where, require, empty_responses, counts)
+        if row.get("id") is None:
+            record.id = ids.claim(record.id, line)
+        elif (first := ids.first_line(record.id)) is not None:
+            unit = where.rpartition(", ")[2].split()[0]
+            raise RowError(
+                where,
+                f"id {record.id!r} is that of {unit} {first} already",
+                "make ids unique, or leave them out everywhere and let the queries name the records",
+            )
+        else:
+            ids.claim(record.id, line)
+        if row.get("responses") and not record.responses:
+            if counts is not None:
+                counts["no response left"] += 1
+            continue
+        yield record
+    if empty:
+        raise UserError(f"{path}: the file holds no records: check that the command that wrote it finished")
+
+
+def read_rows(path: str | Path) -> Iterator[Row]:
+    """Yield each row of a .jsonl, .jsonl.gz, .json or .parquet file as (row, what errors call its place, number).
+
+    Raises:
+        UserError: at once where the file is missing or of an unknown kind; while reading where it is broken.
+    """
+    path = Path(path)
+    reader = READERS[file_suffix(path, READERS)]
+    require_file(path)
+    return reader(path)
+
+
+def file_suffix(path: str | Path, known: Iterable[str]) -> str:
+    """Return which of the ``known`` suffixes ``path`` has. Raises UserError, listing them, where it has none."""
+    name = Path(path).name.lower()
+    known = list(known)
+    for suffix in known:
+        if name.endswith(suffix):
+            return suffix
+    raise UserError(f"{path}: unknown suffix {Path(path).suffix!r}: known: {', '.join(known)}")
+
+
+def require_file(path: Path) -> None:
+    """Raise UserError where ``path`` is no file, and suggest one beside it with a name like it."""
+    if path.is_file():
+        return
+    if path.is_dir():
+        raise UserError(f"{path}: is a folder: name the file in it")
+    siblings = [item.name for item in path.parent.iterdir()] if path.parent.is_dir() else []
+    close = difflib.get_close_matches(path.name, siblings, n=1)
+    cure = f"did you mean {path.parent / close[0]}?" if close else "check the name"
+    raise UserError(f"{path}: no such file: {cure}")
+
+
+def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
+    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Yield each line's bytes with its number, blank ones left out, without a byte order mark."""
+    try:
+        with _open(path) as file:
+            for number, line in enumerate(file, 1):
+                if number == 1:
+                    line = line.removeprefix(b"\xef\xbb\xbf")
+                if line.strip():
+                    yield line, number
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: the gzip file is broken or cut short ({error}): write or fetch it again") from error
+    except OSError as error:
+        raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
+def text_lines(path: Path) -> Iterator[tuple[str, int]]:
+    """Yield each line that is not blank, as text, with its number. Raises UserError for a byte that is not UTF-8."""
+    for line, number in _lines(path):
+        yield _decode(line, f"{path}, line {number}"), number
+
+
+def _decode(line: bytes, where: str) -> str:
+    try:
+        return line.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise RowError(where, f"not UTF-8 (byte {error.start + 1})", "save the file as UTF-8") from error
+
+
+def _parse(text: str, where: str) -> Any:
+    """Return the JSON value of ``text``; refuse what Python reads and JSON has not: NaN and halves of characters."""
+    strange: list[str] = []
+
+    def constant(name: str) -> float:
+        strange.append(name)
+        return float(name)
+
+    try:
+        value = json.loads(text, parse_constant=constant)
+    except (ValueError, RecursionError) as error:
+        reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
+        raise RowError(where, f"not JSON ({reason})", "mend the line, or take it out") from error
+    if "\\ud" in text.lower() and not _writable_text(value):
+        raise RowError(where, "holds half of a surrogate pair (\\ud800 … \\udfff)", "replace the broken character")
+    if strange and not _bad_scores(value):  # the check of scores says which score is NaN
+        raise RowError(where, f"{strange[0]} is not JSON", "write null, or a number")
+    return value
+
+
+def _writable_text(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _bad_scores(value: Any) -> bool:
+    """Whether a NaN or an infinity stands in the scores, which have an error of their own."""
+    fields = {name: value.get(name) for name in ("scores", "rewards")} if isinstance(value, dict) else {}
+    return not writable(fields)
+
+
+def _jsonl_rows(path: Path) -> Iterator[Row]:
+    for text, number in text_lines(path):
+        where = f"{path}, line {number}"
+        yield _parse(text, where), where, number
+
+
+def _json_rows(path: Path) -> Iterator[Row]:
+    """A .json file is one list of rows, read whole, or lines as the released code writes them."""
+    first = next(_lines(path), (b"", 0))[0]
+    if not first.lstrip().startswith(b"["):
+        yield from _jsonl_rows(path)
+        return
+    try:
+        with _open(path) as file:
+            rows = json.loads(file.read().decode("utf-8-sig"))
+    except json.JSONDecodeError as error:
+        raise UserError(
+            f"{path}, line {error.lineno}: not JSON ({error.msg}): mend it, or use one row a line"
+        ) from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8") from error
+    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
+        raise UserError(f"{path}: the gzip file is broken or cut short ({error}): write or fetch it again") from error
+    for number, row in enumerate(rows, 1):
+        yield row, f"{path}, row {number}", number
+
+
+READERS: dict[str, Callable[[Path], Iterator[Row]]] = {
+    ".jsonl": _jsonl_rows,
+    ".jsonl.gz": _jsonl_rows,
+    ".json": _json_rows,
+    ".json.gz": _json_rows,
+    ".parquet": read_parquet,
+}
+
+
+def write_records(path: str | Path, records: Iterable[Record], overwrite: bool = False) -> int:
+    """Write the records to a .jsonl, .jsonl.gz or .parquet file, whole or not at all; return how many.
+
+    The same records give the same bytes. Where anything fails, also in ``records`` itself, what stood at ``path``
+    stays.
+
+    Raises:
+        UserError: the file exists and ``overwrite`` is false, its suffix is unknown, a record holds what JSON has no
+            word for, or the disk is full.
+    """
+    path = Path(path)
+    writer = WRITERS[file_suffix(path, WRITERS)]
+    refuse_existing(path, overwrite)
+    with replacing(path) as temporary:
+        return writer(temporary, records)
+
+
+def _write_lines(file: IO[bytes] | gzip.GzipFile, records: Iterable[Record]) -> int:
+    count = 0
+    for record in records:
+        file.write(record_line(record).encode("utf-8") + b"\n")
+        count += 1
+    return count
+
+
+def _write_jsonl(path: Path, records: Iterable[Record]) -> int:
+    with path.open("wb") as file:
+        return _write_lines(file, records)
+
+
+def _write_jsonl_gz(path: Path, records: Iterable[Record]) -> int:
+    # No name and no time in the header: equal records give equal bytes.
+    with path.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
+        return _write_lines(file, records)
+
+
+WRITERS: dict[str, Callable[[Path, Iterable[Record]], int]] = {
+    ".jsonl": _write_jsonl,
+    ".jsonl.gz": _write_jsonl_gz,
+    ".parquet": write_parquet,
+}
+
+
+def count_records(path: str | Path) -> int:
+    """Return how many rows a record file has, for a progress bar's total, without parsing them where that can be."""
+    path = Path(path)
+    suffix = file_suffix(path, READERS)
+    require_file(path)
+    if suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        with contextlib.suppress(OSError, ValueError):  # a broken file is the reader's to report
+            return int(pq.ParquetFile(path).metadata.num_rows)
+        return 0
+    return sum(1 for _ in (_lines(path) if suffix.startswith(".jsonl") else read_rows(path)))

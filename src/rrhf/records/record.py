@@ -1,0 +1,308 @@
+"""The record that every stage reads and writes, as JSON lines (plain or .gz) and as Parquet.
+
+One record is a query with its k responses, where each came from, how it ended and what a reward said of it::
+
+    {"id": "…", "query": "text" | [{"role", "content"}, …],
+     "responses": ["…", …], "sources": ["diverse-beam/0", "human/chosen", …], "finish": ["stop" | "length", …],
+     "scores": [0.7, null, …], "rewards": {"pkg.mod:f": [0.7, null, …], …}}
+
+Only ``query`` is required; unknown columns travel along. Reading and writing stream: what stays in memory is one
+record (JSON lines) or one batch (Parquet), and 8 bytes of hash with a line number for each id.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import numbers
+from collections import Counter
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal
+
+from rrhf.common.errors import UserError
+
+Message = dict[str, str]
+Query = str | list[Message]
+Require = Literal["query", "responses", "scores"]
+EmptyResponses = Literal["error", "drop"]
+Row = tuple[Any, str, int]  # the parsed row, what errors call its place, its line or row number
+
+FIELDS = ("id", "query", "responses", "sources", "finish", "scores", "rewards")
+FINISH = ("stop", "length")
+REQUIRED = ("query", "responses", "scores")  # a stage that needs one needs those before it
+CURES = {"responses": "run `rrhf sample` first", "scores": "run `rrhf score` first"}
+
+
+class RowError(UserError):
+    """A row that is no record. ``reason`` says why in words that do not depend on the row."""
+
+    def __init__(self, where: str, reason: str, cure: str) -> None:
+        super().__init__(f"{where}: {reason}: {cure}")
+        self.reason = reason
+
+
+@dataclass(slots=True)
+class Record:
+    """A query x with its k responses y_i and their scores r_i.
+
+    ``sources``, ``finish`` and every list in ``rewards`` have k entries; ``scores`` has k, or none where nothing was
+    scored yet. A score of None takes part in no pair. Left out, ``sources`` becomes ``provided/0`` …, ``finish``
+    ``stop`` and ``id`` the query's hash.
+    """
+
+    query: Query
+    responses: list[str] = field(default_factory=list)
+    sources: list[str] = field(default_factory=list)
+    finish: list[str] = field(default_factory=list)
+    scores: list[float | None] = field(default_factory=list)
+    rewards: dict[str, list[float | None]] = field(default_factory=dict)
+    id: str = ""
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.id = self.id or content_id(self.query)
+        self.sources = self.sources or [f"provided/{i}" for i in range(len(self.responses))]
+        self.finish = self.finish or ["stop"] * len(self.responses)
+
+
+def content_id(query: Query) -> str:
+    """Return 16 hexadecimal digits that depend on the query alone (BLAKE2b of its text or of its messages' JSON)."""
+    text = query if isinstance(query, str) else json.dumps(query, ensure_ascii=False, sort_keys=True)
+    kind = b"text\0" if isinstance(query, str) else b"messages\0"
+    return hashlib.blake2b(kind + text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
+
+
+def query_text(query: Query) -> str:
+    """Return the query as plain text for people to read; messages become ``role: content`` paragraphs."""
+    if isinstance(query, str):
+        return query
+    return "\n\n".join(f"{message['role']}: {message['content']}" for message in query)
+
+
+# --- one row -----------------------------------------------------------------------------------------------------
+
+
+def record_from_row(
+    row: Any,
+    where: str,
+    require: Require = "query",
+    empty_responses: EmptyResponses = "error",
+    counts: Counter[str] | None = None,
+) -> Record:
+    """Check one row and return its record.
+
+    Args:
+        row: the parsed JSON object (or Parquet row).
+        where: what an error calls the row's place, such as ``data.jsonl, line 3``.
+        require: the last field the stage needs. From ``responses`` on an empty response is an error.
+        empty_responses: ``drop`` takes empty responses out, with their scores, whatever ``require`` says.
+        counts: counts what was dropped.
+
+    Raises:
+        RowError: the row is no valid record, or lacks what ``require`` asks for.
+    """
+    if not isinstance(row, dict):
+        raise RowError(where, f"a row must be a JSON object, not {_kind_name(row)}", 'write {"query": …} on each line')
+    query = _query(row, where)
+    responses = _texts(row, "responses", None, where) or []
+    k = len(responses)
+    record = Record(
+        query=query,
+        responses=responses,
+        sources=_texts(row, "sources", k, where) or [],
+        finish=_texts(row, "finish", k, where) or [],
+        scores=_scores(row.get("scores"), "scores", k, where),
+        rewards=_rewards(row.get("rewards"), k, where),
+        id=_id(row.get("id"), where),
+        extra={name: value for name, value in row.items() if name not in FIELDS},
+    )
+    for finish in record.finish:
+        if finish not in FINISH:
+            raise RowError(where, f"finish is {finish!r}", "it must be 'stop' or 'length'")
+    for name in REQUIRED[1 : REQUIRED.index(require) + 1]:
+        if not getattr(record, name):
+            raise RowError(where, f"no {name}", CURES[name])
+    if empty_responses == "drop":
+        _drop_empty(record, counts)
+    elif require != "query":
+        for index, response in enumerate(record.responses):
+            if not response.strip():
+                raise RowError(
+                    where,
+                    f"response {index} is empty",
+                    "take it out, or run `rrhf convert` on the file, which drops empty responses and counts them",
+                )
+    return record
+
+
+def _kind_name(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", type(None): "null"}
+    return names.get(type(value), "a number" if isinstance(value, numbers.Number) else type(value).__name__)
+
+
+def _query(row: dict[str, Any], where: str) -> Query:
+    query = row.get("query")
+    if query is None:
+        columns = ", ".join(map(str, row)) or "none"
+        raise RowError(
+            where,
+            f"no query (columns: {columns})",
+            "give `query`, or bring another format in with `rrhf convert SRC --format X --output F`",
+        )
+    if not isinstance(query, (str, list)):
+        raise RowError(where, f"query is {_kind_name(query)}", "it must be text or a list of messages")
+    if isinstance(query, list):
+        for message in query:
+            if not isinstance(message, dict) or not all(isinstance(message.get(n), str) for n in ("role", "content")):
+                raise RowError(
+                    where, "a message of the query lacks role or content", 'write {"role": "user", "content": "…"}'
+                )
+    texts = [query] if isinstance(query, str) else [message["content"] for message in query]
+    if not any(text.strip() for text in texts):
+        raise RowError(where, "the query is empty", "fill it in or take the row out")
+    return query
+
+
+def _id(value: Any, where: str) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool) or not isinstance(value, (str, int)) or value == "":
+        raise RowError(where, f"id is {value!r}", "it must be text, or be left out")
+    return str(value)
+
+
+def _list(value: Any, name: str, k: int | None, where: str) -> list[Any]:
+    if not isinstance(value, list):
+        raise RowError(where, f"{name} is {_kind_name(value)}", "it must be a list with one entry a response")
+    if k is not None and len(value) != k:
+        raise RowError(where, f"{name} and responses differ in length ({len(value)} and {k})", "give one a response")
+    return value
+
+
+def _texts(row: dict[str, Any], name: str, k: int | None, where: str) -> list[str] | None:
+    value = row.get(name)
+    if value is None:
+        return None
+    for index, entry in enumerate(_list(value, name, k, where)):
+        if not isinstance(entry, str):
+            raise RowError(where, f"{name}[{index}] is {_kind_name(entry)}", "it must be text")
+    return list(value)
+
+
+def _scores(value: Any, name: str, k: int, where: str) -> list[float | None]:
+    if value is None:
+        return []
+    return [
+        None if entry is None else _number(entry, f"{name}[{index}]", where)
+        for index, entry in enumerate(_list(value, name, k, where))
+    ]
+
+
+def _number(value: Any, name: str, where: str) -> float:
+    cure = "a score is a finite number, or null for a response that was not scored"
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise RowError(where, f"{name} is {_kind_name(value)}", cure)
+    try:
+        number = float(value)
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        raise RowError(where, f"{name} is {'NaN' if math.isnan(number) else 'infinite'}", cure)
+    return number
+
+
+def _rewards(value: Any, k: int, where: str) -> dict[str, list[float | None]]:
+    if value is None:
+        return {}
+    if not isinstance(value, dict):
+        raise RowError(where, f"rewards is {_kind_name(value)}", 'write {"pkg.module:function": [score, …]}')
+    # Parquet gives every row every reward, null where the row has it not.
+    return {
+        name: _scores(scores, f"rewards {name!r}", k, where) for name, scores in value.items() if scores is not None
+    }
+
+
+def _drop_empty(record: Record, counts: Counter[str] | None) -> None:
+    kept = [index for index, response in enumerate(record.responses) if response.strip()]
+    dropped = len(record.responses) - len(kept)
+    if not dropped:
+        return
+    if counts is not None:
+        counts["empty response dropped"] += dropped
+    for name in ("responses", "sources", "finish", "scores"):
+        values = getattr(record, name)
+        setattr(record, name, [values[index] for index in kept] if values else values)
+    record.rewards = {name: [scores[index] for index in kept] for name, scores in record.rewards.items() if kept}
+
+
+def record_to_row(record: Record) -> dict[str, Any]:
+    """Return the record as a JSON object in the fixed order of fields, empty ones left out, unknown columns last."""
+    row: dict[str, Any] = {"id": record.id, "query": record.query}
+    for name in FIELDS[2:]:
+        value = getattr(record, name)
+        if value:
+            row[name] = value
+    row.update((name, value) for name, value in record.extra.items() if name not in FIELDS)
+    return row
+
+
+def record_line(record: Record) -> str:
+    """Return the record as one line of JSON, without the newline.
+
+    Raises:
+        UserError: it holds NaN, an infinity, a broken character or something JSON has no word for.
+    """
+    row = record_to_row(record)
+    try:
+        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        line.encode("utf-8")  # refuses half a surrogate pair here, with the record's name
+    except (ValueError, TypeError) as error:
+        column = next((name for name, value in row.items() if not writable(value)), "?")
+        raise UserError(
+            f"record {record.id!r}: {column!r} cannot be written as JSON ({error}): mend or drop it"
+        ) from error
+    return line
+
+
+def writable(value: Any) -> bool:
+    try:
+        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, TypeError):
+        return False
+    return True
+
+
+# --- ids ---------------------------------------------------------------------------------------------------------
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+# --- writing -----------------------------------------------------------------------------------------------------
+
+
+def with_responses(
+    record: Record, texts: list[str], finish: list[str], tags: list[str], scored: Record | None = None
+) -> Record:
+    """``record`` with responses appended; those of ``scored`` bring the scores they have."""
+    new_scores = list(scored.scores) if scored is not None and scored.scores else [None] * len(texts)
+    old_scores = list(record.scores) or [None] * len(record.responses)
+    has_scores = any(score is not None for score in [*old_scores, *new_scores])
+    names = {**record.rewards, **(scored.rewards if scored is not None else {})}
+    none: list[float | None] = [None] * len(record.responses)
+    rewards = {
+        name: [
+            *record.rewards.get(name, none),
+            *((scored.rewards.get(name) if scored is not None else None) or [None] * len(texts)),
+        ]
+        for name in names
+    }
+    return replace(
+        record,
+        responses=[*record.responses, *texts],
+        sources=[*record.sources, *tags],
+        finish=[*record.finish, *finish],
+        scores=[*old_scores, *new_scores] if has_scores else [],
+        rewards=rewards,
+    )

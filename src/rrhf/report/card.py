@@ -1,0 +1,357 @@
+"""The model card: what a model was made of and what came of it, as README.md beside the weights."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path, PurePath
+from typing import Any
+
+from rrhf import __version__
+from rrhf.common.files import read_object, write_text
+from rrhf.models.folders import model_folder
+from rrhf.records.sources import COUNTED, source_shares
+
+CARD = "README.md"
+MARK = "<!-- Written by rrhf. Take this line out, and rrhf leaves your changes alone. -->"
+TAGS = ["rrhf", "alignment"]
+
+RANKING = {
+    "hinge": "`hinge`, Σ max(0, p_i − p_j) over r_i < r_j (Eq. 2)",
+    "margin": "`margin`, BRIO's margin that grows with the difference of ranks",
+    "constant-margin": "`constant-margin`, the constant margin of SLiC",
+    "logistic": "`logistic`, Bradley–Terry on p (SimPO for lists)",
+    "listmle": "`listmle`, Plackett–Luce on p (as in PRO)",
+    "none": "`none`: no ranking term",
+}
+SFT = {"sum": "a sum over tokens (Eq. 4)", "mean": "a mean over tokens"}
+CITATION = """```bibtex
+@article{yuan2023rrhf,
+  title   = {RRHF: Rank Responses to Align Language Models with Human Feedback without tears},
+  author  = {Yuan, Zheng and Yuan, Hongyi and Tan, Chuanqi and Wang, Wei and Huang, Songfang and Huang, Fei},
+  journal = {arXiv preprint arXiv:2304.05302},
+  year    = {2023}
+}
+```"""
+
+
+def write_card(
+    folder: str | Path,
+    evaluation: Mapping[str, Any] | None = None,
+    *,
+    training: Mapping[str, Any] | None = None,
+    name: str | None = None,
+    refresh: bool = False,
+) -> Path:
+    """Write the card of the model in ``folder`` beside its weights.
+
+    Args:
+        folder: a model folder, or a run folder.
+        evaluation: the content of an evaluation.json; left out, the run's own, where the model lies in a run folder.
+        training: the summary that ``train_model`` returns; left out, training.json beside the weights.
+        name: the model's name on the hub, where it has one.
+        refresh: leave a card alone that rrhf did not write.
+
+    Returns:
+        The card's path.
+
+    Raises:
+        UserError: there is no model, or a file that belongs to it cannot be read.
+    """
+    folder = model_folder(folder)
+    place = folder / CARD
+    if refresh and place.exists() and MARK not in place.read_text(encoding="utf-8"):
+        return place
+    write_text(place, model_card(folder, evaluation, training=training, name=name))
+    return place
+
+
+def model_card(
+    folder: Path,
+    evaluation: Mapping[str, Any] | None = None,
+    *,
+    training: Mapping[str, Any] | None = None,
+    name: str | None = None,
+) -> str:
+    """The text of the card: metadata for the hub, data, settings, results, use, versions, citation.
+
+    It names files without their folders: no path of the machine that trained is in it.
+    """
+    training = read_object(folder / "training.json") if training is None else training
+    run = folder.resolve().parent if folder.resolve().name == "model" else None
+    if evaluation is None and run is not None:
+        evaluation = read_object(run / "evaluation.json") or None
+    settings = training.get("settings") or read_object(folder / "training-settings.json")
+    data = training.get("data") or source_shares(settings.get("data"))
+    title = (name or (run or folder.resolve()).name).split("/")[-1]
+    paragraphs = [
+        _metadata(folder, settings, run),
+        MARK,
+        f"# {title}",
+        _introduction(settings, folder),
+        "## Use",
+        _use(folder, name, data),
+        "## Data",
+        _data(settings, training, data),
+        "## Settings",
+        _settings(settings, training) if settings else "No settings are beside the weights.",
+        "## Results",
+        _results(evaluation, training),
+        "## Versions",
+        ", ".join(f"{package} {version}" for package, version in _versions().items()),
+        "## Citation",
+        CITATION,
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+def hub_id(value: Any) -> str | None:
+    """``value`` where it can be the id of a hub repository and names no file here; else ``None``."""
+    text = str(value or "")
+    fits = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
+    return text if fits and not text.endswith(".gguf") and not Path(text).exists() else None
+
+
+def public_name(value: Any) -> str:
+    """A model's or file's name without the folders it lies in; hub ids and package files as they are."""
+    text = str(value)
+    return text if hub_id(text) or text.startswith("package:") else Path(text).name
+
+
+def metadata_block(data: Any) -> str:
+    """A card's YAML block of a ``huggingface_hub`` card-data object."""
+    return f"---\n{data.to_yaml()}\n---"
+
+
+# --- parts -----------------------------------------------------------------------------------------------------------
+
+
+def _metadata(folder: Path, settings: Mapping[str, Any], run: Path | None) -> str:
+    from huggingface_hub import ModelCardData
+
+    adapter = read_object(folder / "adapter_config.json")
+    sources = []
+    if run is not None and (run / "config.yaml").exists():
+        import yaml
+
+        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        data = config.get("data") if isinstance(config, dict) else None
+        sources = [found for key in ("source", "held_out") if (found := hub_id((data or {}).get(key)))]
+    return metadata_block(
+        ModelCardData(
+            base_model=hub_id(settings.get("model") or adapter.get("base_model_name_or_path")),
+            datasets=sorted(set(sources)) or None,
+            library_name="peft" if adapter else "transformers",
+            pipeline_tag="text-generation",
+            tags=TAGS,
+        )
+    )
+
+
+def _introduction(settings: Mapping[str, Any], folder: Path) -> str:
+    what = "A LoRA adapter" if (folder / "adapter_config.json").exists() else "A language model"
+    base = f" from {public_name(settings['model'])}" if settings.get("model") else ""
+    return (
+        f"{what} trained{base} with RRHF ([arXiv 2304.05302](https://arxiv.org/abs/2304.05302)): of several scored "
+        "responses to a query it learns to rate the better ones higher, and to write the best one."
+    )
+
+
+def _use(folder: Path, name: str | None, data: Mapping[str, Any]) -> str:
+    template = (folder / "chat_template.jinja").exists() or "chat_template" in read_object(
+        folder / "tokenizer_config.json"
+    )
+    chat = template and data.get("messages", True)
+    inputs = (
+        'messages = [{"role": "user", "content": "Write a sentence about the sea."}]\n'
+        "inputs = tokenizer.apply_chat_template(\n"
+        '    messages, add_generation_prompt=True, return_dict=True, return_tensors="pt"\n'
+        ")"
+        if chat
+        else 'inputs = tokenizer("Write a sentence about the sea.", return_tensors="pt")'
+    )
+    needs = " and `peft`" if (folder / "adapter_config.json").exists() else ""
+    return f"""With `transformers`{needs}:
+
+```python
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+name = "{name or "."}"{"" if name else "  # the folder of this file"}
+tokenizer = AutoTokenizer.from_pretrained(name)
+model = AutoModelForCausalLM.from_pretrained(name)
+{inputs}
+output = model.generate(**inputs, max_new_tokens=40, do_sample=True, top_p=0.9)
+print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True))
+```"""
+
+
+def _data(settings: Mapping[str, Any], training: Mapping[str, Any], data: Mapping[str, Any]) -> str:
+    lines = []
+    if settings.get("data"):
+        lines.append(f"- trained on: `{public_name(settings['data'])}`, queries with scored responses")
+    if "records" in training:
+        lines.append(f"- records: {training['records']}")
+    lines += [f"- skipped: {count} ({reason})" for reason, count in sorted(training.get("skipped", {}).items())]
+    for key, words in (
+        ("unranked", "records with fewer than two scored responses: fitted, not ranked"),
+        ("queries_cut", "queries cut from the left to the length limit"),
+        ("responses_cut", "responses cut from the right to the length limit"),
+    ):
+        if training.get(key):
+            lines.append(f"- {words}: {training[key]}")
+    if data.get("sources"):
+        seen = f" (of the first {COUNTED:,} records)" if data["records"] == COUNTED else ""
+        shares = ", ".join(f"{name} {share:.0%}" for name, share in data["sources"].items())
+        lines.append(f"- responses by source{seen}: {shares}")
+    return "\n".join(lines) or "Nothing is known about the data: no training.json is beside the weights."
+
+
+def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
+    queries = settings.get("per_device_train_batch_size", 1) * settings.get("gradient_accumulation_steps", 1)
+    ranking = settings.get("ranking_loss")
+    rows = [
+        ("loss", "rank weight · ranking loss + SFT weight · cross-entropy on the best response (Eq. 5)"),
+        ("ranking loss", RANKING.get(str(ranking), ranking)),
+        ("rank weight", settings.get("rank_weight")),
+        ("margin", settings.get("margin") or None),
+        ("cross-entropy", SFT.get(str(settings.get("sft_reduction")), settings.get("sft_reduction"))),
+        ("SFT weight", settings.get("sft_weight")),
+        ("p_i", f"log-probability / length^{settings.get('length_exponent', 1.0):g} (Eq. 1)"),
+        ("numbers of the released code", "yes" if settings.get("released_compat") else None),
+        ("learning rate", settings.get("learning_rate")),
+        ("schedule", settings.get("lr_scheduler_type")),
+        ("optimiser steps", training.get("steps")),
+        ("epochs", settings.get("num_train_epochs") if settings.get("max_steps", -1) <= 0 else None),
+        ("queries a step and process", queries),
+        ("tokens of query and response", settings.get("max_length")),
+        ("adapter", _adapter(settings)),
+        ("precision", training.get("precision")),
+        ("seed", settings.get("seed")),
+    ]
+    lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
+    return "\n".join(["| setting | value |", "| --- | --- |", *lines])
+
+
+def _adapter(settings: Mapping[str, Any]) -> str | None:
+    if not settings.get("peft"):
+        return None
+    kept = "merged into the weights" if settings.get("merge_adapter") else "saved alone"
+    return f"{settings['peft']}, rank {settings.get('lora_r')}, alpha {settings.get('lora_alpha'):g}, {kept}"
+
+
+def _results(evaluation: Mapping[str, Any] | None, training: Mapping[str, Any]) -> str:
+    loss = training.get("train_loss")
+    lines = [] if loss is None else [f"Mean training loss: {loss:.4g}."]
+    if not evaluation or "pi" not in evaluation:
+        return "\n\n".join([*lines, "Not evaluated on held-out prompts."])
+    names = {"rho": "before (ρ)", "pi": "after (π)"}
+    models = [name for name in names if name in evaluation]
+    both = len(models) == 2
+    rows: list[Sequence[str]] = []
+    verdicts = []
+    for reward, values in evaluation.get("rewards", {}).items():
+        row = [f"reward `{reward}`", *[_number(values[name]["mean"]) for name in models]]
+        if both:
+            gain = values["gain"]
+            row.append(f"{_number(gain['mean'])} [{_number(gain['low'])}, {_number(gain['high'])}]")
+            verdicts += [_verdict(reward, gain)] if gain["low"] is not None else []
+        rows.append(row)
+    for key, label, digits in (
+        ("perplexity", "perplexity", 2), ("length_mean", "length, tokens", 1), ("distinct_2", "distinct-2", 3)
+    ):  # fmt: skip
+        rows.append([label, *[_number(evaluation[name].get(key), digits) for name in models], *[""] * both])
+    head = ["", *[names[name] for name in models], *(["gain, 95 % interval"] if both else [])]
+    table = [head, ["---"] * len(head), *rows]
+    lines.append("\n".join("| " + " | ".join(row) + " |" for row in table))
+    judge = evaluation.get("perplexity_model")
+    lines.append(
+        f"{evaluation['pi'].get('n')} held-out prompts, one sampled response each, seed {evaluation.get('seed')}"
+        + (f"; perplexity of the responses under {public_name(judge)}." if judge else ".")
+        + (" The intervals are paired bootstraps over prompts." if both else "")
+    )
+    return "\n\n".join([*lines, *verdicts])
+
+
+def _verdict(reward: str, gain: Mapping[str, float]) -> str:
+    """What the interval of a gain allows to say."""
+    if gain["low"] > 0:
+        return f"By `{reward}` the model is better than the one it was trained from: the interval lies above 0."
+    if gain["high"] < 0:
+        return f"By `{reward}` the model is **worse** than the one it was trained from: the interval lies below 0."
+    return f"By `{reward}` **no difference is shown**: the interval includes 0."
+
+
+def _number(value: Any, digits: int = 3) -> str:
+    return "—" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+
+
+def _versions() -> dict[str, str]:
+    """Of the packages that matter, those installed, without importing them."""
+    found = {"rrhf": __version__}
+    for package in ("torch", "transformers", "accelerate", "peft", "tokenizers"):
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+# --- records ---------------------------------------------------------------------------------------------------------
+
+
+def records_card(file: PurePath, records: int, data: Mapping[str, Any], columns: Mapping[str, str], name: str) -> str:
+    """The card of a data set of records: what a row holds and where the responses come from."""
+    from huggingface_hub import DatasetCardData
+
+    block = metadata_block(
+        DatasetCardData(
+            tags=TAGS,
+            task_categories=["text-generation"],
+            configs=[{"config_name": "default", "data_files": [{"split": "train", "path": file.as_posix()}]}],
+        )
+    )
+    shares = ", ".join(f"{source} {share:.0%}" for source, share in data.get("sources", {}).items())
+    table = "\n".join(
+        ["| column | what |", "| --- | --- |", *[f"| `{key}` | {what} |" for key, what in columns.items()]]
+    )
+    return f"""{block}
+
+{MARK}
+
+# {name.split("/")[-1]}
+
+{records} queries with {data.get("responses", 0)} responses, for training with RRHF
+([arXiv 2304.05302](https://arxiv.org/abs/2304.05302)).{f" Responses by source: {shares}." if shares else ""}
+
+{table}
+
+## Use
+
+```python
+from datasets import load_dataset
+
+records = load_dataset("{name}", split="train")
+```
+
+or `rrhf train --data {file.name} …` with the file itself, which keeps what is JSON text in a column as an object.
+
+## Citation
+
+{CITATION}
+"""
+
+
+def column_words(names: Sequence[str]) -> dict[str, str]:
+    """What the record's columns hold; others are named as they are."""
+    words = {
+        "id": "of the query",
+        "query": "x: text, or a list of messages",
+        "responses": "y_i: texts",
+        "sources": "where each response came from",
+        "finish": "`stop`, or `length` where a token limit cut it",
+        "scores": "r_i: what training uses; null is not scored",
+        "rewards": "each reward's scores, by name",
+    }
+    return {name: words.get(name, "carried along") for name in names}

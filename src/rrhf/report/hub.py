@@ -1,0 +1,150 @@
+"""Models and records on the Hugging Face hub. The token comes from `hf auth login` or HF_TOKEN, and is never shown."""
+
+from __future__ import annotations
+
+import logging
+import os
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from rrhf.common.errors import UserError
+from rrhf.common.files import read_object
+from rrhf.models.folders import model_folder
+from rrhf.records.files import count_records, read_records, write_records
+from rrhf.records.sources import source_shares
+from rrhf.report.card import CARD, column_words, hub_id, records_card, write_card
+
+log = logging.getLogger("rrhf")
+
+# What belongs to a model; optimiser states, checkpoints and settings with local paths stay at home.
+MODEL_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.gguf",
+    CARD,
+]  # fmt: skip
+RECORDS = PurePosixPath("data/train.parquet")  # where `datasets` finds the split train
+
+
+def push_model(source: str | Path, repo_id: str, *, private: bool = False, message: str | None = None) -> str:
+    """Upload the model in ``source`` (a model folder or a run folder) in one commit; make the repository if need be.
+
+    A card that rrhf wrote is written anew with the repository's name.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: no model, no token, no permission, or no connection; the message names the cure.
+    """
+    folder = model_folder(source)
+    base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
+    if base and not hub_id(base):
+        log.warning(f"{repo_id}: an adapter needs its base model, and {base!r} is no hub id: others cannot load it")
+    with _asking_the_hub(repo_id) as api:
+        address = api.create_repo(repo_id, private=private, exist_ok=True)
+        write_card(folder, name=address.repo_id, refresh=True)
+        api.upload_folder(
+            repo_id=address.repo_id,
+            folder_path=folder,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=["*/*"],
+            commit_message=message or "Upload model with rrhf",
+        )
+    return str(address)
+
+
+def card_of_training(folder: Path, training: dict[str, Any], repository: str | None, token: str | None = None) -> None:
+    """Write the card of a model that was trained just now, also over the draft that transformers pushed to the hub."""
+    write_card(folder, training=training)
+    if repository is not None:
+        push_card(folder, repository, token)
+
+
+def push_card(folder: Path, repo_id: str, token: str | None = None) -> None:
+    """Upload the card alone, over the draft that transformers' ``--push_to_hub`` leaves in the repository."""
+    with _asking_the_hub(repo_id, token) as api:
+        card = write_card(folder, name=repo_id)
+        api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repo_id, commit_message="Model card of rrhf")
+
+
+def push_records(file: str | Path, repo_id: str, *, private: bool = False, message: str | None = None) -> str:
+    """Upload a file of records as a data set: one Parquet file and a card, in one commit.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: no records, no token, no permission, or no connection; the message names the cure.
+    """
+    from huggingface_hub import CommitOperationAdd
+
+    file = Path(file)
+    with tempfile.TemporaryDirectory() as scratch, _asking_the_hub(repo_id) as api:
+        if file.suffix == ".parquet":
+            table, count = file, count_records(file)
+        else:
+            table = Path(scratch) / RECORDS.name
+            count = write_records(table, read_records(file))
+        if not count:
+            raise UserError(f"{file}: there is no record to publish")
+        address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
+        card = records_card(RECORDS, count, source_shares(table, None), column_words(_columns(table)), address.repo_id)
+        api.create_commit(
+            repo_id=address.repo_id,
+            repo_type="dataset",
+            operations=[CommitOperationAdd(str(RECORDS), str(table)), CommitOperationAdd(CARD, card.encode())],
+            commit_message=message or f"Upload {count} records with rrhf",
+        )
+    return str(address)
+
+
+def _columns(table: Path) -> list[str]:
+    import pyarrow.parquet as pq
+
+    names: list[str] = pq.read_schema(table).names
+    return names
+
+
+@contextmanager
+def _asking_the_hub(repo_id: str, token: str | None = None) -> Iterator[Any]:
+    """The hub's client; what it raises becomes a message that names the cure, without the token."""
+    from huggingface_hub import HfApi, constants, get_token
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
+    token = token or get_token()
+    if token is None:
+        raise UserError(
+            "no token for the hub: run `hf auth login`, or set HF_TOKEN to one with the right to write "
+            "(huggingface.co/settings/tokens)"
+        )
+    disable_progress_bars()
+    transport: Any = HfHubHTTPError.__mro__[1]  # what the HTTP library of this huggingface_hub raises
+    try:
+        yield HfApi(token=token)
+    except HFValidationError as error:
+        raise UserError(f"--repo {repo_id}: {error}: give USER/NAME or ORGANISATION/NAME") from error
+    except OfflineModeIsEnabled as error:
+        raise UserError("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it to publish") from error
+    except HfHubHTTPError as error:
+        said = (error.server_message or str(error).splitlines()[0]).replace(token, "…")
+        raise UserError(f"{repo_id}: the hub refused ({error.response.status_code}): {said}{_cure(error)}") from error
+    except (transport, ConnectionError, TimeoutError) as error:
+        said = str(error).replace(token, "…")
+        raise UserError(
+            f"{repo_id}: cannot reach {constants.ENDPOINT}: {said}. Check the connection "
+            f"{'and HF_ENDPOINT ' if os.environ.get('HF_ENDPOINT') else ''}and run the same command again"
+        ) from error
+
+
+def _cure(error: Any) -> str:
+    cures = {
+        401: "the token is not valid (any more): run `hf auth login` again, or renew HF_TOKEN",
+        403: "the token may not write there: use one with the right to write, or another --repo",
+        404: "the repository or its owner does not exist, or the token may not see it: check --repo",
+    }
+    cure = cures.get(error.response.status_code)
+    return f"; {cure}" if cure else ""

@@ -1,0 +1,153 @@
+"""Queries → responses. ``sample`` draws responses to records by the policy itself."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from rrhf.sampling.settings import POLICY_NAMES, SamplingSettings
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from rrhf.models.tokenization import TextFormat, TextSettings
+    from rrhf.records.record import Record
+    from rrhf.sampling.decoding import Response
+
+__all__ = ["POLICY_NAMES", "Sampler", "SamplingSettings", "sample"]
+
+
+class Sampler:
+    """A model ready to draw responses: its decode path is checked once, then reused for every batch."""
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        settings: SamplingSettings,
+        text: TextSettings | None = None,
+        source: str | None = None,
+    ) -> None:
+        from rrhf.models.load import context_length
+        from rrhf.models.shared_prefix import usable_path
+        from rrhf.models.tokenization import TextFormat
+
+        self.model, self.settings = model, settings
+        self.format: TextFormat = TextFormat(tokenizer, text)
+        self.source = source or settings.policy
+        self.context = context_length(model)
+        self.path = usable_path(model, longest_row=0)
+
+    def draw(self, queries: Sequence[list[int]], keys: Sequence[str], ends: Sequence[set[int]]) -> list[list[Response]]:
+        """Responses to token ids, as many queries at once as there are."""
+        from rrhf.sampling.decoding import decode
+        from rrhf.sampling.policies import POLICIES
+
+        device = self.model.get_input_embeddings().weight.device
+        stops = self._stop_check() if self.settings.stop else None
+        policy = POLICIES[self.settings.policy](self.settings, keys, ends, stops, device)
+        was_training = self.model.training
+        self.model.eval()
+        try:
+            return decode(self.model, queries, policy, self.settings.max_new_tokens, self.path)
+        finally:
+            self.model.train(was_training)
+
+    def _stop_check(self):  # type: ignore[no-untyped-def]
+        tail = max(len(text.encode()) for text in self.settings.stop) + 8  # a token has at least a byte
+
+        def check(tokens: list[int]) -> bool:
+            text = self.format.decode(tokens[-tail:])
+            return any(stop in text for stop in self.settings.stop)
+
+        return check
+
+    def _text(self, response: Response) -> str:
+        text = self.format.decode(response.tokens)
+        found = [at for at in (text.find(stop) for stop in self.settings.stop) if at >= 0]
+        return text[: min(found)] if found else text
+
+    def end_tokens(self, record: Record) -> set[int]:
+        """Every token that ends a response to the record's query: the template's, the tokenizer's, the model's own."""
+        ends = {self.format.end_token(record.query)}
+        for value in (self.format.tokenizer.eos_token_id, self.model.generation_config.eos_token_id):
+            ends |= {int(token) for token in (value if isinstance(value, list) else [value]) if token is not None}
+        return ends
+
+    def respond(self, records: Sequence[Record]) -> Iterator[tuple[int, list[str], list[str]]]:
+        """Yield (index of the record, texts, finish reasons), batches of like length together, as they are done."""
+        from rrhf.common.errors import UserError
+
+        encoded = [self.format.encode_query(record.query) for record in records]
+        longest = max((len(query) for query in encoded), default=0)
+        if self.context is not None and longest + self.settings.max_new_tokens > self.context:
+            raise UserError(
+                f"a query of {longest} tokens and --max_new_tokens {self.settings.max_new_tokens} are more than the "
+                f"model's context of {self.context}: give --max_query_length "
+                f"{max(1, self.context - self.settings.max_new_tokens)}"
+            )
+        # A stable sort by length: batches depend on the data and the batch size alone.
+        order = sorted(range(len(records)), key=lambda i: -len(encoded[i]))
+        for begin in range(0, len(order), self.settings.batch_size):
+            batch = order[begin : begin + self.settings.batch_size]
+            drawn = self.draw(
+                [encoded[i] for i in batch],
+                [records[i].id for i in batch],
+                [self.end_tokens(records[i]) for i in batch],
+            )
+            for i, responses in zip(batch, drawn, strict=True):
+                yield i, [self._text(response) for response in responses], [response.finish for response in responses]
+
+    def extend(self, records: Sequence[Record]) -> Iterator[tuple[int, Record]]:
+        """Like ``respond``, with the responses appended to their records; what was scored before loses its scores."""
+        for i, texts, finish in self.respond(records):
+            record = records[i]
+            tags = [f"{self.source}/{number}" for number in range(len(texts))]
+            yield (
+                i,
+                replace(
+                    record,
+                    responses=[*record.responses, *texts],
+                    sources=[*record.sources, *tags],
+                    finish=[*record.finish, *finish],
+                    scores=[*record.scores, *[None] * len(texts)] if record.scores else [],
+                    rewards={name: [*values, *[None] * len(texts)] for name, values in record.rewards.items()},
+                ),
+            )
+
+
+def sample(
+    records: Iterable[Record],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    settings: SamplingSettings | None = None,
+    text: TextSettings | None = None,
+    source: str | None = None,
+) -> Iterator[Record]:
+    """Draw responses to each record's query and append them, in the records' order.
+
+    Args:
+        records: only ``query`` is needed; responses that are there stay, in front.
+        model, tokenizer: the policy.
+        settings: how to draw. The same seed gives the same responses, whatever the batch (as far as the arithmetic of
+            differently shaped matrix products agrees).
+        text: system prompt, template arguments, query limit.
+        source: the tag of the responses before ``/0``, ``/1``…; default: the sampling policy's name.
+
+    Raises:
+        UserError: a query and its responses do not fit the model's context, or messages have no chat template.
+    """
+    sampler = Sampler(model, tokenizer, settings or SamplingSettings(), text, source)
+    block: list[Record] = []
+    for record in records:
+        block.append(record)
+        if len(block) == 4 * sampler.settings.batch_size:
+            yield from _in_order(sampler, block)
+            block = []
+    yield from _in_order(sampler, block)
+
+
+def _in_order(sampler: Sampler, block: list[Record]) -> Iterator[Record]:
+    done = dict(sampler.extend(block))
+    yield from (done[i] for i in range(len(block)))

@@ -1,0 +1,74 @@
+"""What training does beside its steps: stop on signals, show progress."""
+
+from __future__ import annotations
+
+import logging
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import TrainerCallback
+
+from rrhf.common.progress import Progress
+
+log = logging.getLogger("rrhf")
+
+
+class Stopped(Exception):  # noqa: N818 - it is no error
+    """A signal stopped the training after a checkpoint was written; ``code`` is the exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+class StopOnSignal(TrainerCallback):
+    """On SIGINT or SIGTERM: finish the optimiser step, write a checkpoint, stop."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.signal is not None:
+            control.should_save = control.should_training_stop = True
+
+    @contextmanager
+    def listening(self) -> Iterator[None]:
+        def remember(number: int, frame: Any) -> None:
+            if self.signal is not None:
+                raise KeyboardInterrupt  # asked twice: at once, from the last checkpoint
+            self.signal = number
+            log.info("stopping after this step; a checkpoint is written first (once more to stop at once)")
+
+        before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
+
+class ShowProgress(TrainerCallback):
+    """A bar over the optimiser steps, and the metrics as lines, in place of transformers' dictionaries."""
+
+    bar: Progress | None = None
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.bar = Progress("train", state.max_steps, "steps", done=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.update(state.global_step - self.bar.count)
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, float] | None = None, **kwargs: Any) -> None:
+        if self.bar is not None and logs and "train_runtime" not in logs:
+            values = "  ".join(f"{name} {value:.4g}" for name, value in logs.items() if name != "epoch")
+            with self.bar.set_aside():
+                log.info(f"step {state.global_step}/{state.max_steps}  {values}")
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.bar is not None:
+            self.bar.__exit__(None, None, None)
+            self.bar = None

@@ -1,0 +1,95 @@
+"""``RRHFConfig``: every setting of a training run."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field, fields
+
+import torch
+from transformers import TrainingArguments
+
+from rrhf.common.errors import UserError
+from rrhf.common.launch import check_connected, launched_processes
+from rrhf.losses import LossSettings
+from rrhf.models.devices import native_bfloat16, resolve_device
+from rrhf.models.tokenization import TextSettings
+
+LEARNING_RATE = 2e-5  # the paper's
+
+
+ADAPTER_LEARNING_RATE = 2e-4  # ten times as much: docs/adapters.md
+
+
+# The default of --max_tokens_per_forward; who asks for less wants memory, and logits are then not kept.
+ROOMY = 2048
+
+
+@dataclass
+class RRHFConfig(TrainingArguments, LossSettings):
+    """Every argument of ``transformers.TrainingArguments``, with the paper's values as defaults, and those of RRHF.
+
+    ``per_device_train_batch_size`` counts queries, each with all its responses.
+    """
+
+    learning_rate: float | None = field(
+        default=None, metadata={"help": "peak learning rate; default: 2e-5, and 2e-4 where --peft trains an adapter"}
+    )
+    warmup_steps: float = field(
+        default=0.03, metadata={"help": "steps of warm-up, or below 1 their share of all steps"}
+    )
+    num_train_epochs: float = field(default=3.0, metadata={"help": "passes over the records"})
+    per_device_train_batch_size: int = field(default=1, metadata={"help": "queries a device and micro-batch"})
+    gradient_accumulation_steps: int = field(default=8, metadata={"help": "micro-batches an optimiser step"})
+    logging_steps: float = field(default=10, metadata={"help": "steps between two lines of metrics"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a non-finite loss stops the run instead"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "records keep their columns"})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 autocast over fp32 weights; default: for fp32 weights, where the hardware has it"},
+    )
+    max_length: int = field(
+        default=192, metadata={"help": "most tokens of query and response together; the response is cut from the right"}
+    )
+    max_query_length: int | None = field(
+        default=None, metadata={"help": "most tokens of a query; longer ones are cut from the left and counted"}
+    )
+    system_prompt: str | None = field(default=None, metadata={"help": "put before queries that are messages"})
+    chat_template_kwargs: str | None = field(default=None, metadata={"help": "arguments of the chat template, as JSON"})
+    max_tokens_per_forward: int = field(
+        default=ROOMY,
+        metadata={"help": "rows of one forward pass; a record with more is computed in two passes, slice by slice"},
+    )
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"--{name} {getattr(self, name)}: must be at least {least}"
+            for name, least in (("max_length", 2), ("max_tokens_per_forward", 1), ("per_device_train_batch_size", 1))
+            if getattr(self, name) < least
+        ]
+        faults += self.faults()
+        try:
+            _ = self.text
+        except UserError as error:
+            faults.append(str(error))
+        if faults:
+            raise UserError("\n".join(faults))
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        if not accelerated:
+            self.use_cpu = True  # else processes started together on a CPU do not find each other
+        self.learning_rate_by_default = self.learning_rate is None
+        if self.learning_rate is None:
+            self.learning_rate = LEARNING_RATE
+        self.bf16_by_default = self.bf16 is None
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and native_bfloat16(resolve_device("cpu" if self.use_cpu else "auto"))
+        self.output_dir: str | None = self.output_dir or "rrhf-model"
+        processes = launched_processes()
+        super().__post_init__()
+        check_connected(processes, self.world_size)
+
+    @property
+    def text(self) -> TextSettings:
+        return TextSettings(self.system_prompt, self.chat_template_kwargs, self.max_query_length)
+
+    @property
+    def loss(self) -> LossSettings:
+        return LossSettings(**{f.name: getattr(self, f.name) for f in fields(LossSettings)})

@@ -1,0 +1,72 @@
+"""Records as token ids, ready to be trained on."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from torch.utils.data import Dataset
+
+from rrhf.common.errors import UserError
+from rrhf.models.tokenization import EncodedRecord, TextFormat
+from rrhf.records.record import Record, record_from_row
+
+
+class EncodedRecords(Dataset):
+    """Records as token ids in memory, without those that cannot be trained on; ``skipped`` counts them by reason."""
+
+    def __init__(self, rows: Iterable[Record | Mapping[str, Any]], format: TextFormat, max_length: int) -> None:
+        self.records: list[EncodedRecord] = []
+        self.skipped: Counter[str] = Counter()
+        self.unranked = 0
+        for number, row in enumerate(rows):
+            record = row if isinstance(row, Record) else _as_record(dict(row), f"row {number}")
+            encoded = format.encode_record(record, max_length)
+            reason = _unusable(encoded, max_length)
+            if reason is not None:
+                self.skipped[reason] += 1
+                continue
+            self.unranked += sum(score is not None for score in encoded.scores) < 2
+            responses: list[Sequence[int]] = [array("i", response) for response in encoded.responses]
+            self.records.append(EncodedRecord(encoded.id, array("i", encoded.query), responses, encoded.scores))
+        self.queries_cut, self.responses_cut = format.queries_cut, format.responses_cut
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> EncodedRecord:
+        return self.records[index]
+
+    def summary(self) -> str:
+        """What became of the records, in one line."""
+        parts = [f"{len(self)} records to train on"]
+        parts += [f"{count} skipped: {reason}" for reason, count in sorted(self.skipped.items())]
+        if self.unranked:
+            parts.append(f"{self.unranked} with fewer than two scored responses (fitted, not ranked)")
+        parts += [f"{self.queries_cut} queries cut"] * bool(self.queries_cut)
+        parts += [f"{self.responses_cut} responses cut"] * bool(self.responses_cut)
+        return "; ".join(parts)
+
+
+def _as_record(row: dict[str, Any], where: str) -> Record:
+    if "chosen" in row and "rejected" in row:
+        from rrhf.records.formats import FORMATS, SkipRowError
+
+        try:
+            converted = FORMATS["preference"](row)
+        except SkipRowError as error:
+            raise UserError(f"{where}: {error}") from error
+        if converted is None:
+            raise UserError(f"{where}: no record can be made of this preference row")
+        row = converted
+    return record_from_row(row, where, require="scores")
+
+
+def _unusable(record: EncodedRecord, max_length: int) -> str | None:
+    if len(record.query) >= max_length:
+        return f"the query leaves no room for a response (--max_length {max_length}; cut it with --max_query_length)"
+    if all(score is None for score in record.scores):
+        return "no response is scored"
+    return None

@@ -1,0 +1,300 @@
+"""The whole pipeline on a tiny random model through the command line: killed anywhere, it ends as if undisturbed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rrhf.report.page import number
+from support import tiny
+from support.tiny import Result, count, die, put
+
+RUN = ("run", "config.yaml", "--output", "run")
+RESULTS = (
+    "queries.jsonl", "held_out.jsonl", "responses.jsonl", "scored.jsonl", "model/model.safetensors", "evaluation.json",
+    "evaluation.rho.jsonl", "evaluation.pi.jsonl", "evaluation.generations.jsonl",
+)  # fmt: skip
+SMALL_PARTS = put("rrhf.rewards.stage:SCORING_PART", 8)  # 3 parts of the 20 records
+
+DECODE = "rrhf.sampling.decoding:decode"
+STEP = "rrhf.training.trainer:RRHFTrainer.training_step"
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
+
+
+def command(*arguments: str, cwd: Path, faults: Any = ()) -> Result:
+    """A command in a process of its own; the long form starts every one from nothing."""
+    return (tiny.cold if tiny.LONG else tiny.warm)(*arguments, cwd=cwd, faults=faults)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a run that nothing stopped, started from a shell as a user would."""
+    folder = tiny.workplace(tmp_path_factory.mktemp("undisturbed"), tiny.config(model))
+    tiny.cold(*RUN, cwd=folder).done()
+    return folder
+
+
+def assert_same(folder: Path, other: Path, names: tuple[str, ...] = RESULTS) -> None:
+    different = [name for name in names if (folder / "run" / name).read_bytes() != (other / "run" / name).read_bytes()]
+    assert not different
+
+
+def left_over(folder: Path) -> list[str]:
+    """What only an unfinished run may have."""
+    found = folder.rglob("*")
+    return [str(p) for p in found if p.suffix in (".parts", ".tmp") or p.name.startswith("checkpoint-")]
+
+
+# --- killed ----------------------------------------------------------------------------------------------------------
+
+
+KILLS = {
+    "data, in the middle of the queries": [die("rrhf.records.files:record_line", 5)],
+    "data, before the held-out prompts": [die("rrhf.recipes.offline:write_records", 2)],
+    "sample, in the second part": [die(DECODE, 6)],
+    "sample, before clearing up": [die("shutil:rmtree", 1)],
+    "score, in the second part": [die("tiny_rewards:vowels", 2), SMALL_PARTS],
+    "train, between two checkpoints": [die(STEP, 6)],
+    "train, in the middle of a checkpoint": [die("rrhf.training.trainer:RRHFTrainer._save_optimizer_and_scheduler", 1)],
+    "train, before the summary": [die("rrhf.training.stage:write_text", 1)],
+    "evaluate, responses of π": [die(DECODE, 9 + 6)],
+    "evaluate, rewards": [die("tiny_rewards:spaces", 2)],
+    "evaluate, before the file that says it is complete": [die("rrhf.evaluation.stage:write_text", 2)],
+    "report": [die("rrhf.report:write_report", 1)],
+}
+
+
+def test_killed_once_in_each_stage_and_resumed(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    for where, faults in KILLS.items():
+        killed = command(*RUN, cwd=folder, faults=faults)
+        assert killed.code == -signal.SIGKILL, (where, killed.err[-2000:])
+    command(*RUN, cwd=folder).done()
+    assert_same(folder, undisturbed)
+    assert not left_over(folder)
+    for name, ids in (("scored", range(9, 29)), ("held_out", range(9))):
+        assert [row["id"] for row in tiny.read_rows(folder / f"run/{name}.jsonl")] == [f"q{i}" for i in ids]
+    log = json.loads((folder / "run/model/trainer_state.json").read_text())["log_history"]
+    assert Counter(line["step"] for line in log if "loss" in line) == Counter(range(1, 11))
+
+
+def test_a_resumed_stage_does_not_repeat_what_is_done(model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    assert command(*RUN, cwd=folder, faults=[die(DECODE, 6)]).code == -signal.SIGKILL
+    calls = tmp_path / "calls"
+    faults = [count(DECODE, calls), count("tiny_rewards:vowels", calls), die(STEP, 6), SMALL_PARTS]
+    assert command(*RUN, cwd=folder, faults=faults).code == -signal.SIGKILL
+    # Of 10 batches the first part's 4 are not drawn again; 3 parts are scored.
+    assert Counter(calls.read_text().split()) == {DECODE: 6, "tiny_rewards:vowels": 3}
+    calls.unlink()
+    command(*RUN, cwd=folder, faults=[count(DECODE, calls), count(STEP, calls)]).done()
+    # From the checkpoint of step 4 to step 10; 9 held-out prompts of each model, one at a time.
+    assert Counter(calls.read_text().split()) == {STEP: 6, DECODE: 18}
+
+
+def test_a_damaged_last_checkpoint_is_not_gone_on_from(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    fault = die("transformers.trainer:TrainerState.save_to_json", 2)  # all of checkpoint-4 is there but this
+    assert command(*RUN, cwd=folder, faults=[fault]).code == -signal.SIGKILL
+    assert (folder / "run/model/checkpoint-4/model.safetensors").exists()
+    calls = tmp_path / "calls"
+    command(*RUN, cwd=folder, faults=[count(STEP, calls)]).done()
+    assert len(calls.read_text().split()) == 8  # from step 2
+    assert_same(folder, undisturbed)
+
+
+@pytest.mark.parametrize(("how", "code"), [("INT", 130), ("TERM", 143)])
+def test_a_signal_during_training_keeps_every_step(
+    how: str, code: int, undisturbed: Path, model: Path, tmp_path: Path
+) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    stopped = command(*RUN, cwd=folder, faults=[die(STEP, 5, how)])
+    assert stopped.code == code
+    assert "Traceback" not in stopped.err and "same command" in stopped.err
+    assert (folder / "run/model/checkpoint-5/trainer_state.json").exists()
+    assert not (folder / "run/model/training.json").exists()
+    calls = tmp_path / "calls"
+    command(*RUN, cwd=folder, faults=[count(STEP, calls)]).done()
+    assert len(calls.read_text().split()) == 5
+    assert_same(folder, undisturbed)
+
+
+@pytest.mark.parametrize(("how", "code"), [("INT", 130), ("TERM", 143)])
+def test_a_signal_during_sampling_keeps_the_parts(how: str, code: int, model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    stopped = command(*RUN, cwd=folder, faults=[die(DECODE, 10, how)])
+    assert stopped.code == code
+    assert "Traceback" not in stopped.err and "same command" in stopped.err
+    assert sorted(p.name for p in (folder / "run/responses.jsonl.parts").glob("part-*")) == [
+        "part-0000000.jsonl",
+        "part-0000001.jsonl",
+    ]
+
+
+# --- complete --------------------------------------------------------------------------------------------------------
+
+
+def test_what_a_run_leaves(undisturbed: Path) -> None:
+    run = undisturbed / "run"
+    queries, responses, scored = (tiny.read_rows(run / f"{name}.jsonl") for name in ("queries", "responses", "scored"))
+    assert [row["id"] for row in queries] == [f"q{i}" for i in range(9, 29)]
+    for before, drawn, after in zip(queries, responses, scored, strict=True):
+        assert drawn["responses"][:2] == before["responses"] and drawn["topic"] == before["topic"]
+        assert drawn["sources"] == ["human/0", "human/1", "top-p/0", "top-p/1", "top-p/2"]
+        assert after["responses"] == drawn["responses"]
+        assert after["scores"] == after["rewards"]["tiny_rewards:vowels"] and len(after["scores"]) == 5
+    assert not left_over(undisturbed)
+    assert set(json.loads((run / "timings.json").read_text())) == {
+        "data", "sample", "score", "train", "evaluate", "report"
+    }  # fmt: skip
+    log = (run / "log.txt").read_text()
+    for words in (
+        "data: 20 queries to train on, 9 held out",
+        "sample: begins",
+        "train: 20 records",
+        "evaluate: begins",
+    ):
+        assert words in log
+    assert (run / "config.yaml").exists()
+
+
+def test_the_trained_model_loads_and_differs(undisturbed: Path, model: Path) -> None:
+    import torch
+    from safetensors.torch import load_file
+    from transformers import AutoModelForCausalLM
+
+    before = load_file(model / "model.safetensors")
+    trained = AutoModelForCausalLM.from_pretrained(undisturbed / "run/model").state_dict()
+    assert trained.keys() >= before.keys()
+    assert any(not torch.equal(trained[name], before[name]) for name in before)
+
+
+def test_the_report_and_the_terminal_show_the_numbers(undisturbed: Path) -> None:
+    run = undisturbed / "run"
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    page = (run / "report.html").read_text(encoding="utf-8")
+    for name in ("rho", "pi"):
+        assert number(evaluation[name]["reward_mean"]) in page
+        assert evaluation[name]["n"] == 9
+    assert number(evaluation["reward_gain"]["mean"]) in page
+    assert evaluation["reward_gain"]["mean"] == pytest.approx(
+        evaluation["pi"]["reward_mean"] - evaluation["rho"]["reward_mean"]
+    )
+
+
+def test_run_again_after_the_end_nothing_is_redone(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    command(*RUN, cwd=folder).done()
+    before = {name: (folder / "run" / name).stat().st_mtime_ns for name in RESULTS}
+    calls = tmp_path / "calls"
+    names = [DECODE, STEP, "tiny_rewards:vowels", "rrhf.models.load:load_policy"]
+    again = command(*RUN, cwd=folder, faults=[count(name, calls) for name in names]).done()
+    assert {name: (folder / "run" / name).stat().st_mtime_ns for name in RESULTS} == before
+    assert not calls.exists()
+    result = json.loads((folder / "run/evaluation.json").read_text())
+    assert f"{result['reward_gain']['mean']:.3f}" in again.out and "reward vowels" in again.out
+    assert "minutes: " in again.out and "ρ before" in again.out and "run/report.html" in again.out
+    assert_same(folder, undisturbed)
+
+
+def test_a_changed_configuration_is_refused(undisturbed: Path) -> None:
+    result = command(*RUN, "train.learning_rate=0.5", "sample.top_p=0.9", cwd=undisturbed)
+    assert result.code == 2
+    assert "train.learning_rate was 0.001, is 0.5" in result.err and "sample.top_p was None, is 0.9" in result.err
+    assert "Traceback" not in result.err and "--output" in result.err
+
+
+def test_changed_settings_of_an_unfinished_stage_are_refused(model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    sample = ("sample", "--model", str(model), "--data", "data.jsonl", "--output", "out.jsonl", "--batch_size", "2")
+    sample = (*sample, "--max_new_tokens", "4", "--device", "cpu", "--dtype", "float32")
+    assert command(*sample, cwd=folder, faults=[die(DECODE, 6)]).code == -signal.SIGKILL
+    refused = command(*sample, "--seed", "8", cwd=folder)
+    assert refused.code == 2 and "seed was 0, is 8" in refused.err and "Traceback" not in refused.err
+    assert command(*sample, cwd=folder, faults=[die("shutil:rmtree", 1)]).code == -signal.SIGKILL
+    command(*sample, cwd=folder).done()
+    assert not left_over(folder)
+    assert command(*sample, cwd=folder).code == 2
+    assert [row["id"] for row in tiny.read_rows(folder / "out.jsonl")] == [f"q{i}" for i in range(29)]
+
+
+# --- kinds of runs ---------------------------------------------------------------------------------------------------
+
+
+def test_without_sampling_only_provided_responses_are_ranked(model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model) | {"sample": None, "score": {"reward": ["provided"]}})
+    command(*RUN, cwd=folder).done()
+    scored = tiny.read_rows(folder / "run/scored.jsonl")
+    assert {tuple(row["sources"]) for row in scored} == {("human/0", "human/1")}
+    assert [row["scores"] for row in scored] == [row["scores"] for row in tiny.rows(29)[9:]]
+
+
+def test_provided_responses_can_be_left_out(model: Path, tmp_path: Path) -> None:
+    settings = tiny.config(model)
+    settings["data"]["provided"] = False
+    settings["sample"] = {"policy": "diverse-beam", "num_beams": 3, "max_new_tokens": 4, "batch_size": 4}
+    folder = tiny.workplace(tmp_path, settings)
+    command(*RUN, cwd=folder).done()
+    scored = tiny.read_rows(folder / "run/scored.jsonl")
+    assert {tuple(row["sources"]) for row in scored} == {tuple(f"diverse-beam/{i}" for i in range(3))}
+    assert len(scored) == 20
+
+
+def test_messages(model: Path, tmp_path: Path) -> None:
+    settings = tiny.config(model) | {"system_prompt": "Be brief."}
+    folder = tiny.workplace(tmp_path, settings, tiny.rows(29, messages=True))
+    command(*RUN, cwd=folder).done()
+    row = tiny.read_rows(folder / "run/scored.jsonl")[0]
+    assert row["query"] == [{"role": "user", "content": tiny.rows(10)[9]["query"]}]
+    assert len(row["scores"]) == 5
+    assert json.loads((folder / "run/evaluation.json").read_text())["pi"]["n"] == 9
+
+
+def test_single_commands_over_parquet(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+    """The stages one by one, with Parquet between them, come to what the run came to."""
+    from rrhf.records.files import read_records
+    from rrhf.records.record import record_to_row
+
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    (folder / "queries.jsonl").write_bytes((undisturbed / "run/queries.jsonl").read_bytes())
+    model_flags = ("--model", str(model), "--device", "cpu", "--dtype", "float32")
+    settings = tiny.config(model)
+    drawing = flags(settings["sample"] | {"seed": 3})
+    command(
+        "sample", *model_flags, "--data", "queries.jsonl", "--output", "responses.parquet", *drawing, cwd=folder
+    ).done()
+    command(
+        "score", "--data", "responses.parquet", "--reward", "tiny_rewards:vowels", "--output", "scored.parquet",
+        cwd=folder,
+    ).done()  # fmt: skip
+    training = flags(settings["train"] | {"seed": 3})
+    command("train", *model_flags, "--data", "scored.parquet", "--output", "model", *training, cwd=folder).done()
+    for name in ("responses", "scored"):
+        wanted = tiny.read_rows(undisturbed / f"run/{name}.jsonl")
+        assert [record_to_row(record) for record in read_records(folder / f"{name}.parquet")] == wanted
+    weights = "model/model.safetensors"
+    assert (folder / weights).read_bytes() == (undisturbed / "run" / weights).read_bytes()
+    evaluating = flags({k: v for k, v in settings["evaluate"].items() if k != "reward"} | {"seed": 3})
+    command(
+        "evaluate", "--model", "model", "--reference_model", str(model), "--device", "cpu", "--dtype", "float32",
+        "--data", str(undisturbed / "run/held_out.jsonl"), "--output", "evaluation.json",
+        "--reward", *settings["evaluate"]["reward"], *evaluating, cwd=folder,
+    ).done()  # fmt: skip
+    found = json.loads((folder / "evaluation.json").read_text())
+    wanted = json.loads((undisturbed / "run/evaluation.json").read_text())
+    assert {name: found[name] for name in ("rho", "pi", "rewards", "reward_gain")} == {
+        name: wanted[name] for name in ("rho", "pi", "rewards", "reward_gain")
+    }
+
+
+def flags(settings: dict[str, Any]) -> list[str]:
+    return [f"--{name}={value}" for name, value in settings.items()]

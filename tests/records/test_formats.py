@@ -1,0 +1,307 @@
+"""Foreign formats: what each becomes, what is dropped and how it is counted."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rrhf.common.errors import UserError
+from rrhf.records.files import read_records, write_records
+from rrhf.records.formats import FORMATS, guess_format, load_dataset_records, load_format
+from rrhf.records.record import Record, content_id
+
+DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Who\nare you?\n\nAssistant:"
+
+
+def user(text: str) -> list[dict[str, str]]:
+    return [{"role": "user", "content": text}]
+
+
+def assistant(text: str) -> dict[str, str]:
+    return {"role": "assistant", "content": text}
+
+
+def lines(path: Path, *rows: Any) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "hh": (
+        {"chosen": DIALOGUE + " A bot.", "rejected": DIALOGUE + " A man."},
+        {"query": DIALOGUE, "responses": [" A bot.", " A man."]},
+    ),
+    "hh-chat": (
+        {"chosen": DIALOGUE + " A bot.", "rejected": DIALOGUE + " A man."},
+        {
+            "query": [*user("Hi"), assistant("Hello."), *user("Who\nare you?")],
+            "responses": ["A bot.", "A man."],
+        },
+    ),
+    "static": (
+        {"prompt": DIALOGUE, "response": " A bot.", "chosen": " A bot.", "rejected": " A man."},
+        {"query": DIALOGUE, "responses": [" A bot.", " A man."]},
+    ),
+    "preference, texts": (
+        {"prompt": "The sky is", "chosen": " blue.", "rejected": " green."},
+        {"query": "The sky is", "responses": [" blue.", " green."]},
+    ),
+    "preference, texts, implicit": (
+        {"chosen": "The sky is blue.", "rejected": "The sky is green."},
+        {"query": "The sky is", "responses": [" blue.", " green."]},
+    ),
+    "preference, messages": (
+        {"prompt": user("Sky?"), "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]},
+        {"query": user("Sky?"), "responses": ["Blue.", "Green."]},
+    ),
+    "preference, messages, implicit": (
+        {"chosen": [*user("Sky?"), assistant("Blue.")], "rejected": [*user("Sky?"), assistant("Green.")]},
+        {"query": user("Sky?"), "responses": ["Blue.", "Green."]},
+    ),
+    "preference, messages that repeat the prompt": (
+        {
+            "prompt": user("Sky?"),
+            "chosen": [*user("Sky?"), assistant("Blue.")],
+            "rejected": [*user("Sky?"), assistant("Green.")],
+        },
+        {"query": user("Sky?"), "responses": ["Blue.", "Green."]},
+    ),
+    "preference, a text before messages": (
+        {"prompt": "Sky?", "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]},
+        {"query": user("Sky?"), "responses": ["Blue.", "Green."]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_pairs(tmp_path: Path, name: str) -> None:
+    row, expected = CASES[name]
+    path = lines(tmp_path / "a.jsonl", {**row, "weight": 3, "scores": "theirs"})
+    (record,) = load_dataset_records(path, name.split(",")[0])
+    assert record == Record(
+        **expected,
+        sources=["human/chosen", "human/rejected"],
+        scores=[1.0, 0.0],
+        extra={"weight": 3, "original_scores": "theirs"},
+    )
+
+
+def test_alpaca_and_alpacafarm_and_vicuna(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"instruction": "Add.", "input": "1 2", "output": "3"},
+        {"instruction": "Sing.", "input": "", "output": "La."},
+    )
+    first, second = load_dataset_records(path)
+    assert (first.query, first.responses, first.scores) == (user("Add.\n\n1 2"), ["3"], [])
+    assert second.query == user("Sing.")
+
+    outputs = {"sft": "3", "rlhf": "three", "absent": None, "silent": ""}
+    path = lines(tmp_path / "b.jsonl", {"instruction": "Add.", "input": "1 2", "outputs": outputs})
+    counts = Counter[str]()
+    (record,) = load_dataset_records(path, counts=counts)
+    assert (record.responses, record.sources) == (["3", "three"], ["system/sft", "system/rlhf"])
+    assert counts == {"empty response dropped": 1}
+
+    path = lines(tmp_path / "c.jsonl", {"question_id": 4, "category": "generic", "turns": ["How?"]})
+    (record,) = load_dataset_records(path)
+    assert record == Record(query=user("How?"), extra={"question_id": 4, "category": "generic"})
+
+
+def test_reviews_and_prompts_out_of_csv_and_text(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text('\ufefftext,label\n"Good, they ""said"".\nYes.",1\nBad.,0\n', encoding="utf-8")
+    first, second = load_dataset_records(tmp_path / "a.csv")
+    assert (first.query, first.extra) == ('Good, they "said".\nYes.', {"label": "1"})
+    assert second.query == "Bad."
+    (tmp_path / "b.txt").write_text("One day\n\nTwo \n", encoding="utf-8")
+    assert [record.query for record in load_dataset_records(tmp_path / "b.txt")] == ["One day", "Two"]
+    path = lines(tmp_path / "c.jsonl", {"prompt": user("x")}, {"instruction": "y"}, {"other": 1})
+    counts = Counter[str]()
+    assert [r.query for r in load_dataset_records(path, "prompts", counts=counts)] == [user("x"), "y"]
+    assert counts.total() == 1
+    (tmp_path / "d.csv").write_text("text\na,b\n")
+    with pytest.raises(UserError, match="line 2: more cells"):
+        list(load_dataset_records(tmp_path / "d.csv"))
+
+
+def test_dirty_rows_are_dropped_and_counted(tmp_path: Path) -> None:
+    def pair(chosen: str, rejected: str) -> dict[str, str]:
+        return {"chosen": chosen, "rejected": rejected}
+
+    path = lines(
+        tmp_path / "a.jsonl",
+        pair(DIALOGUE + " a", DIALOGUE + " b"),
+        pair(DIALOGUE + " a", DIALOGUE + " b\n\nHuman: c\n\nAssistant: d"),
+        pair(DIALOGUE + " a", DIALOGUE + " "),
+        pair(DIALOGUE + " ", DIALOGUE + ""),
+        pair("a", "b"),
+        pair(DIALOGUE + " a", DIALOGUE + " a"),
+        {"chosen": DIALOGUE},
+        [1],
+    )
+    counts = Counter[str]()
+    first, second = load_dataset_records(path, "hh", counts=counts)
+    assert first.responses == [" a", " b"]
+    assert (second.responses, second.sources, second.scores) == ([" a"], ["human/chosen"], [1.0])
+    assert second.id == content_id(DIALOGUE) + "-2"
+    assert counts == {
+        "the two dialogues part before the last turn": 1,
+        "empty response dropped": 3,
+        "no response left": 1,
+        "a dialogue without an Assistant turn": 1,
+        "chosen and rejected are the same": 1,
+        "no `rejected`": 1,
+        "a row that is no object": 1,
+    }
+
+
+def test_messages_that_are_no_pair_are_counted(tmp_path: Path) -> None:
+    two = [assistant("a"), *user("b")]
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"prompt": "q", "chosen": two, "rejected": [assistant("c")]},
+        {"prompt": "q", "chosen": "a", "rejected": [assistant("c")]},
+        {"prompt": [{"role": "user"}], "chosen": [assistant("a")], "rejected": [assistant("c")]},
+        {"prompt": "q", "chosen": "a", "rejected": "b"},
+    )
+    counts = Counter[str]()
+    assert len(list(load_dataset_records(path, "preference", counts=counts))) == 1
+    assert counts.total() == 3 and len(counts) == 3
+
+
+def test_ids_of_theirs_are_kept_and_made_unique(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *({"id": i, "prompt": "p"} for i in (7, "x", 7, None, 1.5)))
+    ids = [record.id for record in load_dataset_records(path)]
+    assert ids == ["7", "x", "7-2", content_id("p"), content_id("p") + "-2"]
+
+
+def test_guesses() -> None:
+    for name, (row, _) in CASES.items():
+        expected = "hh" if name == "hh-chat" else name.split(",")[0]
+        assert guess_format(row, "file") == expected
+    assert guess_format({"query": "q", "responses": ["a"]}, "file") == "rrhf"
+    assert guess_format({"text": "t", "label": 1}, "file") == guess_format({"review": "t"}, "file") == "imdb"
+    assert guess_format({"text": "t"}, "file") == "prompts"
+    with pytest.raises(UserError, match=r"file: cannot tell the format from the columns a, b: .*alpacafarm, vicuna"):
+        guess_format({"a": 1, "b": 2}, "file")
+
+
+def test_own_records_pass_and_their_faults_stay_errors(tmp_path: Path) -> None:
+    rows = [Record(query="q", responses=["a", "b"], scores=[1.0, None], finish=["stop", "length"], extra={"n": 1})]
+    write_records(tmp_path / "a.parquet", rows)
+    assert list(load_dataset_records(tmp_path / "a.parquet")) == rows
+    counts = Counter[str]()
+    path = lines(tmp_path / "b.jsonl", {"query": "q", "responses": ["a", ""], "scores": [1, 2]}, {"query": "r"})
+    assert [record.responses for record in load_dataset_records(path, counts=counts)] == [["a"], []]
+    assert counts == {"empty response dropped": 1}
+    path = lines(tmp_path / "c.jsonl", {"query": "q"}, {"query": "q", "responses": ["a"], "scores": [math.nan]})
+    with pytest.raises(UserError, match=r"c\.jsonl, line 2: scores\[0\] is NaN"):
+        list(load_dataset_records(path))
+
+
+def test_outsiders_bring_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "their_format.py").write_text(
+        "def read(row):\n    return {'query': row['q'], 'responses': [row['a']]} if row['a'] != 'skip' else None\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = lines(tmp_path / "a.jsonl", {"q": "x", "a": "y"}, {"q": "x", "a": "skip"})
+    counts = Counter[str]()
+    (record,) = load_dataset_records(path, "their_format:read", counts=counts)
+    assert (record.query, record.responses) == ("x", ["y"])
+    assert counts == {"skipped by the format": 1}
+    with pytest.raises(UserError, match=r"format .*their_format has no 'wrong'"):
+        load_format("their_format:wrong")
+    with pytest.raises(UserError, match=r"format .*no module 'no_such_module'"):
+        load_format("no_such_module:read")
+
+
+def test_errors_come_before_reading(tmp_path: Path) -> None:
+    path = lines(tmp_path / "data.jsonl", {"prompt": "p"})
+    with pytest.raises(UserError, match=r"unknown format 'alpca': did you mean 'alpaca'\? known: alpaca, "):
+        load_dataset_records(path, "alpca")
+    with pytest.raises(UserError, match=r"no such file: did you mean .*data\.jsonl"):
+        load_dataset_records(tmp_path / "date.jsonl")
+    with pytest.raises(UserError, match="limit is 0"):
+        load_dataset_records(path, limit=0)
+
+
+def test_nothing_usable_is_an_error_with_reasons(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": "q"})
+    with pytest.raises(UserError, match=r"no row gave a record: no `chosen` \(2\)"):
+        list(load_dataset_records(path, "hh"))
+    (tmp_path / "b.jsonl").write_text("\n")
+    with pytest.raises(UserError, match="holds no rows"):
+        list(load_dataset_records(tmp_path / "b.jsonl"))
+    with pytest.raises(UserError, match="no such file or folder"):
+        list(load_dataset_records(tmp_path / "folder"))
+
+
+def test_limit_counts_records(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *({"prompt": text} for text in ("a", " ", "b", "c")))
+    assert [record.query for record in load_dataset_records(path, limit=2)] == ["a", "b"]
+
+
+def test_folder_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    lines(folder / "train.jsonl", *({"prompt": f"p{i}", "chosen": "a", "rejected": "b"} for i in range(5)))
+    lines(folder / "test.jsonl", {"prompt": "t", "chosen": "a", "rejected": "b"})
+    assert [r.query for r in load_dataset_records(folder, limit=3)] == ["p0", "p1", "p2"]
+    assert [r.query for r in load_dataset_records(folder, split="test")] == ["t"]
+    with pytest.raises(UserError, match="cannot read split 'dev'"):
+        list(load_dataset_records(folder, split="dev"))
+
+
+def test_every_format_has_its_line() -> None:
+    assert all(function.__doc__ for function in FORMATS.values())
+
+
+# --- real data ---------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def real() -> Path:
+    folder = os.environ.get("RRHF_TEST_DATA")
+    if not folder:
+        pytest.skip("RRHF_TEST_DATA is not set: the real data sets are not in the repository")
+    return Path(folder)
+
+
+@pytest.mark.parametrize("format", [None, "hh-chat"])
+def test_real_hh(real: Path, tmp_path: Path, format: str | None) -> None:
+    counts = Counter[str]()
+    records = list(load_dataset_records(real / "hh_harmless.jsonl.gz", format, counts=counts))
+    assert len(records) == 1800 - 4
+    assert counts == {"the two dialogues part before the last turn": 4, "empty response dropped": 3}
+    assert sum(len(record.responses) for record in records) == 2 * 1796 - 3
+    assert [record.id for record in records if "-" in record.id] == [
+        f"{content_id(record.query)}-2" for record in records if "-" in record.id
+    ]
+    assert sum("-" in record.id for record in records) == 1
+    if format is None:
+        assert all(isinstance(r.query, str) and r.query.endswith("\n\nAssistant:") for r in records)
+        assert all(response.startswith(" ") for record in records for response in record.responses)
+    else:
+        assert all(isinstance(r.query, list) and r.query[-1]["role"] == "user" for r in records)
+    write_records(tmp_path / "a.parquet", records)
+    assert list(read_records(tmp_path / "a.parquet", require="scores")) == records
+
+
+def test_real_alpacafarm_and_vicuna(real: Path) -> None:
+    records = list(load_dataset_records(real / "alpacafarm_systems.jsonl"))
+    assert len(records) == 252
+    assert all(len(record.responses) == 4 and record.scores == [] for record in records)
+    assert {source for record in records for source in record.sources} == {
+        "system/baseline",
+        "system/sft",
+        "system/rlhf",
+        "system/gpt-3.5-turbo-0301",
+    }
+    assert len(list(load_dataset_records(real / "vicuna_questions.jsonl"))) == 80

@@ -1,0 +1,270 @@
+"""Several sources in one file: parsing, order, tags, joins, journals, and faults before any long work."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rrhf.cli.main import main
+from rrhf.common.errors import UserError
+from rrhf.models.load import ModelSettings
+from rrhf.models.tokenization import TextSettings
+from rrhf.records.files import read_records, write_records
+from rrhf.records.record import Record, with_responses
+from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.sources.local import LocalModel
+from rrhf.sampling.sources.parsing import Source, parse_source
+from rrhf.sampling.sources.remote import Remote
+from rrhf.sampling.stage import sample_file
+from support import tiny
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> Path:
+    place = tmp_path / "queries.jsonl"
+    write_records(place, [Record(f"The river number {i}", id=f"q{i}") for i in range(5)])
+    return place
+
+
+def flags(queries: Path, output: Path, *specs: str) -> list[str]:
+    named = [part for spec in specs for part in ("--source", spec)]
+    sizes = ["--max_new_tokens", "6", "--device", "cpu", "--dtype", "float32", "--seed", "3"]
+    return ["sample", "--data", str(queries), "--output", str(output), *named, *sizes]
+
+
+def sampling(**changes: Any) -> SamplingSettings:
+    return SamplingSettings(**{"policy": "top-p", "num_responses": 2, "max_new_tokens": 6, "seed": 3, **changes})
+
+
+# --- what is written ---------------------------------------------------------------------------------------------
+
+
+def test_parsing(tmp_path: Path) -> None:
+    (tmp_path / "human.jsonl").write_text("{}\n")
+    assert parse_source("org/model@diverse-beam:4") == Source(
+        "local", "org/model", "diverse-beam", 4, "model@diverse-beam"
+    )
+    assert parse_source("http://localhost:8000/v1@chat:2").kind == "endpoint"
+    assert parse_source("vllm:org/model@top-p:1") == Source("vllm", "org/model", "top-p", 1, "model@top-p")
+    assert parse_source("package:p/m.gguf@greedy:1").tag == "m@greedy"
+    assert parse_source(str(tmp_path / "human.jsonl")) == Source(
+        "file", str(tmp_path / "human.jsonl"), "file", 0, "human"
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("nothing.jsonl", "no such file"),
+        ("model@top-p", "how many responses"),
+        ("model@top-p:0", "how many responses"),
+        ("model@topp:2", "did you mean 'top-p'"),
+        ("http://localhost/v1@top-p:2", "known: chat, completions"),
+    ],
+)
+def test_what_cannot_be_parsed(text: str, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        parse_source(text)
+
+
+def test_with_responses_keeps_scores_in_step() -> None:
+    record = Record("q", ["a"], scores=[0.5], rewards={"r": [0.5]})
+    other = Record("q", ["b", "c"], scores=[1.0, None], rewards={"s": [1.0, None]})
+    joined = with_responses(record, other.responses, other.finish, ["human/0", "human/1"], other)
+    assert joined.responses == ["a", "b", "c"]
+    assert joined.scores == [0.5, 1.0, None]
+    assert joined.rewards == {"r": [0.5, None, None], "s": [None, 1.0, None]}
+    assert with_responses(Record("q"), ["x"], ["stop"], ["m/0"]).scores == []
+
+
+# --- several sources ---------------------------------------------------------------------------------------------
+
+
+def test_a_mixture_answers_every_query_and_tags_every_response(model: Path, queries: Path, tmp_path: Path) -> None:
+    """Two policies of a model and a file of people's responses, joined by id and by query."""
+    human = tmp_path / "people.jsonl"
+    by_id = {"id": "q1", "query": "not the same words", "responses": ["By id."]}
+    by_query = {"id": "elsewhere", "query": "The river number 3", "responses": ["By query."], "sources": ["human/a"]}
+    human.write_text("".join(json.dumps(row) + "\n" for row in (by_id, by_query)))
+    output = tmp_path / "mixed.jsonl"
+    assert main(flags(queries, output, f"{model}@diverse-beam:2", f"{model}@top-p:3", str(human))) == 0
+    records = list(read_records(output))
+    assert [record.id for record in records] == [f"q{i}" for i in range(5)]
+    for record in records:
+        tags = [tag for joined in record.sources for tag in joined.split("|")]
+        wanted = [f"model@diverse-beam/{i}" for i in range(2)] + [f"model@top-p/{i}" for i in range(3)]
+        wanted += {"q1": ["people/0"], "q3": ["human/a"]}.get(record.id, [])
+        kept = [tag for tag in wanted if tag in tags]
+        assert sorted(tags) == sorted(kept)  # none twice, none made up; empty responses alone may be missing
+        assert len(set(record.responses)) == len(record.responses)
+    assert "By id." in records[1].responses
+    assert "By query." in records[3].responses
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mixed.jsonl", "people.jsonl", "queries.jsonl"]
+
+
+def test_each_source_of_a_mixture_gives_what_it_gives_alone(model: Path, queries: Path, tmp_path: Path) -> None:
+    output = tmp_path / "both.jsonl"
+    assert main(flags(queries, output, f"{model}@beam:2", f"{model}@top-p:2")) == 0
+    alone = tmp_path / "alone.jsonl"
+    settings = sampling()
+    sample_file(queries, alone, ModelSettings(str(model), "cpu", "float32"), settings, TextSettings(), merge=False)
+    for mixed, single in zip(read_records(output), read_records(alone), strict=True):
+        drawn = {t: r for r, s in zip(mixed.responses, mixed.sources, strict=True) for t in s.split("|")}
+        for number, response in enumerate(single.responses):
+            if response.strip():
+                assert drawn[f"model@top-p/{number}"] == response
+
+
+def test_a_finished_source_is_not_asked_again(
+    model: Path, queries: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped in the second source, the first one's pass stands; the end is that of an undisturbed run."""
+    specs = (f"{model}@beam:2", f"{model}@top-p:2")
+    undisturbed = tmp_path / "undisturbed.jsonl"
+    assert main(flags(queries, undisturbed, *specs)) == 0
+    output = tmp_path / "out.jsonl"
+    asked: list[str] = []
+    answer = LocalModel.answer
+
+    def stop_in_the_second(self: Any, records: list[Record], counts: Any) -> Any:
+        asked.append(self.tag)
+        if len(asked) == 2:
+            raise KeyboardInterrupt
+        return answer(self, records, counts)
+
+    monkeypatch.setattr(LocalModel, "answer", stop_in_the_second)
+    assert main(flags(queries, output, *specs)) == 130
+    assert not output.exists()
+    assert main(flags(queries, output, *specs)) == 0
+    assert asked == ["model@beam", "model@top-p", "model@top-p"]
+    assert output.read_bytes() == undisturbed.read_bytes()
+
+
+class _Server:
+    """Answers records one by one and fails at the ``fails_at``-th; counts what it was asked."""
+
+    def __init__(self, fails_at: int | None) -> None:
+        self.fails_at, self.asked = fails_at, 0
+
+    def respond(self, records: list[Record]) -> Any:
+        for i, record in enumerate(records):
+            self.asked += 1
+            if self.asked == self.fails_at:
+                raise UserError("the server is gone")
+            yield i, [f"answer to {record.id}"], ["stop"]
+
+
+def test_what_a_server_answered_is_kept_when_it_fails(tmp_path: Path) -> None:
+    """Answers that were paid for are in the journal at once, a torn last line aside, and only for the same queries."""
+    records = [Record(f"q {i}", id=str(i)) for i in range(6)]
+    folder, counts = tmp_path / "parts", Counter[str]()
+    first = Remote(_Server(4), "server", {}, folder)
+    with pytest.raises(UserError, match="gone"):
+        dict(first.answer(records, counts))
+    (journal,) = folder.iterdir()
+    with journal.open("a") as file:
+        file.write('{"id": "3", "query": "q')  # without an end
+    second = _Server(5 - 3)
+    with pytest.raises(UserError, match="gone"):
+        dict(Remote(second, "server", {}, folder).answer(records, counts))
+    third = _Server(None)
+    answers = dict(Remote(third, "server", {}, folder).answer(records, counts))
+    assert third.asked == 2
+    assert [answers[i].responses for i in range(6)] == [[f"answer to {i}"] for i in range(6)]
+    assert answers[0].sources == ["server/0"]
+    for changed, tag in ((records, "other"), ([Record(f"Q {i}", id=str(i)) for i in range(6)], "server")):
+        fourth = _Server(None)
+        answers = dict(Remote(fourth, tag, {}, folder).answer(changed, counts))
+        assert fourth.asked == 6 and answers[3].query == changed[3].query
+
+
+# --- faults before any long work ---------------------------------------------------------------------------------
+
+
+def closed_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:
+    """The message of a command that must stop before a model is loaded."""
+
+    def loaded(*args: Any, **kwargs: Any) -> None:
+        raise AssertionError("a model was loaded")
+
+    monkeypatch.setattr("rrhf.models.cache.load_policy_or_adapter", loaded)
+    assert main(arguments) == 2
+    return capsys.readouterr().err
+
+
+def test_an_endpoint_that_is_down_stops_a_mixture_at_once(
+    model: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai")
+    url = f"http://127.0.0.1:{closed_port()}/v1"
+    output = tmp_path / "out.jsonl"
+    message = refused(flags(queries, output, f"{model}@top-p:2", f"{url}#m@chat:1"), capsys, monkeypatch)
+    assert url in message
+    assert "Traceback" not in message
+    assert not output.exists()
+
+
+def test_messages_for_a_model_without_a_template_stop_a_mixture_at_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = tiny.write_model(tmp_path / "plain", chat=False)
+    data = tmp_path / "chat.jsonl"
+    write_records(data, [Record([{"role": "user", "content": "hello"}])])
+    specs = (f"{plain}@top-p:2", f"{plain}@greedy:1")
+    assert "no chat template" in refused(flags(data, tmp_path / "out.jsonl", *specs), capsys, monkeypatch)
+
+
+def test_a_context_that_is_too_long_stops_a_mixture_at_once(
+    model: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = flags(queries, tmp_path / "out.jsonl", f"{model}@top-p:2", f"{model}@greedy:1")
+    arguments[arguments.index("--max_new_tokens") + 1] = "1000000"
+    assert "context" in refused(arguments, capsys, monkeypatch)
+
+
+def test_no_model_and_no_source(queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["sample", "--data", str(queries), "--output", str(tmp_path / "o.jsonl")]) == 2
+    assert "--model or --source is missing" in capsys.readouterr().err
+
+
+def test_queries_left_without_a_response_are_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Equal responses are merged, empty ones dropped; a query with none left goes, and all of it is said."""
+    answers = {"a": ["same", "same", "other"], "b": ["", "  "]}
+
+    def answer(self: Any, records: list[Record], counts: Any) -> Any:
+        for i, record in enumerate(records):
+            texts = answers[record.id]
+            yield i, with_responses(record, texts, ["stop"] * len(texts), [f"m/{n}" for n in range(len(texts))])
+
+    monkeypatch.setattr(LocalModel, "answer", answer)
+    output = tmp_path / "out.jsonl"
+    monkeypatch.setattr(logging.getLogger("rrhf"), "propagate", True)
+    with caplog.at_level(logging.INFO, "rrhf"):
+        data = [Record("one", id="a"), Record("two", id="b")]
+        sample_file(data, output, ModelSettings("m", "cpu"), sampling(), TextSettings())
+    (kept,) = read_records(output)
+    assert (kept.responses, kept.sources) == (["same", "other"], ["m/0|m/1", "m/2"])
+    assert "1 equal responses merged" in caplog.text
+    assert "2 empty responses dropped" in caplog.text
+    assert "1 queries left without a response" in caplog.text

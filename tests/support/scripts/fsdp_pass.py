@@ -1,0 +1,71 @@
+"""One training step with the model's weights sharded over two CPU processes (FSDP2); process 0 saves the gradients."""
+
+from __future__ import annotations
+
+import faulthandler
+import sys
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+
+import torch
+
+from rrhf.common.launch import leave
+from support.models import tiny_model, tiny_tokenizer, toy_records
+
+# name: (family, tokens a forward, the records of process 0 and of process 1). The processes make unequal numbers of
+# passes, with and without a graph; in one case process 1 has nothing to do at all.
+CASES: dict[str, tuple[str, int, tuple[list[int], list[int]]]] = {
+    "tree": ("llama", 512, ([0, 1, 2], [3, 4])),
+    "two-pass": ("llama-tied", 24, ([0, 1, 2, 3], [4])),
+    "idle": ("llama", 24, ([0, 1, 2], [])),
+}
+
+
+def records() -> list[Any]:
+    return toy_records(5, seed=5, responses=(3, 5))
+
+
+def main(folder: Path) -> None:
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    from torch.distributed.tensor import DTensor, Shard
+
+    from rrhf.models.attention import our_attention
+    from rrhf.training.config import RRHFConfig
+    from rrhf.training.trainer import RRHFTrainer
+
+    tokenizer = tiny_tokenizer()
+    for case, (family, budget, shares) in CASES.items():
+        args = RRHFConfig(
+            output_dir=str(folder), bf16=False, report_to="none", max_tokens_per_forward=budget, ddp_timeout=120
+        )
+        model: Any = tiny_model(family, len(tokenizer))
+        trainer = RRHFTrainer(model=model, args=args, train_dataset=records(), processing_class=tokenizer)
+        assert trainer.path == "tree"
+        mesh = init_device_mesh("cpu", (2,))
+        for layer in model.model.layers:
+            fully_shard(layer, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor), name
+            assert parameter.placements == (Shard(0),), name
+            assert parameter.to_local().numel() * 2 == parameter.numel(), name
+        mine = [trainer.train_dataset[i] for i in shares[args.process_index]]
+        with our_attention(model):
+            loss = trainer.training_step(model, mine, num_items_in_batch=sum(map(len, shares)))
+        mean = trainer._sum_over_processes(float(loss)) / 2  # as the trainer logs it
+        gradients = {}
+        for name, parameter in model.named_parameters():
+            assert isinstance(parameter, DTensor), name  # sharded again after the step
+            assert isinstance(parameter.grad, DTensor), name
+            gradients[name] = parameter.grad.full_tensor()
+        if args.process_index == 0:
+            torch.save({"loss": torch.tensor(mean), **gradients}, folder / f"{case}.pt")
+
+
+if __name__ == "__main__":
+    faulthandler.dump_traceback_later(180, exit=True)  # processes that wait for each other end with the place
+    main(Path(sys.argv[1]))
+    leave()

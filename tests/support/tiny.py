@@ -1,0 +1,483 @@
+"""A whole tiny world for end-to-end tests: a random model with a real tokenizer, rewards, data, and a command line.
+
+Faults are planted in real processes: a process kills itself (or counts) at the n-th call of a named function, so a test
+needs neither sleeps nor luck. ``cold`` starts ``python -m rrhf.cli``, which takes them through ``sitecustomize``;
+``warm`` runs the same ``main`` in a child of a process that has imported the libraries already, which saves their
+import at every call.
+"""
+
+from __future__ import annotations
+
+import atexit
+import faulthandler
+import functools
+import importlib
+import json
+import os
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+LONG = bool(os.environ.get("RRHF_LONG"))
+FAULTS = "RRHF_TEST_FAULTS"
+HANGS_AFTER = 240  # seconds
+
+SENTENCES = (
+    "The river was high that spring and the old bridge stood in the water up to its stones.",
+    "She read the letter twice, folded it and put it into the drawer of the kitchen table.",
+    "Nobody in the village could say who had rung the bell, or why it had rung so long.",
+    "A good film needs a story, two people who want something, and a door between them.",
+    "He counted the lamps along the harbour: nine, ten, eleven, and then the dark again.",
+    "What is the capital of the country where the bread is sweet and the coffee is bitter?",
+    "The train left on time, which surprised the three passengers and the conductor alike.",
+    "Write a short poem about the sea, a list of the tools on the table, and a joke.",
+)
+
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+REWARDS = '''"""Rewards of the tests: functions of the text alone."""
+
+
+def vowels(prompts, completions, **columns):
+    return [share(text(completion), "aeiou") for completion in completions]
+
+
+def spaces(prompts, completions):
+    return [share(text(completion), " ") for completion in completions]
+
+
+def text(completion):
+    return completion if isinstance(completion, str) else completion[-1]["content"]
+
+
+def share(text, letters):
+    return sum(letter in letters for letter in text) / (len(text) or 1)
+'''
+
+
+# --- model, data, configuration --------------------------------------------------------------------------------------
+
+
+def write_model(folder: Path, chat: bool = True) -> Path:
+    """A random Llama of two layers with a byte-level BPE tokenizer of 320 entries, a chat template and an end token."""
+    import torch
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    special = ["<|endoftext|>", "<|im_start|>", "<|im_end|>"]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=320,
+        special_tokens=special,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(SENTENCES, trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>", pad_token="<|endoftext|>")
+    if chat:
+        fast.add_special_tokens({"additional_special_tokens": special[1:]})
+        fast.chat_template = TEMPLATE
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(fast),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=128,
+        bos_token_id=fast.eos_token_id,
+        eos_token_id=fast.eos_token_id,
+    )
+    model = LlamaForCausalLM(config)
+    model.save_pretrained(folder)
+    fast.save_pretrained(folder)
+    return folder
+
+
+def write_rewards(folder: Path) -> None:
+    """The module ``tiny_rewards`` for commands that run in ``folder``."""
+    (folder / "tiny_rewards.py").write_text(REWARDS, encoding="utf-8")
+
+
+def rows(count: int, responses: int = 2, scores: bool = True, messages: bool = False) -> list[dict[str, Any]]:
+    """Rows with distinct queries and provided responses."""
+    made = []
+    for i in range(count):
+        words = SENTENCES[i % len(SENTENCES)].split()
+        query: Any = f"{i} " + " ".join(words[: 3 + i % 4])
+        if messages:
+            query = [{"role": "user", "content": query}]
+        row: dict[str, Any] = {"id": f"q{i}", "query": query, "topic": f"topic {i % 3}"}
+        if responses:
+            row["responses"] = [" " + " ".join(words[4 + j : 9 + j]) for j in range(responses)]
+            row["sources"] = [f"human/{j}" for j in range(responses)]
+            row["finish"] = ["length"] * responses
+        if responses and scores:
+            row["scores"] = [round(0.1 * j + 0.01 * i, 3) for j in range(responses)]
+        made.append(row)
+    return made
+
+
+def write_rows(path: Path, lines: Iterable[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in lines), encoding="utf-8")
+    return path
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def config(model: Path) -> dict[str, Any]:
+    """A run of 20 queries in seconds: 3 parts of sampling, 10 steps with a checkpoint every second."""
+    return {
+        "model": str(model),
+        "device": "cpu",
+        "dtype": "float32",
+        "seed": 3,
+        "data": {"source": "data.jsonl", "limit": 20, "held_out_limit": 9},
+        "sample": {"policy": "top-p", "num_responses": 3, "max_new_tokens": 6, "batch_size": 2},
+        "score": {"reward": ["tiny_rewards:vowels"]},
+        "train": {
+            "num_train_epochs": 2,
+            "per_device_train_batch_size": 4,
+            "gradient_accumulation_steps": 1,
+            "learning_rate": 1e-3,
+            "max_length": 64,
+            "logging_steps": 1,
+            "save_steps": 2,
+            "bf16": False,
+            "report_to": "none",
+        },
+        "evaluate": {
+            "reward": ["tiny_rewards:vowels", "tiny_rewards:spaces"],
+            "policy": "top-k",
+            "top_k": 20,
+            "max_new_tokens": 6,
+            "batch_size": 1,
+        },
+    }
+
+
+def workplace(folder: Path, settings: dict[str, Any], data: Iterable[dict[str, Any]] | None = None) -> Path:
+    """A folder to run commands in: ``config.yaml``, ``data.jsonl`` and the rewards."""
+    import yaml
+
+    folder.mkdir(parents=True, exist_ok=True)
+    write_rewards(folder)
+    write_rows(folder / "data.jsonl", rows(29) if data is None else data)
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+    return folder
+
+
+# --- faults ----------------------------------------------------------------------------------------------------------
+
+
+def die(at: str, call: int, how: str = "KILL") -> dict[str, Any]:
+    """The process sends itself a signal at the n-th ``call`` of the function ``at`` (module:name), before it runs."""
+    return {"at": at, "call": call, "how": how}
+
+
+def count(at: str, file: Path) -> dict[str, Any]:
+    """Every call of ``at`` adds a line to ``file``."""
+    return {"at": at, "file": str(file)}
+
+
+def put(at: str, value: Any) -> dict[str, Any]:
+    """``at`` gets another value."""
+    return {"at": at, "value": value}
+
+
+def fill(at: str, call: int, limit: int) -> dict[str, Any]:
+    """From the n-th ``call`` of ``at`` on no file of the process can grow past ``limit`` bytes: a disk that is full."""
+    return {"at": at, "call": call, "limit": limit}
+
+
+def plant(faults: Sequence[dict[str, Any]]) -> None:
+    """Plant faults in this process: in modules that are loaded now, in the others when they are."""
+    waiting: dict[str, list[dict[str, Any]]] = {}
+    for fault in faults:
+        if "line" in fault or "lines" in fault:
+            _watch_lines(fault)
+            continue
+        module = fault["at"].partition(":")[0]
+        if module in sys.modules:
+            _plant(fault, sys.modules[module])
+        else:
+            waiting.setdefault(module, []).append(fault)
+    if waiting:
+        sys.meta_path.insert(0, _Planter(waiting))  # type: ignore[arg-type]
+
+
+class _Planter:
+    """Finds modules as the others do and plants their faults once they are loaded."""
+
+    def __init__(self, waiting: dict[str, list[dict[str, Any]]]) -> None:
+        self.waiting = waiting
+
+    def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
+        faults = self.waiting.get(name)
+        if not faults:
+            return None
+        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in found if spec is not None), None)
+        if spec is not None:
+            load = spec.loader.exec_module
+
+            def exec_module(module: Any) -> None:
+                load(module)
+                for fault in faults:
+                    _plant(fault, module)
+
+            spec.loader.exec_module = exec_module
+        return spec
+
+
+def _watch_lines(fault: dict[str, Any]) -> None:
+    """Die before the n-th ``line`` that the package runs, in whatever file; or note in ``lines`` how many it ran."""
+    package = str(Path(importlib.import_module(fault["at"].partition(":")[0]).__file__ or "").parent)
+    seen = 0
+
+    def watch(frame: FrameType, event: str, argument: object) -> Any:
+        nonlocal seen
+        if not frame.f_code.co_filename.startswith(package):
+            return None
+        if event == "line":
+            seen += 1
+            if seen == fault.get("line"):
+                os.kill(os.getpid(), signal.SIGKILL)
+        return watch
+
+    sys.settrace(watch)
+    if "lines" in fault:
+        # Noted where a run ends: in the last thing it does.
+        from rrhf.report import terminal as summary
+
+        last = summary.format_examples
+
+        def noted(*arguments: Any, **options: Any) -> str:
+            Path(fault["lines"]).write_text(str(seen), encoding="utf-8")
+            return last(*arguments, **options)
+
+        summary.format_examples = noted
+
+
+def _plant(fault: dict[str, Any], module: Any) -> None:
+    *path, name = fault["at"].partition(":")[2].split(".")
+    owner = functools.reduce(getattr, path, module)
+    if "value" in fault:
+        setattr(owner, name, fault["value"])
+        return
+    function = getattr(owner, name)
+    calls = 0
+
+    @functools.wraps(function)
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        if "file" in fault:
+            with open(fault["file"], "a", encoding="utf-8") as file:  # noqa: PTH123
+                file.write(fault["at"] + "\n")
+        elif calls == fault["call"] and "limit" in fault:
+            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
+        elif calls == fault["call"]:
+            os.kill(os.getpid(), signal.Signals[f"SIG{fault['how']}"])
+        return function(*args, **kwargs)
+
+    setattr(owner, name, watched)
+
+
+# --- the command line ------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Result:
+    """How a process ended: its exit code (minus the signal that killed it) and what it said."""
+
+    code: int
+    out: str
+    err: str
+
+    def done(self) -> Result:
+        assert self.code == 0, self.err[-3000:]
+        return self
+
+
+def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
+    """One thread a process: the same sums in every run."""
+    return {
+        **os.environ,
+        "OMP_NUM_THREADS": "1",
+        "MKL_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "PYTHONHASHSEED": "0",
+        "JE_ARROW_MALLOC_CONF": "background_thread:false",  # a forked child would lack that thread
+        **(extra or {}),
+    }
+
+
+def cold(
+    *arguments: str,
+    cwd: Path,
+    faults: Sequence[dict[str, Any]] = (),
+    env: dict[str, str] | None = None,
+    launcher: Sequence[str] = (),
+    **options: Any,
+) -> Result:
+    """``python [launcher] -m rrhf.cli …`` in a process of its own."""
+    with tempfile.TemporaryDirectory() as folder:
+        site = "import sys\nsys.path.append({!r})\nfrom support import tiny\ntiny.plant_from_environment()\n"
+        Path(folder, "sitecustomize.py").write_text(site.format(str(Path(__file__).parent.parent)), encoding="utf-8")
+        paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
+        extra = {**(env or {}), "PYTHONPATH": os.pathsep.join(paths), FAULTS: json.dumps(list(faults))}
+        found = subprocess.run(
+            [sys.executable, *launcher, "-m", "rrhf.cli", *arguments],
+            cwd=cwd,
+            env=environment(extra),
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=2 * HANGS_AFTER,
+            **options,
+        )
+    return Result(found.returncode, found.stdout, found.stderr)
+
+
+def plant_from_environment() -> None:
+    plant(json.loads(os.environ.get(FAULTS, "[]")))
+
+
+class Forks:
+    """Runs functions in children of a process that has modules in memory and has computed nothing.
+
+    The children are processes of their own, with their own signals, files and exit codes.
+    """
+
+    def __init__(self, *modules: str) -> None:
+        self.server = subprocess.Popen(
+            [sys.executable, __file__, *modules],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            env=environment(),
+        )
+        self.folder = tempfile.TemporaryDirectory()
+        self.number = 0
+
+    def _ask(self, question: dict[str, Any]) -> Any:
+        assert self.server.stdin is not None and self.server.stdout is not None
+        self.server.stdin.write(json.dumps(question) + "\n")
+        self.server.stdin.flush()
+        return json.loads(self.server.stdout.readline())
+
+    def start(
+        self,
+        call: str,
+        *arguments: Any,
+        cwd: Path | None = None,
+        faults: Sequence[dict[str, Any]] = (),
+        env: dict[str, str] | None = None,
+    ) -> tuple[int, Path]:
+        """Start ``module:function`` with arguments that JSON can carry; its process id, and where it writes."""
+        self.number += 1
+        said = Path(self.folder.name, str(self.number))
+        question = {"call": call, "arguments": arguments, "faults": list(faults), "env": env or {}, "said": str(said)}
+        return self._ask({**question, "cwd": str(cwd or self.folder.name)}), said
+
+    def wait(self, started: tuple[int, Path]) -> Result:
+        pid, said = started
+        code = self._ask({"wait": pid})
+        texts = [said.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err")]
+        return Result(code, *texts)
+
+    def __call__(self, call: str, *arguments: Any, **options: Any) -> Result:
+        return self.wait(self.start(call, *arguments, **options))
+
+    def close(self) -> None:
+        if self.server.stdin is not None:
+            self.server.stdin.close()
+        self.server.wait()
+        self.folder.cleanup()
+
+
+@functools.cache
+def forks(*modules: str) -> Forks:
+    """The one such process of this test session with these modules."""
+    server = Forks(*modules)
+    atexit.register(server.close)
+    return server
+
+
+def warm(
+    *arguments: str, cwd: Path, faults: Sequence[dict[str, Any]] = (), env: dict[str, str] | None = None
+) -> Result:
+    """``rrhf …`` in a process of its own that need not import the libraries first."""
+    return forks(*PRELOADED)("rrhf.cli.main:main", list(arguments), cwd=cwd, faults=faults, env=env)
+
+
+PRELOADED = (
+    "torch", "rrhf.training.stage", "rrhf.recipes.offline", "rrhf.report.page", "rrhf.report.plots", "rrhf.evaluation",
+    "rrhf.sampling.decoding", "rrhf.sampling.policies", "transformers.models.llama.modeling_llama",
+    "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "pyarrow.parquet",
+    "matplotlib.pyplot", "yaml", "rrhf.cli.run", "rrhf.cli.sample", "rrhf.cli.score",
+    "rrhf.cli.train", "rrhf.cli.evaluate",
+)  # fmt: skip
+
+
+def _serve() -> None:
+    for name in sys.argv[1:]:
+        importlib.import_module(name)
+    for line in sys.stdin:
+        question = json.loads(line)
+        if "wait" in question:
+            answer = os.waitstatus_to_exitcode(os.waitpid(question["wait"], 0)[1])
+        else:
+            answer = os.fork()
+            if answer == 0:
+                _child(question)
+        sys.stdout.write(json.dumps(answer) + "\n")
+        sys.stdout.flush()
+
+
+def _child(question: dict[str, Any]) -> None:
+    """Become the process that was asked for."""
+    code: Any = 1
+    try:
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+        for descriptor, suffix in ((1, ".out"), (2, ".err")):
+            os.dup2(os.open(question["said"] + suffix, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+        faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)  # rather than a test run that never ends
+        os.chdir(question["cwd"])
+        os.environ.update(question["env"])
+        plant(question["faults"])
+        module, _, name = question["call"].partition(":")
+        code = getattr(importlib.import_module(module), name)(*question["arguments"]) or 0
+    except SystemExit as ended:
+        code = ended.code
+    except BaseException as error:
+        traceback.print_exc()
+        code = 2 if type(error).__name__ == "UserError" else 1
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+if __name__ == "__main__":
+    sys.path[0] = str(Path(__file__).parent.parent)  # where tests find each other
+    _serve()

@@ -1,0 +1,151 @@
+"""Which records go into which forward: full budgets, nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+from array import array
+from collections import Counter
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rrhf.models.batching import SIZES, Forward, padded_tokens, plan_forwards, slice_record, tree_tokens
+from rrhf.models.shared_prefix import plant
+from rrhf.models.tokenization import EncodedRecord
+from rrhf.training.batching import StepSampler
+
+
+def make(name: str, query: int, responses: list[int]) -> EncodedRecord:
+    """A record whose token ids and scores tell which response they come from."""
+    texts = [[100 * i + t for t in range(length)] for i, length in enumerate(responses)]
+    return EncodedRecord(name, list(range(query)), texts, [float(i) for i in range(len(responses))])
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[EncodedRecord]:
+    shapes = st.tuples(st.integers(1, 30), st.lists(st.integers(0, 25), min_size=1, max_size=8))
+    return [make(f"r{i}", *shape) for i, shape in enumerate(draw(st.lists(shapes, max_size=12)))]
+
+
+def rows_of(forward: Forward | tuple[EncodedRecord, ...], path: str) -> int:
+    """What a pass over the records costs, counted anew: nodes of the trees, or cells of the padded rectangle."""
+    records = forward.records if isinstance(forward, Forward) else forward
+    if path == "tree":
+        return int(plant(records).input_ids.shape[1])
+    rows = [len(r.query) + len(y) for r in records for y in r.responses]
+    return len(rows) * max(rows)
+
+
+@pytest.mark.parametrize("path", SIZES)
+@settings(max_examples=100, deadline=None)
+@given(records=batches(), budget=st.integers(1, 300))
+def test_no_record_is_lost_or_twice_and_budgets_hold(path: str, records: list[EncodedRecord], budget: int) -> None:
+    forwards = plan_forwards(records, budget, path)
+    assert Counter(r.id for f in forwards for r in f.records) == Counter(r.id for r in records)
+    for forward in forwards:
+        if not forward.slices:
+            assert rows_of(forward, path) <= budget
+            continue
+        (record,) = forward.records
+        assert rows_of((record,), path) > budget
+        assert [y for part in forward.slices for y in part.responses] == record.responses
+        assert [s for part in forward.slices for s in part.scores] == record.scores
+        for part in forward.slices:
+            assert (part.id, part.query) == (record.id, record.query)
+            assert rows_of((part,), path) <= budget or len(part.responses) == 1
+    assert forwards == plan_forwards(records, budget, path)
+
+
+@pytest.mark.parametrize("path", SIZES)
+@settings(max_examples=100, deadline=None)
+@given(records=batches(), budget=st.integers(1, 300))
+def test_budgets_are_filled(path: str, records: list[EncodedRecord], budget: int) -> None:
+    """A forward is closed only where the next record, or the next response of a slice, would not have fitted."""
+    whole = [f for f in plan_forwards(records, budget, path) if not f.slices]
+    for this, following in pairwise(whole):
+        assert rows_of((*this.records, following.records[0]), path) > budget
+    for forward in plan_forwards(records, budget, path):
+        for part, following in pairwise(forward.slices):
+            longer = EncodedRecord(
+                part.id, part.query, [*part.responses, following.responses[0]], [*part.scores, following.scores[0]]
+            )
+            assert rows_of((longer,), path) > budget
+
+
+def test_similar_sizes_stand_together() -> None:
+    records = [make(f"r{n}", n, [5]) for n in (3, 30, 4, 29, 5, 28)]
+    sizes = [[tree_tokens(r) for r in forward.records] for forward in plan_forwards(records, 100)]
+    assert sizes == [[34, 33, 32], [9, 8, 7]]
+
+
+def test_sizes_by_hand() -> None:
+    record = make("r", 10, [4, 1, 0])
+    assert tree_tokens(record) == 10 + 3 + 0 + 0  # the last token of a response predicts nothing
+    assert padded_tokens(record) == 3 * (10 + 4)
+
+
+def test_slices_by_hand() -> None:
+    # query 10, responses of 5 (4 rows each as a tree): 10 + 4 + 4 = 18 fit into 20, a third would need 22
+    parts = list(slice_record(make("r", 10, [5, 5, 5, 5, 5]), 20))
+    assert [len(part.responses) for part in parts] == [2, 2, 1]
+    # nothing fits: a response is never cut in two
+    assert [len(part.responses) for part in slice_record(make("r", 10, [5, 5]), 3)] == [1, 1]
+
+
+def test_records_of_arrays_are_planned_too() -> None:
+    record = EncodedRecord("r", array("i", [1, 2]), [array("i", [3, 4, 5]), array("i", [6])], [1.0, None])  # type: ignore[arg-type, list-item]
+    (forward,) = plan_forwards([record], 2)
+    assert [part.scores for part in forward.slices] == [[1.0], [None]]
+
+
+# --- steps ------------------------------------------------------------------------------------------------------
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    size=st.integers(0, 40),
+    per_device=st.integers(1, 5),
+    world=st.integers(1, 4),
+    seed=st.integers(0, 9),
+    epoch=st.integers(0, 3),
+)
+def test_processes_share_the_micro_batches_of_one(
+    size: int, per_device: int, world: int, seed: int, epoch: int
+) -> None:
+    def micro_batches(world: int, rank: int, per_device: int) -> list[list[int]]:
+        sampler = StepSampler(size, per_device, world, rank, seed)
+        sampler.set_epoch(epoch)
+        batches = list(sampler)
+        assert len(sampler) == len(batches)
+        return batches
+
+    alone = micro_batches(1, 0, per_device * world)
+    shares = [micro_batches(world, rank, per_device) for rank in range(world)]
+    assert all(len(share) == len(alone) for share in shares)  # every process takes part in every step
+    for step, batch in enumerate(alone):
+        parts = [share[step] for share in shares]
+        assert sorted(index for part in parts for index in part) == sorted(batch)
+        assert max(map(len, parts)) - min(map(len, parts)) <= 1
+        assert max(map(len, parts)) <= per_device
+    assert sorted(index for batch in alone for index in batch) == list(range(size))
+
+
+def test_the_last_share_may_be_empty() -> None:
+    shares = [list(StepSampler(9, 2, world=2, rank=rank)) for rank in range(2)]
+    assert [len(batch) for batch in shares[0]] == [2, 2, 1]
+    assert [len(batch) for batch in shares[1]] == [2, 2, 0]
+
+
+def test_order_depends_on_seed_and_epoch_alone() -> None:
+    def order(seed: int, epoch: int) -> list[list[int]]:
+        sampler = StepSampler(50, 4, seed=seed)
+        sampler.set_epoch(epoch)
+        return list(sampler)
+
+    assert order(0, 0) == order(0, 0)
+    assert order(0, 0) != order(0, 1)
+    assert order(0, 0) != order(1, 0)
+    assert order(0, 0) != [list(range(start, min(start + 4, 50))) for start in range(0, 50, 4)]
+    flat = [[i for batch in list(StepSampler(50, n, seed=0)) for i in batch] for n in (1, 4, 7)]
+    assert flat[0] == flat[1] == flat[2]  # the same queries in the same order, however they are batched

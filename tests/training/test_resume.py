@@ -1,0 +1,117 @@
+"""``rrhf train`` killed with SIGKILL between the forward passes of one optimiser step: it ends as if undisturbed."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from support import tiny
+from support.models import tiny_model, tiny_tokenizer
+from support.tiny import count, die
+
+BACKWARD = "accelerate.accelerator:Accelerator.backward"
+UPDATE = "accelerate.optimizer:AcceleratedOptimizer.step"
+
+# name → flags; every one computes a step of 4 queries in several passes
+CASES: dict[str, list[str]] = {
+    "one query a forward": ["--max_tokens_per_forward", "80"],
+    "slices of a query": ["--max_tokens_per_forward", "30"],
+    "dropout": ["--max_tokens_per_forward", "30"],
+    "lora with dropout": ["--max_tokens_per_forward", "80", "--peft", "lora", "--lora_dropout", "0.2"],
+}
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    folder = tmp_path_factory.mktemp("resume")
+    tokenizer = tiny_tokenizer()
+    dropping = tiny_model("gpt2", len(tokenizer))
+    assert dropping.config.resid_pdrop == dropping.config.embd_pdrop == 0.1
+    dropping.save_pretrained(folder / "dropping")
+    tokenizer.save_pretrained(folder / "dropping")
+    return {"plain": tiny.write_model(folder / "plain"), "dropping": folder / "dropping"}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_killed_in_the_middle_of_an_accumulation(case: str, models: dict[str, Path], tmp_path: Path) -> None:
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(14, responses=4))
+    model = models["dropping" if case == "dropout" else "plain"]
+
+    def train(output: str, faults: Any = ()) -> tiny.Result:
+        # 4 steps an epoch, the last of 2 queries; checkpoints after steps 2, 4, 6 …
+        return tiny.warm(
+            "train", "--model", str(model), "--data", "scored.jsonl", "--output", output, "--device", "cpu",
+            "--dtype", "float32", "--bf16", "false", "--per_device_train_batch_size", "1",
+            "--gradient_accumulation_steps", "4", "--num_train_epochs", "2", "--learning_rate", "0.01",
+            "--save_steps", "2", "--logging_steps", "1", "--report_to", "none", "--seed", "5", *CASES[case],
+            cwd=tmp_path, faults=faults,
+        )  # fmt: skip
+
+    calls = tmp_path / "calls"
+    train("whole", [count(BACKWARD, calls), count(UPDATE, calls)]).done()
+    steps = calls.read_text().split(UPDATE)[:-1]
+    passes = [step.count(BACKWARD) for step in steps]
+    assert len(passes) == 8 and min(passes[:3]) >= 3, passes
+
+    # In step 6, which lies in the second epoch: its last gradient is not there yet, the others are.
+    killed = train("killed", [die(BACKWARD, sum(passes[:6]))])
+    assert killed.code == -signal.SIGKILL, killed.err[-2000:]
+    folder = tmp_path / "killed"
+    assert sorted(p.name for p in folder.glob("checkpoint-*")) == ["checkpoint-2", "checkpoint-4"]
+    assert not (folder / "model.safetensors").exists()
+    calls.unlink()
+    resumed = train("killed", [count(BACKWARD, calls), count(UPDATE, calls)]).done()
+    assert "going on from" in resumed.err and "checkpoint-4" in resumed.err
+    assert [step.count(BACKWARD) for step in calls.read_text().split(UPDATE)[:-1]] == passes[4:]
+
+    def weights(output: str) -> bytes:
+        return (tmp_path / output / "model.safetensors").read_bytes()
+
+    def curve(output: str) -> list[dict[str, float]]:
+        log = json.loads((tmp_path / output / "trainer_state.json").read_text())["log_history"]
+        return [{k: v for k, v in line.items() if k != "tokens_per_second"} for line in log if "rank_loss" in line]
+
+    assert weights("killed") == weights("whole")
+    assert weights("whole") != (model / "model.safetensors").read_bytes()
+    assert curve("killed") == curve("whole")
+
+
+def test_going_on_with_other_settings_says_which(models: dict[str, Path], tmp_path: Path) -> None:
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
+    tiny.write_rows(tmp_path / "other.jsonl", tiny.rows(6))
+    train = ("train", "--model", str(models["plain"]), "--data", "scored.jsonl", "--output", "out", "--device", "cpu",
+             "--dtype", "float32", "--bf16", "false", "--gradient_accumulation_steps", "2", "--save_steps", "1",
+             "--report_to", "none", "--peft", "lora")  # fmt: skip
+    assert tiny.warm(*train, cwd=tmp_path, faults=[die(UPDATE, 3)]).code == -signal.SIGKILL
+    others = ("--learning_rate", "0.5", "--lora_r", "4", "--ranking_loss", "margin", "--data", "other.jsonl")
+    refused = tiny.warm(*train, *others, cwd=tmp_path)
+    assert refused.code == 2 and "Traceback" not in refused.err
+    for said in (
+        "learning_rate was 0.0002, is 0.5", "lora_r was 16, is 4", "ranking_loss was 'hinge', is 'margin'",
+        "data was 'scored.jsonl', is 'other.jsonl'", "--overwrite",
+    ):  # fmt: skip
+        assert said in refused.err
+    assert "seed was" not in refused.err
+    on = tiny.warm(*train, "--logging_steps", "1", cwd=tmp_path).done()  # what changes no result may differ
+    assert "checkpoint-2" in on.err
+
+
+def test_records_without_a_signal_are_counted(models: dict[str, Path], tmp_path: Path) -> None:
+    lines = tiny.rows(5, responses=3)
+    lines[0]["scores"] = [None, None, None]
+    lines[1]["scores"] = [0.5, None, None]
+    lines[2]["query"] = "a very long query that leaves no room " * 8
+    tiny.write_rows(tmp_path / "scored.jsonl", lines)
+    done = tiny.warm(
+        "train", "--model", str(models["plain"]), "--data", "scored.jsonl", "--output", "out", "--device", "cpu",
+        "--bf16", "false", "--max_steps", "1", "--max_length", "48", "--report_to", "none", cwd=tmp_path,
+    ).done()  # fmt: skip
+    assert "3 records to train on" in done.err and "1 skipped: no response is scored" in done.err
+    assert "1 skipped: the query leaves no room" in done.err and "--max_query_length" in done.err
+    assert "1 with fewer than two scored responses (fitted, not ranked)" in done.err
+    summary = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert summary["records"] == 3 and summary["unranked"] == 1 and sum(summary["skipped"].values()) == 2
