@@ -411,3 +411,24 @@ def test_what_json_has_no_word_for_is_not_written(tmp_path: Path, name: str, val
     with pytest.raises(UserError, match=r"record 'r7': 'weight' cannot be written"):
         write_records(tmp_path / name, [Record(query="q", id="r7", extra={"weight": value})])
     assert not list(tmp_path.iterdir())
+
+
+def test_more_responses_keep_scores_in_step() -> None:
+    record = Record("q", ["a"], scores=[0.5], rewards={"r": [0.5]})
+    other = Record("q", ["b", "c"], scores=[1.0, None], rewards={"s": [1.0, None]})
+    joined = record.with_responses(other.responses, other.finish, ["human/0", "human/1"], other)
+    assert (joined.responses, joined.sources[1:]) == (["a", "b", "c"], ["human/0", "human/1"])
+    assert joined.scores == [0.5, 1.0, None]
+    assert joined.rewards == {"r": [0.5, None, None], "s": [None, 1.0, None]}
+    assert Record("q").with_responses(["x"], ["stop"], ["m/0"]).scores == []
+
+
+def test_some_responses_kept_and_none() -> None:
+    record = Record("q", ["a", "b", "c"], finish=["stop", "length", "stop"], scores=[1.0, None, 3.0], extra={"t": 1})
+    record.rewards = {"r": [1.0, None, 3.0]}
+    kept = record.keeping([2, 0])
+    assert (kept.responses, kept.finish, kept.scores) == (["c", "a"], ["stop", "stop"], [3.0, 1.0])
+    assert (kept.sources, kept.rewards) == (["provided/2", "provided/0"], {"r": [3.0, 1.0]})
+    bare = record.without_responses()
+    assert (bare.responses, bare.scores, bare.rewards, bare.id, bare.extra) == ([], [], {}, record.id, {"t": 1})
+    assert record.responses == ["a", "b", "c"]

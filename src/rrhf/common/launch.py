@@ -17,6 +17,11 @@ SIZES = ("WORLD_SIZE", "PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"
 RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 
 
+def rank_and_world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
+    """Which process this is and how many there are, as torchrun says it (RANK, WORLD_SIZE); (0, 1) without one."""
+    return int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+
+
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:
     """How many processes the launcher says there are; 1 without a launcher.
 

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from rrhf.common.texts import cut_at_first
+
 TURN_MARKERS = ("Human:", "Assistant:")  # of the HH dialogues
 
 CHUNK = 2_000_000  # resampled values in memory at once
@@ -64,5 +66,5 @@ def corpus_perplexity(total_nll: float, total_tokens: int) -> float:
 
 def cut_at_turn(text: str, markers: Sequence[str] = TURN_MARKERS) -> str:
     """Cut a generation before the first marker of a new turn, and the white space there; others come back whole."""
-    places = [place for place in (text.find(marker) for marker in markers) if place >= 0]
-    return text[: min(places)].rstrip() if places else text
+    kept, cut = cut_at_first(text, markers)
+    return kept.rstrip() if cut else text

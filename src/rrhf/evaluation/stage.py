@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.files import write_text
-from rrhf.models.cache import Loaded
+from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import read_records
@@ -47,7 +47,7 @@ def evaluate_models(
     settings: EvaluationSettings,
     *,
     overwrite: bool = False,
-    loaded: Loaded | None = None,
+    policies: PolicyCache | None = None,
 ) -> dict[str, Any]:
     """Draw one response a prompt from each of ``models`` (``rho``, ``pi`` or one of them) and measure them.
 
@@ -57,7 +57,7 @@ def evaluate_models(
     from rrhf.evaluation.policies import nll_under
     from rrhf.sampling.stage import sample_file
 
-    loaded = loaded or Loaded()
+    policies = policies or PolicyCache()
     folder = output.parent
     sampling = replace(sampling, num_responses=1)
     texts: dict[str, list[tuple[str, str]]] = {}
@@ -67,23 +67,21 @@ def evaluate_models(
         if overwrite:
             drawn.unlink(missing_ok=True)
         if not drawn.exists():
-            prompts = [
-                replace(r, responses=[], sources=[], finish=[], scores=[], rewards={}) for r in read_records(held_out)
-            ]
+            prompts = [record.without_responses() for record in read_records(held_out)]
             sample_file(
                 prompts,
                 drawn,
                 model,
                 sampling,
                 text,
-                loaded=loaded,
+                policies=policies,
                 description=f"responses of {name}",
                 merge=False,
             )
         records = list(read_records(drawn, require="query"))
         texts[name] = [(record.responses[0], record.finish[0]) for record in records]
     judge = settings.perplexity_model or models.get("rho", models.get("pi", ModelSettings(""))).model
-    perplexity = nll_under(*loaded.get(replace(next(iter(models.values())), model=judge)), text)
+    perplexity = nll_under(*policies.get(replace(next(iter(models.values())), model=judge)), text)
     result, rows = evaluate_texts(
         records,
         texts.get("rho"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from rrhf.models.adapters import load_policy_or_adapter
@@ -15,19 +14,24 @@ if TYPE_CHECKING:
 log = logging.getLogger("rrhf")
 
 
-@dataclass
-class Loaded:
-    """Loads policies on demand and keeps the last one, since consecutive stages often share it."""
+class PolicyCache:
+    """Loads policies on demand and keeps the last one. At most one is in memory."""
 
-    settings: ModelSettings | None = None
-    policy: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
+    def __init__(self) -> None:
+        self._settings: ModelSettings | None = None
+        self._policy: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def get(self, settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        if self.settings != settings or self.policy is None:
-            self.policy = None  # free the one before
-            self.policy, self.settings = load_policy_or_adapter(settings), settings
-            model = self.policy[0]
+        """The model and tokenizer of ``settings``; the one before is let go of first."""
+        if self._policy is None or self._settings != settings:
+            self.release()
+            self._policy, self._settings = load_policy_or_adapter(settings), settings
+            model = self._policy[0]
             log.info(
                 f"{settings.model}: {model.num_parameters() / 1e6:.0f} M parameters, {model.dtype}, on {model.device}"
             )
-        return self.policy
+        return self._policy
+
+    def release(self) -> None:
+        """Let go of the policy, so that something else can have its memory."""
+        self._policy = self._settings = None

@@ -8,7 +8,6 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -18,8 +17,9 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.common.imports import load_function
 from rrhf.common.presentation import describe_counts
+from rrhf.common.settings import refuse_other_settings
 from rrhf.evaluation.stage import evaluate_models
-from rrhf.models.cache import Loaded
+from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import DataSettings, RunConfig
 from rrhf.records.files import write_records
@@ -63,15 +63,10 @@ def remember_config(run: RunFolder, config: dict[str, Any], overwrite: bool = Fa
     if run.config.exists() and not overwrite:
         found = _flat(yaml.safe_load(run.config.read_text(encoding="utf-8")))
         wanted = _flat(config)
-        changed = [key for key in sorted(found | wanted) if found.get(key) != wanted.get(key)]
-        different = [key for key in changed if not key.startswith(FREE)]
-        if different:
-            changes = "; ".join(f"{key} was {found.get(key)!r}, is {wanted.get(key)!r}" for key in different)
-            raise UserError(
-                f"{run.folder} holds a run of another configuration ({changes}): go on with `rrhf run "
-                f"{run.config} --output {run.folder}`, or choose another --output"
-            )
-        if not changed:
+        bound = [{key: value for key, value in flat.items() if not key.startswith(FREE)} for flat in (found, wanted)]
+        cure = f"go on with `rrhf run {run.config} --output {run.folder}`, or choose another --output"
+        refuse_other_settings(*bound, f"{run.folder} holds a run of another configuration", cure)
+        if found == wanted:
             return
     if not run.config.exists() and any(path.exists() for path in (run.queries, run.scored, run.model)):
         raise UserError(f"{run.folder} has a run's files but no config.yaml: choose another --output")
@@ -92,13 +87,13 @@ def run_offline(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """
     from rrhf.report import write_report
 
-    loaded = Loaded()
+    policies = PolicyCache()
     stages: list[tuple[str, Path, Callable[[], object]]] = [
         ("data", run.held_out, lambda: _write_data(run, config.data)),
-        ("sample", run.responses, lambda: _sample(run, config, loaded)),
+        ("sample", run.responses, lambda: _sample(run, config, policies)),
         ("score", run.scored, lambda: score_file(run.responses, run.scored, config.score)),
-        ("train", run.model, lambda: _train(run, config, loaded)),
-        ("evaluate", run.evaluation, lambda: _evaluate(run, config, loaded)),
+        ("train", run.model, lambda: _train(run, config, policies)),
+        ("evaluate", run.evaluation, lambda: _evaluate(run, config, policies)),
     ]
     for name, result, stage in stages:
         if result.exists() and (name != "train" or is_trained(run.model)):
@@ -157,14 +152,14 @@ def _write_data(run: RunFolder, settings: DataSettings) -> None:
     taken = {json.dumps(record.query) for record in held_out}
     fresh = (record for record in chain([first], records) if json.dumps(record.query) not in taken)
     if not settings.provided:
-        fresh = (replace(r, responses=[], sources=[], finish=[], scores=[], rewards={}) for r in fresh)
+        fresh = (record.without_responses() for record in fresh)
     count = write_records(run.queries, fresh, overwrite=True)
     write_records(run.held_out, held_out, overwrite=True)
     dropped = describe_counts(counts)
     log.info(f"data: {count} queries to train on, {len(held_out)} held out{'; ' + dropped if dropped else ''}")
 
 
-def _sample(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
+def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
     if config.sample is None:
         from rrhf.records.files import read_records
 
@@ -180,21 +175,21 @@ def _sample(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
         config.text,
         sources=config.sources,
         remote=config.remote,
-        loaded=loaded,
+        policies=policies,
     )
 
 
-def _train(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
+def _train(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
     from rrhf.report.hub import card_of_training
     from rrhf.training.stage import train_model
 
-    loaded.policy = None  # free the sampling weights
+    policies.release()  # free the sampling weights
     saved = partial(card_of_training, token=config.train.hub_token)
     watch = config.watch.filled(run.held_out, config.evaluate_rewards.reward)
     train_model(run.scored, config.model, config.train, config.adapter, watch=watch, saved=saved)
 
 
-def _evaluate(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
+def _evaluate(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
     models = {"rho": config.model, "pi": ModelSettings(**{**vars(config.model), "model": str(run.model)})}
     evaluate_models(
         run.held_out,
@@ -204,5 +199,5 @@ def _evaluate(run: RunFolder, config: RunConfig, loaded: Loaded) -> None:
         config.evaluate_sampling,
         config.text,
         config.evaluate,
-        loaded=loaded,
+        policies=policies,
     )

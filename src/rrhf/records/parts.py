@@ -29,7 +29,9 @@ from typing import IO, Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import append_line, fsync_folder, refuse_existing, replacing, write_text
+from rrhf.common.launch import rank_and_world
 from rrhf.common.progress import Progress
+from rrhf.common.settings import refuse_other_settings
 from rrhf.records.files import WRITERS, file_suffix, read_records, write_records
 from rrhf.records.record import Record, record_line
 
@@ -92,7 +94,7 @@ def nothing_left(output: Path, overwrite: bool) -> bool:
     Raises:
         UserError: the output exists and may not be replaced.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = rank_and_world()
     if (_folder(output) / "settings.json").exists() or not output.exists():
         return False
     if world > 1 and (output.stat().st_mtime > _process_start() or (rank and not overwrite)):
@@ -165,7 +167,7 @@ class _Parts:
         self.output, self.steps, self.counts = output, steps, counts
         self.folder = _folder(output)
         self.settings = self.folder / "settings.json"
-        self.manifest = self.folder / f"manifest-{int(os.environ.get('RANK', '0')):05d}.jsonl"
+        self.manifest = self.folder / f"manifest-{rank_and_world()[0]:05d}.jsonl"
         self.entries: dict[tuple[int, int], _Entry] = {}  # (step, part) → its last entry
         self.read: dict[Path, int] = {}  # manifest → bytes of it that are known
         self.made_here = False  # whether the last part asked for was made now
@@ -248,13 +250,8 @@ class _Parts:
         return True
 
     def _refuse_other(self, found: dict[str, Any], wanted: dict[str, Any]) -> None:
-        different = [name for name in sorted(wanted | found) if wanted.get(name) != found.get(name)]
-        if different:
-            changes = "; ".join(f"{name} was {found.get(name)!r}, is {wanted.get(name)!r}" for name in different)
-            raise UserError(
-                f"{self.folder} holds unfinished work with other settings ({changes}): run with those to finish "
-                "it, or give --overwrite to begin anew"
-            )
+        cure = "run with those to finish it, or give --overwrite to begin anew"
+        refuse_other_settings(found, wanted, f"{self.folder} holds unfinished work with other settings", cure)
         self._read_manifests(everyone=True)
 
     def _clear_up(self) -> None:
@@ -324,7 +321,7 @@ class _Parts:
     def _read_manifests(self, everyone: bool = False) -> None:
         """Take up what was written since the last time, by the processes known or by ``everyone`` who was ever here."""
         if everyone:
-            world = range(int(os.environ.get("WORLD_SIZE", "1")))
+            world = range(rank_and_world()[1])
             names = {self.manifest, *(self.folder / f"manifest-{rank:05d}.jsonl" for rank in world)}
             self.read = dict.fromkeys(sorted(names | set(self.folder.glob("manifest-*.jsonl"))), 0)
             self.entries.clear()

@@ -17,6 +17,7 @@ import json
 import math
 import numbers
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -64,6 +65,45 @@ class Record:
         self.id = self.id or content_id(self.query)
         self.sources = self.sources or [f"provided/{i}" for i in range(len(self.responses))]
         self.finish = self.finish or ["stop"] * len(self.responses)
+
+    def without_responses(self) -> Record:
+        """A record of the query alone, with its id and unknown columns."""
+        return replace(self, responses=[], sources=[], finish=[], scores=[], rewards={})
+
+    def keeping(self, indices: Sequence[int]) -> Record:
+        """A record with the responses at ``indices`` and all that belongs to them, in that order."""
+
+        def kept(values: list[Any]) -> list[Any]:
+            return [values[index] for index in indices] if values else []
+
+        return replace(
+            self,
+            responses=kept(self.responses),
+            sources=kept(self.sources),
+            finish=kept(self.finish),
+            scores=kept(self.scores),
+            rewards={name: kept(values) for name, values in self.rewards.items()} if indices else {},
+        )
+
+    def with_responses(
+        self, texts: Sequence[str], finish: Sequence[str], sources: Sequence[str], scored: Record | None = None
+    ) -> Record:
+        """A record with responses appended; those of ``scored`` bring the scores and rewards they have."""
+        unscored: list[float | None] = [None] * len(texts)
+        before: list[float | None] = [None] * len(self.responses)
+        scores = [*(self.scores or before), *((scored.scores if scored else []) or unscored)]
+        theirs = scored.rewards if scored else {}
+        rewards = {
+            name: [*self.rewards.get(name, before), *theirs.get(name, unscored)] for name in {**self.rewards, **theirs}
+        }
+        return replace(
+            self,
+            responses=[*self.responses, *texts],
+            sources=[*self.sources, *sources],
+            finish=[*self.finish, *finish],
+            scores=scores if any(score is not None for score in scores) else [],
+            rewards=rewards,
+        )
 
 
 def content_id(query: Query) -> str:
@@ -124,7 +164,7 @@ def record_from_row(
         if not getattr(record, name):
             raise RowError(where, f"no {name}", CURES[name])
     if empty_responses == "drop":
-        _drop_empty(record, counts)
+        record = _drop_empty(record, counts)
     elif require != "query":
         for index, response in enumerate(record.responses):
             if not response.strip():
@@ -223,17 +263,14 @@ def _rewards(value: Any, k: int, where: str) -> dict[str, list[float | None]]:
     }
 
 
-def _drop_empty(record: Record, counts: Counter[str] | None) -> None:
+def _drop_empty(record: Record, counts: Counter[str] | None) -> Record:
     kept = [index for index, response in enumerate(record.responses) if response.strip()]
     dropped = len(record.responses) - len(kept)
     if not dropped:
-        return
+        return record
     if counts is not None:
         counts["empty response dropped"] += dropped
-    for name in ("responses", "sources", "finish", "scores"):
-        values = getattr(record, name)
-        setattr(record, name, [values[index] for index in kept] if values else values)
-    record.rewards = {name: [scores[index] for index in kept] for name, scores in record.rewards.items() if kept}
+    return record.keeping(kept)
 
 
 def record_to_row(record: Record) -> dict[str, Any]:
@@ -280,29 +317,3 @@ def writable(value: Any) -> bool:
 
 
 # --- writing -----------------------------------------------------------------------------------------------------
-
-
-def with_responses(
-    record: Record, texts: list[str], finish: list[str], tags: list[str], scored: Record | None = None
-) -> Record:
-    """``record`` with responses appended; those of ``scored`` bring the scores they have."""
-    new_scores = list(scored.scores) if scored is not None and scored.scores else [None] * len(texts)
-    old_scores = list(record.scores) or [None] * len(record.responses)
-    has_scores = any(score is not None for score in [*old_scores, *new_scores])
-    names = {**record.rewards, **(scored.rewards if scored is not None else {})}
-    none: list[float | None] = [None] * len(record.responses)
-    rewards = {
-        name: [
-            *record.rewards.get(name, none),
-            *((scored.rewards.get(name) if scored is not None else None) or [None] * len(texts)),
-        ]
-        for name in names
-    }
-    return replace(
-        record,
-        responses=[*record.responses, *texts],
-        sources=[*record.sources, *tags],
-        finish=[*record.finish, *finish],
-        scores=[*old_scores, *new_scores] if has_scores else [],
-        rewards=rewards,
-    )

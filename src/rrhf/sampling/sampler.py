@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from rrhf.common.texts import cut_at_first
 from rrhf.sampling.settings import POLICY_NAMES, SamplingSettings
 
 if TYPE_CHECKING:
@@ -64,9 +64,7 @@ class Sampler:
         return check
 
     def _text(self, response: Response) -> str:
-        text = self.format.decode(response.tokens)
-        found = [at for at in (text.find(stop) for stop in self.settings.stop) if at >= 0]
-        return text[: min(found)] if found else text
+        return cut_at_first(self.format.decode(response.tokens), self.settings.stop)[0]
 
     def end_tokens(self, record: Record) -> set[int]:
         """Every token that ends a response to the record's query: the template's, the tokenizer's, the model's own."""
@@ -104,17 +102,7 @@ class Sampler:
         for i, texts, finish in self.respond(records):
             record = records[i]
             tags = [f"{self.source}/{number}" for number in range(len(texts))]
-            yield (
-                i,
-                replace(
-                    record,
-                    responses=[*record.responses, *texts],
-                    sources=[*record.sources, *tags],
-                    finish=[*record.finish, *finish],
-                    scores=[*record.scores, *[None] * len(texts)] if record.scores else [],
-                    rewards={name: [*values, *[None] * len(texts)] for name, values in record.rewards.items()},
-                ),
-            )
+            yield i, record.with_responses(texts, finish, tags)
 
 
 def sample(

@@ -7,7 +7,6 @@ server; ``URL#NAME`` where it offers several models), ``vllm:MODEL@POLICY:N``, o
 from __future__ import annotations
 
 import logging
-import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
+from rrhf.common.launch import rank_and_world
 from rrhf.common.progress import progress
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
@@ -30,7 +30,7 @@ from rrhf.sampling.sources.remote import Remote, RemoteSettings
 from rrhf.sampling.sources.server import Endpoint, EndpointSettings
 
 if TYPE_CHECKING:
-    from rrhf.models.cache import Loaded
+    from rrhf.models.cache import PolicyCache
 
 log = logging.getLogger("rrhf")
 
@@ -48,7 +48,7 @@ def sample_file(
     sources: list[str] | None = None,
     remote: RemoteSettings | None = None,
     overwrite: bool = False,
-    loaded: Loaded | None = None,
+    policies: PolicyCache | None = None,
     description: str = "sample",
     merge: bool = True,
 ) -> None:
@@ -66,13 +66,13 @@ def sample_file(
         UserError: a source is not usable, or not with these queries (all is checked before any long work), or
             ``output`` exists.
     """
-    from rrhf.models.cache import Loaded
+    from rrhf.models.cache import PolicyCache
 
     file_suffix(output, WRITERS)
     if nothing_left(output, overwrite):
         return
-    loaded = loaded or Loaded()
-    chain = _chain(output, model, sampling, text, sources or [], remote or RemoteSettings(), loaded)
+    policies = policies or PolicyCache()
+    chain = _chain(output, model, sampling, text, sources or [], remote or RemoteSettings(), policies)
     total = _check(chain, data) if isinstance(data, Path) else len(data)
     counts: Counter[str] = Counter()
     if len(chain) == 1:
@@ -86,7 +86,7 @@ def sample_file(
             output,
             {
                 description if len(chain) == 1 else f"{description} {source.tag}": _work(
-                    source, chain, counts, loaded, merge and source is chain[-1]
+                    source, chain, counts, policies, merge and source is chain[-1]
                 )
                 for source in chain
             },
@@ -102,7 +102,7 @@ def sample_file(
         for source in chain:
             source.close()
         if len(chain) > 1:
-            loaded.policy = None
+            policies.release()
     if counts:
         log.info("; ".join(f"{count} {what}" for what, count in sorted(counts.items())))
 
@@ -121,13 +121,13 @@ def _check(chain: list[Any], data: Path) -> int:
     return count
 
 
-def _work(source: Any, chain: list[Any], counts: Counter[str], loaded: Loaded, merge: bool) -> Work:
+def _work(source: Any, chain: list[Any], counts: Counter[str], policies: PolicyCache, merge: bool) -> Work:
     def work(block: list[Record], done: Callable[[int], None]) -> list[Record]:
         for other in chain:  # one model in memory at a time
             if other is not source:
                 other.close()
         if not isinstance(source, LocalModel):
-            loaded.policy = None
+            policies.release()
         results: dict[int, Record] = {}
         for index, record in source.answer(block, counts):
             results[index] = record
@@ -157,12 +157,12 @@ def _chain(
     text: TextSettings,
     sources: list[str],
     remote: RemoteSettings,
-    loaded: Loaded,
+    policies: PolicyCache,
 ) -> list[Any]:
     if not sources:
         if not model.model:
             raise UserError("--model or --source is missing: where should responses come from?")
-        return [LocalModel(model, sampling, text, sampling.policy, loaded)]
+        return [LocalModel(model, sampling, text, sampling.policy, policies)]
     parsed = [parse_source(source) for source in sources]
     repeated = Counter(source.tag for source in parsed)
     seen: Counter[str] = Counter()
@@ -171,7 +171,7 @@ def _chain(
         seen[source.tag] += 1
         tag = f"{source.tag}-{seen[source.tag]}" if repeated[source.tag] > 1 else source.tag
         try:
-            chain.append(_make(source, tag, output, model, sampling, text, remote, loaded))
+            chain.append(_make(source, tag, output, model, sampling, text, remote, policies))
         except UserError as error:
             raise UserError(f"--source {shown_source(written)}: {error}") from error
     return chain
@@ -185,7 +185,7 @@ def _make(
     sampling: SamplingSettings,
     text: TextSettings,
     remote: RemoteSettings,
-    loaded: Loaded,
+    policies: PolicyCache,
 ) -> Any:
     if source.kind == "file":
         return ResponseFile(Path(source.name), tag)
@@ -210,12 +210,12 @@ def _make(
 
         described = {"vllm": source.name, **asdict(drawn), **asdict(text), "tag": tag}
         return Remote(VLLM(source.name, drawn, text), tag, described, folder)
-    return LocalModel(replace(model, model=source.name), drawn, text, tag, loaded)
+    return LocalModel(replace(model, model=source.name), drawn, text, tag, policies)
 
 
 def _share(remote: RemoteSettings) -> RemoteSettings:
     """This process's share of the budgets and of the requests at a time."""
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
+    rank, world = rank_and_world()
 
     def share(name: str, budget: int | None) -> int | None:
         if budget is None or budget < 1:

@@ -15,6 +15,7 @@ from transformers import PrinterCallback, ProgressCallback, TrainerCallback
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.common.launch import warn_of_whole_weights
+from rrhf.common.settings import refuse_other_settings
 from rrhf.models.adapters import (
     AdapterSettings,
     is_adapter,
@@ -173,13 +174,8 @@ def _remember_settings(
     place = folder / SETTINGS
     if place.exists():
         found = json.loads(place.read_text(encoding="utf-8"))
-        different = [name for name in sorted(settings | found) if settings.get(name) != found.get(name)]
-        if different:
-            changes = "; ".join(f"{name} was {found.get(name)!r}, is {settings.get(name)!r}" for name in different)
-            raise UserError(
-                f"{folder} holds a training run with other settings ({changes}): run with those to go on, "
-                "or give --overwrite to train anew"
-            )
+        cure = "run with those to go on, or give --overwrite to train anew"
+        refuse_other_settings(found, settings, f"{folder} holds a training run with other settings", cure)
     else:
         write_text(place, json.dumps(settings, indent=1) + "\n")
     return settings

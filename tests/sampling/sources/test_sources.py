@@ -16,7 +16,7 @@ from rrhf.common.errors import UserError
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import read_records, write_records
-from rrhf.records.record import Record, with_responses
+from rrhf.records.record import Record
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.local import LocalModel
 from rrhf.sampling.sources.parsing import Source, parse_source
@@ -78,16 +78,6 @@ def test_parsing(tmp_path: Path) -> None:
 def test_what_cannot_be_parsed(text: str, message: str) -> None:
     with pytest.raises(UserError, match=message):
         parse_source(text)
-
-
-def test_with_responses_keeps_scores_in_step() -> None:
-    record = Record("q", ["a"], scores=[0.5], rewards={"r": [0.5]})
-    other = Record("q", ["b", "c"], scores=[1.0, None], rewards={"s": [1.0, None]})
-    joined = with_responses(record, other.responses, other.finish, ["human/0", "human/1"], other)
-    assert joined.responses == ["a", "b", "c"]
-    assert joined.scores == [0.5, 1.0, None]
-    assert joined.rewards == {"r": [0.5, None, None], "s": [None, 1.0, None]}
-    assert with_responses(Record("q"), ["x"], ["stop"], ["m/0"]).scores == []
 
 
 # --- several sources ---------------------------------------------------------------------------------------------
@@ -255,7 +245,7 @@ def test_queries_left_without_a_response_are_counted(
     def answer(self: Any, records: list[Record], counts: Any) -> Any:
         for i, record in enumerate(records):
             texts = answers[record.id]
-            yield i, with_responses(record, texts, ["stop"] * len(texts), [f"m/{n}" for n in range(len(texts))])
+            yield i, record.with_responses(texts, ["stop"] * len(texts), [f"m/{n}" for n in range(len(texts))])
 
     monkeypatch.setattr(LocalModel, "answer", answer)
     output = tmp_path / "out.jsonl"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rrhf.records.files import read_records
 from rrhf.records.parts import checksum_of_file
-from rrhf.records.record import Record, record_from_row, record_line, with_responses
+from rrhf.records.record import Record, record_from_row, record_line
 from rrhf.sampling.sources.source import Answers
 
 
@@ -50,7 +50,7 @@ class ResponseFile:
             counts[f"queries joined with responses of {self.path}"] += 1
             other = record_from_row(json.loads(found[0]), str(self.path))
             tags = [t.replace("provided", self.tag, 1) if t.startswith("provided/") else t for t in other.sources]
-            yield i, with_responses(record, other.responses, other.finish, tags, other)
+            yield i, record.with_responses(other.responses, other.finish, tags, other)
 
     def close(self) -> None:
         if self.store is not None:

@@ -19,7 +19,7 @@ from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
-    from rrhf.models.cache import Loaded
+    from rrhf.models.cache import PolicyCache
 from rrhf.sampling.sources.source import Answers
 
 MESSAGE_TOKENS = 32  # that a chat template may put around a message, and
@@ -32,9 +32,9 @@ class LocalModel:
     """A model on this machine, loaded when its first batch comes; it is freed when another one is loaded."""
 
     def __init__(
-        self, model: ModelSettings, sampling: SamplingSettings, text: TextSettings, tag: str, loaded: Loaded
+        self, model: ModelSettings, sampling: SamplingSettings, text: TextSettings, tag: str, policies: PolicyCache
     ) -> None:
-        self.model, self.sampling, self.text, self.tag, self.loaded = model, sampling, text, tag, loaded
+        self.model, self.sampling, self.text, self.tag, self.policies = model, sampling, text, tag, policies
         self.sampler: Sampler | None = None
         self.format: TextFormat | None = None
         self.settings = {"model": model.model, "dtype": model.dtype, **asdict(sampling), **asdict(text), "tag": tag}
@@ -83,7 +83,7 @@ class LocalModel:
 
     def answer(self, records: list[Record], counts: Counter[str]) -> Answers:
         if self.sampler is None:
-            self.sampler = Sampler(*self.loaded.get(self.model), self.sampling, self.text, self.tag)
+            self.sampler = Sampler(*self.policies.get(self.model), self.sampling, self.text, self.tag)
         before = self.sampler.format.queries_cut
         yield from self.sampler.extend(records)
         if cut := self.sampler.format.queries_cut - before:

@@ -12,7 +12,7 @@ from typing import Any
 from rrhf.common.errors import UserError
 from rrhf.common.files import append_line
 from rrhf.records.parts import checksum_of_records
-from rrhf.records.record import Record, record_from_row, record_line, with_responses
+from rrhf.records.record import Record, record_from_row, record_line
 from rrhf.sampling.sources.source import Answers
 
 
@@ -62,7 +62,7 @@ class Remote:
         self.folder.mkdir(parents=True, exist_ok=True)
         for j, texts, finish in self.responder.respond([record for _, record in rest]):
             i, record = rest[j]
-            extended = with_responses(record, texts, finish, [f"{self.tag}/{n}" for n in range(len(texts))])
+            extended = record.with_responses(texts, finish, [f"{self.tag}/{n}" for n in range(len(texts))])
             append_line(journal, record_line(extended))
             yield i, extended
 

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.texts import cut_at_first
 from rrhf.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -542,10 +543,8 @@ class Endpoint:
         if any("\ud800" <= character <= "\udfff" for character in text):
             raise _Failed("a choice has half a character (a lone surrogate) in it")
         # Some servers leave the stop string in, or never heard of it.
-        found = [at for at in (text.find(stop) for stop in self.sampling.stop) if at >= 0]
-        if found:
-            return text[: min(found)], "stop"
-        return text, "length" if finish in CUT else "stop"
+        text, stopped = cut_at_first(text, self.sampling.stop)
+        return text, "length" if finish in CUT and not stopped else "stop"
 
     # -- the client, its key, and words about what went wrong
 
