@@ -115,10 +115,10 @@ def test_it_is_written_down(base: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "rate"),
     [
-        ([], 5e-5),
-        (["train.peft=lora"], 5e-4),
+        (["--full"], 5e-5),
+        (["--full", "train.peft=lora"], 5e-4),
         (["train.peft=lora", "--quick"], 5e-4),
-        (["train.learning_rate=1e-3", "train.peft=lora"], 1e-3),
+        (["train.learning_rate=1e-3", "train.peft=lora", "--full"], 1e-3),
     ],
 )
 def test_the_demo_takes_an_adapter(
