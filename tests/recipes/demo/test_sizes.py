@@ -1,4 +1,4 @@
-"""The demo's size is chosen once, by what the machine does in a few seconds; a run that was begun goes on with its own."""
+"""The demo's size is chosen once, by what the machine does in a few seconds; a run that was begun keeps its own."""
 
 from __future__ import annotations
 
