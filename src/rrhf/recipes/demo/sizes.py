@@ -1,7 +1,8 @@
 """How large a demo this machine can finish while a person waits.
 
-The machine is measured for a few seconds with what the demo itself does, on its own model: the passes of a training step,
-the optimiser, decoding. From that each size's minutes are estimated, and the largest that a person would wait for is taken.
+The machine is measured for a few seconds with what the demo itself does, on its own model: both passes of a training
+step, the optimiser, decoding. From that each size's minutes are estimated, and the largest that a person would wait for
+is taken.
 """
 
 from __future__ import annotations
