@@ -366,6 +366,20 @@ def test_rewards_that_training_did_not_use(tmp_path: Path) -> None:
     assert "comparable with ρ and π only where" in page_of(run)
 
 
+def test_a_merged_response_counts_for_each_of_its_sources(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n=10, steps=3)
+    rows = [json.loads(line) for line in (run / "scored.jsonl").read_text().splitlines()]
+    rows[0] |= {"sources": ["top-k/0", "top-k/1|diverse-beam/2", "human", "human", "human|top-k/3"]}
+    rows[0] |= {"scores": [0.0, 1.0, None, 0.5, 0.25], "rewards": {}}
+    write_lines(run / "scored.jsonl", rows[:1])
+    samples = load_run(run).samples
+    assert samples is not None
+    assert samples.by_source == (("diverse-beam", 1, 1.0), ("human", 2, 0.375), ("top-k", 3, pytest.approx(1.25 / 3)))
+    assert (samples.responses, samples.unscored, samples.mean) == (5, 1, 0.4375)
+    page = page_of(run)
+    assert "<td>from <code>diverse-beam</code></td>" in page and "|diverse-beam" not in page
+
+
 def test_few_numbers_and_no_numbers(tmp_path: Path) -> None:
     """One prompt, one step, null rewards and an evaluation without the optional fields."""
     run = make_run(tmp_path / "run", n=1, steps=1)

@@ -19,9 +19,9 @@ from typing import Any
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import load_function
-from rrhf.records.files import READERS, Ids, Row, file_suffix, read_records, read_rows, require_file, text_lines
+from rrhf.records.files import READERS, Ids, file_suffix, read_records, read_rows, require_file, text_lines
 from rrhf.records.parquet import plain
-from rrhf.records.record import FIELDS, Message, Query, Record, RowError, record_from_row
+from rrhf.records.record import FIELDS, Message, Query, Record, Row, RowError, record_from_row
 
 ForeignRow = dict[str, Any]
 Format = Callable[[ForeignRow], ForeignRow | None]
