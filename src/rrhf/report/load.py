@@ -270,12 +270,12 @@ def load_run(folder: str | Path, name: str | None = None, max_generations: int =
         settings=settings,
         evaluation=evaluation,
         rewards=rewards,
-        generations=kept,
-        generations_total=total,
-        values=values,
         history=files.history(),
         samples=files.samples(next(iter(rewards), None)),
         timings=files.timings(),
+        generations=kept,
+        generations_total=total,
+        values=values,
         missing=files.missing,
     )
 
