@@ -7,6 +7,7 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -73,7 +74,7 @@ def write_parquet(path: Path, records: Iterable[Record]) -> int:
         order = [name for name in FIELDS if name in columns] + [name for name in columns if name not in FIELDS]
         schema = pa.schema([columns[name].field(name, count) for name in order])
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for lines in _batches(spool, PARQUET_BATCH):
+            while lines := list(islice(spool, PARQUET_BATCH)):
                 rows = [json.loads(line) for line in lines]
                 arrays = [
                     pa.array([columns[column.name].cell(row, column.name) for row in rows], column.type)
@@ -81,17 +82,6 @@ def write_parquet(path: Path, records: Iterable[Record]) -> int:
                 ]
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=PARQUET_BATCH)
     return count
-
-
-def _batches(lines: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
-    for line in lines:
-        batch.append(line)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 @dataclass(slots=True)
