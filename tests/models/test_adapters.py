@@ -11,6 +11,7 @@ import torch
 
 from rrhf.cli import demo
 from rrhf.common.errors import UserError
+from rrhf.common.presentation import typeset_number
 from rrhf.models.adapters import (
     AdapterSettings,
     load_policy_or_adapter,
@@ -21,7 +22,6 @@ from rrhf.models.adapters import (
 )
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import override, parse_config, read_config
-from rrhf.report.page import number
 from rrhf.training.config import RRHFConfig
 from rrhf.training.trainer import RRHFTrainer
 from support import tiny
@@ -79,7 +79,9 @@ def test_a_run_with_lora_evaluates_what_it_trained(base: Path, tmp_path: Path) -
             name: [row["responses"] for row in tiny.read_rows(run / f"evaluation.{name}.jsonl")]
             for name in ("rho", "pi")
         }
-        assert number(evaluations[merge]["reward_gain"]["mean"]) in (run / "report.html").read_text(encoding="utf-8")
+        assert typeset_number(evaluations[merge]["reward_gain"]["mean"]) in (run / "report.html").read_text(
+            encoding="utf-8"
+        )
         card = (run / "model" / "README.md").read_text(encoding="utf-8")
         assert ("A language model" if merge else "A LoRA adapter") in card
         history = json.loads((run / "model" / "trainer_state.json").read_text())["log_history"]

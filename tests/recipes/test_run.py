@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from rrhf.report.page import number
+from rrhf.common.presentation import typeset_number
 from support import tiny
 from support.tiny import Result, count, die, put
 
@@ -183,9 +183,9 @@ def test_the_report_and_the_terminal_show_the_numbers(undisturbed: Path) -> None
     evaluation = json.loads((run / "evaluation.json").read_text())
     page = (run / "report.html").read_text(encoding="utf-8")
     for name in ("rho", "pi"):
-        assert number(evaluation[name]["reward_mean"]) in page
+        assert typeset_number(evaluation[name]["reward_mean"]) in page
         assert evaluation[name]["n"] == 9
-    assert number(evaluation["reward_gain"]["mean"]) in page
+    assert typeset_number(evaluation["reward_gain"]["mean"]) in page
     assert evaluation["reward_gain"]["mean"] == pytest.approx(
         evaluation["pi"]["reward_mean"] - evaluation["rho"]["reward_mean"]
     )

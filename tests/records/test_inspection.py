@@ -11,14 +11,8 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from rrhf.records.inspection import (
-    SELF_BLEU_QUERIES,
-    bleu,
-    format_inspection,
-    inspect_records,
-    inspection_html,
-    self_bleu,
-)
+from rrhf.records.inspection import format_inspection, inspect_records, inspection_html
+from rrhf.records.inspection.diversity import SELF_BLEU_QUERIES, bleu, self_bleu
 from rrhf.records.record import Record
 from rrhf.records.sources import source_name
 

@@ -172,7 +172,9 @@ def test_killed_again_and_again(undisturbed: Callable[[str], bytes], tmp_path: P
     assert output.read_bytes() == undisturbed(".jsonl")
 
 
-@pytest.mark.parametrize("call", ["os:fsync", "os:replace", "shutil:rmtree", "rrhf.records.parts:checksum_of_file"])
+@pytest.mark.parametrize(
+    "call", ["os:fsync", "os:replace", "shutil:rmtree", "rrhf.records.parts_folder:checksum_of_file"]
+)
 def test_killed_at_each_call_to_the_system(call: str, undisturbed: Callable[[str], bytes], tmp_path: Path) -> None:
     number = killed = 0
     while number == killed:

@@ -15,10 +15,14 @@ import pytest
 
 from rrhf.common.errors import UserError
 from rrhf.report import gain_figure, save_picture, write_report
+from rrhf.report.card import model_card
 from rrhf.report.load import load_run
 from rrhf.report.page import verdict
 from rrhf.report.plots import series, smooth, thin
+from rrhf.report.tables import evaluation_table
+from rrhf.report.terminal import format_evaluation
 from support.browser import NO_CHROMIUM, chromium, chromium_path
+from support.tiny import write_model
 
 MAIN = "rrhf.demo:positive"
 SECOND = "rrhf.demo:positive_by_words"
@@ -364,6 +368,50 @@ def test_rewards_that_training_did_not_use(tmp_path: Path) -> None:
     assert samples is not None and samples.reward is None
     assert (samples.unscored, samples.no_pairs, samples.cut) == (30, 1, 90)
     assert "comparable with ρ and π only where" in page_of(run)
+
+
+def test_a_merged_response_counts_for_each_of_its_sources(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n=10, steps=3)
+    rows = [json.loads(line) for line in (run / "scored.jsonl").read_text().splitlines()]
+    rows[0] |= {"sources": ["top-k/0", "top-k/1|diverse-beam/2", "human", "human", "human|top-k/3"]}
+    rows[0] |= {"scores": [0.0, 1.0, None, 0.5, 0.25], "rewards": {}}
+    write_lines(run / "scored.jsonl", rows[:1])
+    samples = load_run(run).samples
+    assert samples is not None
+    assert samples.by_source == (("diverse-beam", 1, 1.0), ("human", 2, 0.375), ("top-k", 3, pytest.approx(1.25 / 3)))
+    assert (samples.responses, samples.unscored, samples.mean) == (5, 1, 0.4375)
+    page = page_of(run)
+    assert "<td>from <code>diverse-beam</code></td>" in page and "|diverse-beam" not in page
+
+
+def test_terminal_and_card_print_the_same_evaluation_table(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n=10, steps=3)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    header, rows = evaluation_table(evaluation, str.upper)
+    assert header == ["", "ρ before", "π after", "gain [95 % interval]"]
+    gain = evaluation["rewards"][SECOND]["gain"]
+    assert rows[1][0] == f"reward {SECOND.upper()}"
+    assert rows[1][3] == f"{gain['mean']:.3f} [{gain['low']:.3f}, {gain['high']:.3f}]"
+    assert rows[2:] == [
+        ["perplexity", "12.31", "13.02", ""],
+        ["length in tokens", "38.4", "38.4", ""],
+        ["distinct-2", "0.912", "0.912", ""],
+    ]
+    card = model_card(write_model(tmp_path / "model"), evaluation)
+    terminal = format_evaluation(evaluation)
+    for row in rows[2:]:
+        assert f"| {' | '.join(row)} |" in card
+        assert any(line.split() == " ".join(row).split() for line in terminal.splitlines())
+    del evaluation["rho"]
+    assert evaluation_table(evaluation, str)[0] == ["", "π after"]
+    assert {len(row) for row in evaluation_table(evaluation, str)[1]} == {2}
+
+
+def test_each_run_of_the_result_starts_with_a_line(tmp_path: Path) -> None:
+    page = page_of(*(make_run(tmp_path / name, n=10, steps=3) for name in "ab"))
+    result = page[page.index('<section id="result">') : page.index("Gain by each reward")]
+    rows = re.findall(r'<tr( class="new-run")?><th scope="row">(\w*)</th><td class="(\w+)">', result)
+    assert rows == [("", "a", "rho"), ("", "", "pi"), (' class="new-run"', "b", "rho"), ("", "", "pi")]
 
 
 def test_few_numbers_and_no_numbers(tmp_path: Path) -> None:

@@ -181,8 +181,8 @@ DECODE = "rrhf.sampling.decoding:decode"
 MOMENTS = {  # what a process is about to do when it is killed → how many times it has come to that
     "os:fsync": 5,
     "os:replace": 3,
-    "rrhf.records.parts:append_line": 2,
-    "rrhf.records.parts:record_line": 14,
+    "rrhf.records.parts_folder:append_line": 2,
+    "rrhf.records.parts_folder:record_line": 2,
     DECODE: 3,
     "rrhf.sampling.sources.remote:append_line": 3,
     "shutil:rmtree": 2,
@@ -224,7 +224,9 @@ def test_a_mixture_killed_again_and_again(
 
 
 @pytest.mark.skipif(not tiny.LONG, reason="hundreds of runs: RRHF_LONG=1")
-@pytest.mark.parametrize("moment", [*MOMENTS, "rrhf.common.files:fsync_folder", "rrhf.records.parts:checksum_of_file"])
+@pytest.mark.parametrize(
+    "moment", [*MOMENTS, "rrhf.common.files:fsync_folder", "rrhf.records.parts_folder:checksum_of_file"]
+)
 def test_a_mixture_killed_at_every_call(
     moment: str, undisturbed: tuple[bytes, str], server: bad.Misbehaving, model: Path, tmp_path: Path
 ) -> None:

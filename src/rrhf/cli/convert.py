@@ -6,6 +6,7 @@ import sys
 from collections import Counter
 
 from rrhf.cli.parser import PlainParser
+from rrhf.common.presentation import describe_counts
 from rrhf.common.progress import progress
 from rrhf.records.files import write_records
 from rrhf.records.formats import FORMATS, load_dataset_records
@@ -25,5 +26,5 @@ def main(arguments: list[str]) -> None:
     counts: Counter[str] = Counter()
     records = load_dataset_records(options.source, options.format, options.split, options.limit, counts)
     written = write_records(options.output, progress(records, "convert", unit="records"), options.overwrite)
-    dropped = "".join(f"; {count} {reason}" for reason, count in sorted(counts.items()))
+    dropped = f"; {describe_counts(counts)}" if counts else ""
     print(f"{written} records in {options.output}{dropped}", file=sys.stderr)

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from rrhf.records.record import Record
 from rrhf.records.sources import JOIN
-
-if TYPE_CHECKING:
-    from rrhf.records.record import Record
 
 
 def merge_duplicates(record: Record) -> tuple[Record, int, int]:

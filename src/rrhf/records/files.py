@@ -1,4 +1,8 @@
-"""Files of records: JSON lines (plain or .gz), JSON and Parquet, read as streams and written whole or not at all."""
+"""Files of records: JSON lines (plain or .gz), JSON and Parquet, read as streams and written whole or not at all.
+
+What stays in memory is one record (JSON lines) or one batch (Parquet), and 8 bytes of hash with a line number for each
+id.
+"""
 
 from __future__ import annotations
 
@@ -145,23 +149,26 @@ def require_file(path: Path) -> None:
     raise UserError(f"{path}: no such file: {cure}")
 
 
-def _open(path: Path) -> IO[bytes] | gzip.GzipFile:
-    return gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb")
-
-
-def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
-    """Yield each line's bytes with its number, blank ones left out, without a byte order mark."""
+@contextlib.contextmanager
+def _open(path: Path) -> Iterator[IO[bytes] | gzip.GzipFile]:
+    """Open a file of bytes, unpacked where it is a .gz; raise UserError where it cannot be read or unpacked."""
     try:
-        with _open(path) as file:
-            for number, line in enumerate(file, 1):
-                if number == 1:
-                    line = line.removeprefix(b"\xef\xbb\xbf")
-                if line.strip():
-                    yield line, number
+        with gzip.open(path, "rb") if path.name.lower().endswith(".gz") else path.open("rb") as file:
+            yield file
     except (EOFError, gzip.BadGzipFile, zlib.error) as error:
         raise UserError(f"{path}: the gzip file is broken or cut short ({error}): write or fetch it again") from error
     except OSError as error:
         raise UserError(f"{path}: cannot read: {error.strerror or error}") from error
+
+
+def _lines(path: Path) -> Iterator[tuple[bytes, int]]:
+    """Yield each line's bytes with its number, blank ones left out, without a byte order mark."""
+    with _open(path) as file:
+        for number, line in enumerate(file, 1):
+            if number == 1:
+                line = line.removeprefix(b"\xef\xbb\xbf")
+            if line.strip():
+                yield line, number
 
 
 def text_lines(path: Path) -> Iterator[tuple[str, int]]:
@@ -178,11 +185,11 @@ def _decode(line: bytes, where: str) -> str:
 
 
 def _parse(text: str, where: str) -> Any:
-    """Return the JSON value of ``text``; refuse what Python reads and JSON has not: NaN and halves of characters."""
-    strange: list[str] = []
+    """Return the JSON value of ``text``; refuse what Python reads but JSON forbids: NaN and halves of characters."""
+    constants: list[str] = []  # NaN, Infinity, -Infinity
 
     def constant(name: str) -> float:
-        strange.append(name)
+        constants.append(name)
         return float(name)
 
     try:
@@ -190,19 +197,11 @@ def _parse(text: str, where: str) -> Any:
     except (ValueError, RecursionError) as error:
         reason = f"{error.msg} at column {error.colno}" if isinstance(error, json.JSONDecodeError) else str(error)
         raise RowError(where, f"not JSON ({reason})", "mend the line, or take it out") from error
-    if "\\ud" in text.lower() and not _writable_text(value):
+    if "\\ud" in text.lower() and not writable(value, allow_nan=True):
         raise RowError(where, "holds half of a surrogate pair (\\ud800 … \\udfff)", "replace the broken character")
-    if strange and not _bad_scores(value):  # the check of scores says which score is NaN
-        raise RowError(where, f"{strange[0]} is not JSON", "write null, or a number")
+    if constants and not _bad_scores(value):  # the check of scores says which score is NaN
+        raise RowError(where, f"{constants[0]} is not JSON", "write null, or a number")
     return value
-
-
-def _writable_text(value: Any) -> bool:
-    try:
-        json.dumps(value, ensure_ascii=False).encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _bad_scores(value: Any) -> bool:
@@ -232,8 +231,6 @@ def _json_rows(path: Path) -> Iterator[Row]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise UserError(f"{path}: the gzip file is broken or cut short ({error}): write or fetch it again") from error
     for number, row in enumerate(rows, 1):
         yield row, f"{path}, row {number}", number
 

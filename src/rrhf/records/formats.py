@@ -19,9 +19,8 @@ from typing import Any
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import load_function
-from rrhf.records.files import READERS, Ids, Row, file_suffix, read_records, read_rows, require_file, text_lines
-from rrhf.records.parquet import plain
-from rrhf.records.record import FIELDS, Message, Query, Record, RowError, record_from_row
+from rrhf.records.files import READERS, Ids, file_suffix, read_records, read_rows, require_file, text_lines
+from rrhf.records.record import FIELDS, Message, Query, Record, Row, RowError, plain, record_from_row
 
 ForeignRow = dict[str, Any]
 Format = Callable[[ForeignRow], ForeignRow | None]
@@ -404,7 +403,7 @@ def _records(source: str, rows: Iterator[Row], convert: Format | None, counts: C
 def _foreign_records(source: str, rows: Iterable[Row], convert: Format, counts: Counter[str]) -> Iterator[Record]:
     ids = Ids()
     skipped = Counter[str]()
-    found = False
+    empty = True
     for row, where, number in rows:
         record, reason = _foreign_record(row, where, convert, counts)
         if record is None:
@@ -412,9 +411,9 @@ def _foreign_records(source: str, rows: Iterable[Row], convert: Format, counts: 
             counts[reason] += 1
             continue
         record.id = ids.claim(record.id, number)
-        found = True
+        empty = False
         yield record
-    if not found:
+    if empty:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(5))
         raise UserError(f"{source}: no row gave a record: {reasons}: check --format, one of {', '.join(FORMATS)}")
 

@@ -7,19 +7,23 @@ import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
-from rrhf.records.record import FIELDS, Record, Row, record_line
+from rrhf.records.record import FIELDS, Record, Row, plain, record_line
 
 PARQUET_BATCH = 1000  # rows in memory at once, and in a row group
-
-
 PARQUET_MARK = b"rrhf"  # field metadata: how a column's cells stand for JSON values
 
 
 def read_parquet(path: Path) -> Iterator[Row]:
+    """Yield each row of a Parquet file, a batch of ``PARQUET_BATCH`` in memory at a time.
+
+    Raises:
+        UserError: the file is broken.
+    """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -47,23 +51,11 @@ def _row_from_cells(cells: dict[str, Any], marks: dict[str, bytes | None]) -> di
     return row
 
 
-def plain(value: Any) -> Any:
-    """Return ``value`` in JSON's types: dates as ISO text, tuples as lists, anything unknown as its text."""
-    if value is None or isinstance(value, (str, bool, int, float)):
-        return value
-    if isinstance(value, dict):
-        return {str(name): plain(entry) for name, entry in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [plain(entry) for entry in value]
-    if hasattr(value, "tolist"):  # NumPy's arrays and numbers
-        return plain(value.tolist())
-    return value.isoformat() if hasattr(value, "isoformat") else str(value)
-
-
 def write_parquet(path: Path, records: Iterable[Record]) -> int:
-    """Write Parquet in two passes, for its schema must stand before the first row and a stream has no second one:
+    """Write the records as Parquet; return how many.
 
-    the rows go to an unnamed file of lines while their types are noted, then from there into row groups.
+    The schema must be known before the first row is written, and the records can be read only once. So they go to an
+    unnamed file of lines first, while the types of their columns are noted, and from there into row groups.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
@@ -73,7 +65,7 @@ def write_parquet(path: Path, records: Iterable[Record]) -> int:
     with tempfile.TemporaryFile(dir=path.parent) as spool:
         for record in records:
             line = record_line(record)
-            # Read back, for a tuple is a list and a key a text only after JSON.
+            # Read back: only JSON makes lists of tuples and texts of keys.
             for name, value in json.loads(line).items():
                 columns.setdefault(name, _Column()).note(name, value)
             spool.write(line.encode("utf-8") + b"\n")
@@ -82,7 +74,7 @@ def write_parquet(path: Path, records: Iterable[Record]) -> int:
         order = [name for name in FIELDS if name in columns] + [name for name in columns if name not in FIELDS]
         schema = pa.schema([columns[name].field(name, count) for name in order])
         with pq.ParquetWriter(path, schema, compression="zstd") as writer:
-            for lines in _batches(spool, PARQUET_BATCH):
+            while lines := list(islice(spool, PARQUET_BATCH)):
                 rows = [json.loads(line) for line in lines]
                 arrays = [
                     pa.array([columns[column.name].cell(row, column.name) for row in rows], column.type)
@@ -90,17 +82,6 @@ def write_parquet(path: Path, records: Iterable[Record]) -> int:
                 ]
                 writer.write_table(pa.Table.from_arrays(arrays, schema=schema), row_group_size=PARQUET_BATCH)
     return count
-
-
-def _batches(lines: Iterable[bytes], size: int) -> Iterator[list[bytes]]:
-    batch: list[bytes] = []
-    for line in lines:
-        batch.append(line)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
 
 
 @dataclass(slots=True)

@@ -1,4 +1,4 @@
-"""The record that every stage reads and writes, as JSON lines (plain or .gz) and as Parquet.
+"""The record that every stage reads and writes, checked when it is made from a row and written as one.
 
 One record is a query with its k responses, where each came from, how it ended and what a reward said of it::
 
@@ -6,8 +6,7 @@ One record is a query with its k responses, where each came from, how it ended a
      "responses": ["…", …], "sources": ["diverse-beam/0", "human/chosen", …], "finish": ["stop" | "length", …],
      "scores": [0.7, null, …], "rewards": {"pkg.mod:f": [0.7, null, …], …}}
 
-Only ``query`` is required; unknown columns travel along. Reading and writing stream: what stays in memory is one
-record (JSON lines) or one batch (Parquet), and 8 bytes of hash with a line number for each id.
+Only ``query`` is required; unknown columns travel along. ``records/files.py`` reads and writes files of them.
 """
 
 from __future__ import annotations
@@ -257,7 +256,7 @@ def _rewards(value: Any, k: int, where: str) -> dict[str, list[float | None]]:
         return {}
     if not isinstance(value, dict):
         raise RowError(where, f"rewards is {_kind_name(value)}", 'write {"pkg.module:function": [score, …]}')
-    # Parquet gives every row every reward, null where the row has it not.
+    # Parquet gives every row every reward, null where the row does not have it.
     return {
         name: _scores(scores, f"rewards {name!r}", k, where) for name, scores in value.items() if scores is not None
     }
@@ -302,18 +301,23 @@ def record_line(record: Record) -> str:
     return line
 
 
-def writable(value: Any) -> bool:
+def writable(value: Any, allow_nan: bool = False) -> bool:
+    """Whether ``value`` can be written as JSON in UTF-8; ``allow_nan`` lets NaN and infinities pass."""
     try:
-        json.dumps(value, ensure_ascii=False, allow_nan=False).encode("utf-8")
+        json.dumps(value, ensure_ascii=False, allow_nan=allow_nan).encode("utf-8")
     except (ValueError, TypeError):
         return False
     return True
 
 
-# --- ids ---------------------------------------------------------------------------------------------------------
-
-
-# --- reading -----------------------------------------------------------------------------------------------------
-
-
-# --- writing -----------------------------------------------------------------------------------------------------
+def plain(value: Any) -> Any:
+    """Return ``value`` in JSON's types: dates as ISO text, tuples as lists, anything unknown as its text."""
+    if value is None or isinstance(value, (str, bool, int, float)):
+        return value
+    if isinstance(value, dict):
+        return {str(name): plain(entry) for name, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(entry) for entry in value]
+    if hasattr(value, "tolist"):  # NumPy's arrays and numbers
+        return plain(value.tolist())
+    return value.isoformat() if hasattr(value, "isoformat") else str(value)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -11,8 +10,10 @@ from typing import Any
 
 from rrhf import __version__
 from rrhf.common.files import read_object, write_text
+from rrhf.common.presentation import describe_shares, markdown_table
 from rrhf.models.folders import model_folder
 from rrhf.records.sources import COUNTED, source_shares
+from rrhf.report.tables import evaluation_table, interval_side, models_of
 
 CARD = "README.md"
 MARK = "<!-- Written by rrhf. Take this line out, and rrhf leaves your changes alone. -->"
@@ -203,8 +204,7 @@ def _data(settings: Mapping[str, Any], training: Mapping[str, Any], data: Mappin
             lines.append(f"- {words}: {training[key]}")
     if data.get("sources"):
         seen = f" (of the first {COUNTED:,} records)" if data["records"] == COUNTED else ""
-        shares = ", ".join(f"{name} {share:.0%}" for name, share in data["sources"].items())
-        lines.append(f"- responses by source{seen}: {shares}")
+        lines.append(f"- responses by source{seen}: {describe_shares(data['sources'])}")
     return "\n".join(lines) or "Nothing is known about the data: no training.json is beside the weights."
 
 
@@ -230,8 +230,7 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         ("precision", training.get("precision")),
         ("seed", settings.get("seed")),
     ]
-    lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
-    return "\n".join(["| setting | value |", "| --- | --- |", *lines])
+    return markdown_table(["setting", "value"], [[name, str(value)] for name, value in rows if value is not None])
 
 
 def _adapter(settings: Mapping[str, Any]) -> str | None:
@@ -246,25 +245,10 @@ def _results(evaluation: Mapping[str, Any] | None, training: Mapping[str, Any]) 
     lines = [] if loss is None else [f"Mean training loss: {loss:.4g}."]
     if not evaluation or "pi" not in evaluation:
         return "\n\n".join([*lines, "Not evaluated on held-out prompts."])
-    names = {"rho": "before (ρ)", "pi": "after (π)"}
-    models = [name for name in names if name in evaluation]
-    both = len(models) == 2
-    rows: list[Sequence[str]] = []
-    verdicts = []
-    for reward, values in evaluation.get("rewards", {}).items():
-        row = [f"reward `{reward}`", *[_number(values[name]["mean"]) for name in models]]
-        if both:
-            gain = values["gain"]
-            row.append(f"{_number(gain['mean'])} [{_number(gain['low'])}, {_number(gain['high'])}]")
-            verdicts += [_verdict(reward, gain)] if gain["low"] is not None else []
-        rows.append(row)
-    for key, label, digits in (
-        ("perplexity", "perplexity", 2), ("length_mean", "length, tokens", 1), ("distinct_2", "distinct-2", 3)
-    ):  # fmt: skip
-        rows.append([label, *[_number(evaluation[name].get(key), digits) for name in models], *[""] * both])
-    head = ["", *[names[name] for name in models], *(["gain, 95 % interval"] if both else [])]
-    table = [head, ["---"] * len(head), *rows]
-    lines.append("\n".join("| " + " | ".join(row) + " |" for row in table))
+    both = len(models_of(evaluation)) == 2
+    gains = {reward: values["gain"] for reward, values in evaluation.get("rewards", {}).items()} if both else {}
+    verdicts = [_verdict(reward, gain) for reward, gain in gains.items() if gain["low"] is not None]
+    lines.append(markdown_table(*evaluation_table(evaluation, "`{}`".format)))
     judge = evaluation.get("perplexity_model")
     lines.append(
         f"{evaluation['pi'].get('n')} held-out prompts, one sampled response each, seed {evaluation.get('seed')}"
@@ -276,15 +260,12 @@ def _results(evaluation: Mapping[str, Any] | None, training: Mapping[str, Any]) 
 
 def _verdict(reward: str, gain: Mapping[str, float]) -> str:
     """What the interval of a gain allows to say."""
-    if gain["low"] > 0:
-        return f"By `{reward}` the model is better than the one it was trained from: the interval lies above 0."
-    if gain["high"] < 0:
-        return f"By `{reward}` the model is **worse** than the one it was trained from: the interval lies below 0."
-    return f"By `{reward}` **no difference is shown**: the interval includes 0."
-
-
-def _number(value: Any, digits: int = 3) -> str:
-    return "—" if value is None or not math.isfinite(value) else f"{value:.{digits}f}"
+    readings = {
+        1: "the model is better than the one it was trained from: the interval lies above 0.",
+        0: "**no difference is shown**: the interval includes 0.",
+        -1: "the model is **worse** than the one it was trained from: the interval lies below 0.",
+    }
+    return f"By `{reward}` {readings[interval_side(gain['low'], gain['high'])]}"
 
 
 def _versions() -> dict[str, str]:
@@ -312,10 +293,8 @@ def records_card(file: PurePath, records: int, data: Mapping[str, Any], columns:
             configs=[{"config_name": "default", "data_files": [{"split": "train", "path": file.as_posix()}]}],
         )
     )
-    shares = ", ".join(f"{source} {share:.0%}" for source, share in data.get("sources", {}).items())
-    table = "\n".join(
-        ["| column | what |", "| --- | --- |", *[f"| `{key}` | {what} |" for key, what in columns.items()]]
-    )
+    shares = describe_shares(data.get("sources", {}))
+    table = markdown_table(["column", "what"], [[f"`{key}`", what] for key, what in columns.items()])
     return f"""{block}
 
 {MARK}

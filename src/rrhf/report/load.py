@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import math
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
+from rrhf.common.presentation import clean, finite
+from rrhf.report.samples import Samples, measure_samples
 
 RUN_FILES = (
     "config.yaml",
@@ -21,28 +21,6 @@ RUN_FILES = (
     "evaluation.json",
     "timings.json",
 )
-
-
-@dataclass(frozen=True)
-class Samples:
-    """The training samples' rewards, as in Table 6 of the paper (arXiv 2304.05302).
-
-    ``mean`` and ``std`` are over all scored responses, ``mean_max`` is the mean over queries of the best response's
-    reward, and ``by_source`` has (source, number, mean) with the numbers of draws ("top-k/0", "top-k/1") put together.
-    """
-
-    queries: int
-    responses: int
-    unscored: int
-    cut: int
-    no_pairs: int
-    fewest: int
-    most: int
-    mean: float
-    std: float
-    mean_max: float
-    reward: str | None
-    by_source: tuple[tuple[str, int, float], ...]
 
 
 @dataclass(frozen=True)
@@ -78,19 +56,6 @@ class Run:
     def main_reward(self) -> str | None:
         """The name of the reward that the gain is measured with: the first one of ``evaluation.json``."""
         return next(iter(self.rewards), None)
-
-
-def finite(value: Any) -> float | None:
-    """Return ``value`` as a float, or None where it is no finite number."""
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        return None
-    return float(value) if math.isfinite(value) else None
-
-
-def clean(text: str) -> str:
-    """Replace what no HTML page can hold: lone surrogates and control characters other than tab and newline."""
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
-    return re.sub(r"[\x00-\x08\x0b-\x1f\x7f\ud800-\udfff\ufffe\uffff]", "\ufffd", text)
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -163,92 +128,13 @@ def _check_evaluation(path: Path, evaluation: Mapping[str, Any]) -> None:
         )
 
 
-def _history(folder: Path) -> list[dict[str, float]] | None:
-    """Read the log history of the finished training, or of the last checkpoint where it has not finished."""
-
-    def step(path: Path) -> int:
-        number = path.parent.name.rpartition("-")[2]
-        return int(number) if number.isdigit() else -1
-
-    checkpoints = sorted((folder / "model").glob("checkpoint-*/trainer_state.json"), key=step, reverse=True)
-    for path in (folder / "model" / "trainer_state.json", *checkpoints):
-        if path.is_file():
-            rows = _mapping(path, json.loads).get("log_history") or []
-            return [
-                {k: v for k, x in row.items() if (v := finite(x)) is not None} for row in rows if isinstance(row, dict)
-            ]
-    return None
-
-
-def _base(source: str) -> str:
-    """Name the policy of a source: "top-k/3" is the fourth draw of "top-k"."""
-    head, _, tail = source.rpartition("/")
-    return head if head and tail.isdigit() else source
-
-
-def _samples(path: Path, reward: str | None) -> Samples | None:
-    """Go through the scored records once. Where each names ``reward``, it is used, else ``scores``."""
-    import numpy as np
-
-    from rrhf.records.files import read_records
-    from rrhf.records.record import Record
-
-    def values(record: Record, name: str | None) -> Sequence[float | None]:
-        return record.rewards[name] if name is not None else record.scores
-
-    def measure(name: str | None) -> Samples | None:
-        everything: list[float] = []
-        maxima: list[float] = []
-        sources: dict[str, list[float]] = {}
-        responses = unscored = cut = no_pairs = 0
-        sizes: list[int] = []
-        for record in read_records(path, require="scores"):
-            found = values(record, name)
-            sizes.append(len(record.responses))
-            responses += len(record.responses)
-            cut += sum(finish == "length" for finish in record.finish)
-            scored = [value for value in found if value is not None]
-            unscored += len(found) - len(scored)
-            no_pairs += len(set(scored)) < 2
-            everything += scored
-            if scored:
-                maxima.append(max(scored))
-            for source, value in zip(record.sources, found):
-                if value is not None:
-                    sources.setdefault(_base(source), []).append(value)
-        if not everything:
-            return None
-        by_source = tuple((clean(name), len(some), float(np.mean(some))) for name, some in sorted(sources.items()))
-        return Samples(
-            queries=len(sizes),
-            responses=responses,
-            unscored=unscored,
-            cut=cut,
-            no_pairs=no_pairs,
-            fewest=min(sizes),
-            most=max(sizes),
-            mean=float(np.mean(everything)),
-            std=float(np.std(everything)),
-            mean_max=float(np.mean(maxima)),
-            reward=name,
-            by_source=by_source,
-        )
-
-    if reward is not None:
-        try:
-            return measure(reward)
-        except KeyError:
-            pass  # the training samples were scored by something else: `scores` says what training used
-    return measure(None)
-
-
 def _messages(query: Any) -> tuple[tuple[str, str], ...]:
     if isinstance(query, list):
         return tuple((clean(str(m.get("role", ""))), clean(str(m.get("content", "")))) for m in query)
     return (("", clean(str(query))),)
 
 
-def _generations(path: Path) -> Iterator[Generation]:
+def _read_generations(path: Path) -> Iterator[Generation]:
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
             if not line.strip():
@@ -259,8 +145,8 @@ def _generations(path: Path) -> Iterator[Generation]:
                     query=_messages(row["query"]),
                     rho=clean(row["rho"]),
                     pi=clean(row["pi"]),
-                    rho_rewards={k: finite(v) for k, v in (row.get("rho_rewards") or {}).items()},
-                    pi_rewards={k: finite(v) for k, v in (row.get("pi_rewards") or {}).items()},
+                    rho_rewards={name: finite(value) for name, value in (row.get("rho_rewards") or {}).items()},
+                    pi_rewards={name: finite(value) for name, value in (row.get("pi_rewards") or {}).items()},
                     rho_finish=str(row.get("rho_finish", "stop")),
                     pi_finish=str(row.get("pi_finish", "stop")),
                 )
@@ -284,6 +170,79 @@ def _rewards(evaluation: Mapping[str, Any], settings: Mapping[str, str]) -> dict
     return {setting(settings, "reward") or "reward": {**sides, "gain": evaluation.get("reward_gain")}}
 
 
+class _Folder:
+    """The files of one run folder, and which of them are missing: part of the report → why it must be left out."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.missing: dict[str, str] = {}
+
+    def small(self, file: str, part: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
+        """The mapping in a small file; empty where the file is missing."""
+        if (self.folder / file).is_file():
+            return _mapping(self.folder / file, parse)
+        self.missing[part] = f"{file} is missing"
+        return {}
+
+    def settings(self) -> dict[str, str]:
+        tree = self.small("config.yaml", "settings", _yaml)
+        return flatten(tree) if tree else {}
+
+    def evaluation(self) -> dict[str, Any]:
+        evaluation = self.small("evaluation.json", "evaluation")
+        _check_evaluation(self.folder / "evaluation.json", evaluation)
+        return evaluation
+
+    def timings(self) -> dict[str, float]:
+        return _finite_only(self.small("timings.json", "timings"))
+
+    def history(self) -> list[dict[str, float]]:
+        """The log history of the finished training, or of the last checkpoint where it has not finished."""
+
+        def step(path: Path) -> int:
+            number = path.parent.name.rpartition("-")[2]
+            return int(number) if number.isdigit() else -1
+
+        model = self.folder / "model"
+        checkpoints = sorted(model.glob("checkpoint-*/trainer_state.json"), key=step, reverse=True)
+        state = next((path for path in (model / "trainer_state.json", *checkpoints) if path.is_file()), None)
+        log = (_mapping(state, json.loads).get("log_history") or []) if state else []
+        rows = [_finite_only(row) for row in log if isinstance(row, dict)]
+        if not rows:
+            self.missing["training"] = "nothing was logged yet" if state else "model/trainer_state.json is missing"
+        return rows
+
+    def samples(self, reward: str | None) -> Samples | None:
+        """The rewards of the training samples, by ``reward`` where they were scored by it."""
+        path = self.folder / "scored.jsonl"
+        samples = measure_samples(path, reward) if path.is_file() else None
+        if samples is None:
+            self.missing["samples"] = f"scored.jsonl {'has no scored response' if path.is_file() else 'is missing'}"
+        return samples
+
+    def generations(self, file: str, most: int) -> tuple[list[Generation], int, dict[str, dict[str, list[float]]]]:
+        """The first ``most`` generations, the number of all, and the rewards of all (as ``Run.values``)."""
+        kept: list[Generation] = []
+        total = 0
+        values: dict[str, dict[str, list[float]]] = {}
+        path = self.folder / file
+        for generation in _read_generations(path) if path.is_file() else ():
+            total += 1
+            if len(kept) < most:
+                kept.append(generation)
+            for side, rewards in (("rho", generation.rho_rewards), ("pi", generation.pi_rewards)):
+                for reward, value in rewards.items():
+                    if value is not None:
+                        values.setdefault(reward, {"rho": [], "pi": []})[side].append(value)
+        if not kept:
+            self.missing["generations"] = f"{file} is {'empty' if path.is_file() else 'missing'}"
+        return kept, total, values
+
+
+def _finite_only(row: Mapping[str, Any]) -> dict[str, float]:
+    return {name: number for name, value in row.items() if (number := finite(value)) is not None}
+
+
 def load_run(folder: str | Path, name: str | None = None, max_generations: int = 500) -> Run:
     """Read a run folder.
 
@@ -302,69 +261,30 @@ def load_run(folder: str | Path, name: str | None = None, max_generations: int =
             f"{folder}: {what}; expected a run folder written by `rrhf run CONFIG.yaml --output RUN`, with at least "
             f"one of {', '.join(RUN_FILES)}"
         )
-    missing: dict[str, str] = {}
-
-    def small(file: str, part: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
-        if (folder / file).is_file():
-            return _mapping(folder / file, parse)
-        missing[part] = f"{file} is missing"
-        return {}
-
-    settings_tree = small("config.yaml", "settings", _yaml)
-    settings = flatten(settings_tree) if settings_tree else {}
-    evaluation = small("evaluation.json", "evaluation")
-    _check_evaluation(folder / "evaluation.json", evaluation)
+    files = _Folder(folder)
+    settings, evaluation = files.settings(), files.evaluation()
     rewards = _rewards(evaluation, settings)
-    timings = {k: v for k, x in small("timings.json", "timings").items() if (v := finite(x)) is not None}
-
-    history = _history(folder)
-    if not history:
-        missing["training"] = "model/trainer_state.json is missing" if history is None else "nothing was logged yet"
-
-    samples = None
-    if (folder / "scored.jsonl").is_file():
-        samples = _samples(folder / "scored.jsonl", next(iter(rewards), None))
-        if samples is None:
-            missing["samples"] = "scored.jsonl has no scored response"
-    else:
-        missing["samples"] = "scored.jsonl is missing"
-
-    file = str(evaluation.get("generations") or "generations.jsonl")
-    kept: list[Generation] = []
-    total = 0
-    values: dict[str, dict[str, list[float]]] = {}
-    if (folder / file).is_file():
-        for generation in _generations(folder / file):
-            total += 1
-            if len(kept) < max_generations:
-                kept.append(generation)
-            for side, found in (("rho", generation.rho_rewards), ("pi", generation.pi_rewards)):
-                for reward, value in found.items():
-                    if value is not None:
-                        values.setdefault(reward, {"rho": [], "pi": []})[side].append(value)
-    if not kept:
-        missing["generations"] = f"{file} is {'empty' if (folder / file).is_file() else 'missing'}"
+    kept, total, values = files.generations(str(evaluation.get("generations") or "generations.jsonl"), max_generations)
     return Run(
         name=clean(name or folder.resolve().name),
         settings=settings,
         evaluation=evaluation,
         rewards=rewards,
+        history=files.history(),
+        samples=files.samples(next(iter(rewards), None)),
+        timings=files.timings(),
         generations=kept,
         generations_total=total,
         values=values,
-        history=history or [],
-        samples=samples,
-        timings=timings,
-        missing=missing,
+        missing=files.missing,
     )
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:
     """Name each folder by the shortest tail of its path that tells it from the others."""
-    parts = [folder.resolve().parts for folder in folders]
-    deepest = max(map(len, parts))
-    for depth in range(1, deepest + 1):
-        names = ["/".join(some[-depth:]) for some in parts]
+    paths = [folder.resolve().parts for folder in folders]
+    for depth in range(1, max(map(len, paths)) + 1):
+        names = ["/".join(path[-depth:]) for path in paths]
         if len(set(names)) == len(names) and not any(map(str.isdigit, names)):  # "rounds/1", not "1"
             return names
     return [f"{folder.resolve().name} ({number})" for number, folder in enumerate(folders, 1)]

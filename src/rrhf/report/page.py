@@ -11,26 +11,15 @@ from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
+from rrhf.common.presentation import NONE, finite, short_name, typeset_number
+from rrhf.common.svg import inline_svg
 from rrhf.report import plots
-from rrhf.report.load import Generation, Run, finite, load_run, run_names, setting
+from rrhf.report.load import Generation, Run, load_run, run_names, setting
+from rrhf.report.tables import MEASURES, MODELS, interval_side
 
 MAX_ROWS = 500  # before/after texts on the page, all runs together
 
 DASH_ARRAYS = ("", "5 3", "2 2", "7 3 2 3")  # as plots.RUN_DASHES, for the legend in the page
-
-
-def number(value: Any, digits: int = 3, sign: bool = False) -> str:
-    """Print a number with a true minus sign; "–" where there is none."""
-    found = finite(value)
-    if found is None:
-        return "–"
-    text = f"{found:{'+' if sign else ''},.{digits}f}"
-    return text.replace("-", "−").replace(",", "\u202f")
-
-
-def short(reward: str) -> str:
-    """Shorten "pkg.module:function" to "function", and a folder or hub id to its last part."""
-    return reward.rpartition(":")[2].rstrip("/").rpartition("/")[2] or reward
 
 
 @dataclass(frozen=True)
@@ -47,7 +36,7 @@ class Gain:
 
     @property
     def side(self) -> int:
-        return (self.low > 0) - (self.high < 0)
+        return interval_side(self.low, self.high)
 
     @property
     def reading(self) -> str:
@@ -59,19 +48,19 @@ class Gain:
 
     @property
     def text(self) -> str:
-        low, high = number(self.low, sign=True), number(self.high, sign=True)
-        return f"{number(self.mean, sign=True)} (95\u00a0% interval {low} to {high})"
+        low, high = typeset_number(self.low, sign=True), typeset_number(self.high, sign=True)
+        return f"{typeset_number(self.mean, sign=True)} (95\u00a0% interval {low} to {high})"
 
 
 def gains(run: Run) -> list[Gain]:
     """List the gains of a run's rewards, the main one first; rewards without an interval are left out."""
-    found = []
+    measured = []
     for reward, sides in run.rewards.items():
         gain = sides.get("gain") or (run.evaluation.get("reward_gain") if reward == run.main_reward else None) or {}
         mean, low, high = (finite(gain.get(key)) for key in ("mean", "low", "high"))
         if mean is not None and low is not None and high is not None:
-            found.append(Gain(run.name, reward, sides.get("rho") or {}, sides.get("pi") or {}, mean, low, high))
-    return found
+            measured.append(Gain(run.name, reward, sides.get("rho") or {}, sides.get("pi") or {}, mean, low, high))
+    return measured
 
 
 def verdict(run: Run) -> tuple[int | None, str]:
@@ -81,10 +70,10 @@ def verdict(run: Run) -> tuple[int | None, str]:
         +1, 0 or −1 as the interval of the main reward's gain lies above, around or below 0 (None: not measured), and
         the sentence.
     """
-    found = gains(run)
-    if not found:
+    measured = gains(run)
+    if not measured:
         return None, f"The gain of π over ρ is not known yet: {run.missing.get('evaluation', 'no gain was measured')}."
-    main, *others = found
+    main, *others = measured
     prompts = (run.evaluation.get("pi") or {}).get("n")
     where = f"on {prompts} held-out prompts" if prompts else "on the held-out prompts"
     readings = {
@@ -92,13 +81,12 @@ def verdict(run: Run) -> tuple[int | None, str]:
         0: "no gain of π over ρ is shown, the interval includes 0,",
         -1: "π earns less than ρ",
     }
-    sentence = (
-        f"By {short(main.reward)}, {readings[main.side]} {where}: a mean reward of {number(main.pi.get('mean'))} "
-    )
-    sentence += f"against {number(main.rho.get('mean'))}, a gain of {main.text}"
+    pi, rho = typeset_number(main.pi.get("mean")), typeset_number(main.rho.get("mean"))
+    sentence = f"By {short_name(main.reward)}, {readings[main.side]} {where}: a mean reward of {pi} against {rho}, "
+    sentence += f"a gain of {main.text}"
     for other in others:
         also = "also " if other.side == main.side and main.side else ""
-        sentence += f"; by {short(other.reward)}, {other.text}, which {also}{other.long_reading}"
+        sentence += f"; by {short_name(other.reward)}, {other.text}, which {also}{other.long_reading}"
     return main.side, f"{sentence}."
 
 
@@ -118,20 +106,20 @@ def _facts(run: Run) -> dict[str, str]:
 def _settings_rows(runs: Sequence[Run]) -> list[tuple[str, list[str], bool]]:
     """List the settings as (name, value in each run, whether runs differ), those that differ first."""
     names = list(dict.fromkeys(name for run in runs for name in run.settings))
-    rows = [(name, [run.settings.get(name, "–") for run in runs]) for name in names]
+    rows = [(name, [run.settings.get(name, NONE) for run in runs]) for name in names]
     return sorted(((n, v, len(set(v)) > 1) for n, v in rows), key=lambda row: not row[2])
 
 
-def _forest(found: Sequence[Gain]) -> list[dict[str, Any]]:
+def _forest(rows: Sequence[Gain]) -> list[dict[str, Any]]:
     """Place every gain on one scale that has 0 in it, in per cent of its width."""
-    ends = [0.0, *(end for gain in found for end in (gain.low, gain.high))]
+    ends = [0.0, *(end for gain in rows for end in (gain.low, gain.high))]
     low, width = min(ends), (max(ends) - min(ends)) or 1.0
 
     def place(value: float) -> float:
         return round(6 + 88 * (value - low) / width, 2)
 
     return [
-        {"gain": g, "low": place(g.low), "mean": place(g.mean), "high": place(g.high), "zero": place(0)} for g in found
+        {"gain": g, "low": place(g.low), "mean": place(g.mean), "high": place(g.high), "zero": place(0)} for g in rows
     ]
 
 
@@ -141,7 +129,7 @@ def _curves(runs: Sequence[Run]) -> list[tuple[str, str]]:
     for name, (title, _) in plots.METRICS.items():
         lines = [plots.series(run.history, name) for run in runs]
         if any(values for _, values in lines):
-            svg = plots.inline_svg(lambda f, n=name, s=lines: plots.draw_curves(f.subplots(), s, n), (3.6, 2.4), title)  # type: ignore[misc]
+            svg = inline_svg(lambda f, n=name, s=lines: plots.draw_curves(f.subplots(), s, n), (3.6, 2.4), title)  # type: ignore[misc]
             drawn.append((title, svg))
     return drawn
 
@@ -154,7 +142,7 @@ def _loss_and_reward(runs: Sequence[Run]) -> list[tuple[str, str]]:
         if loss[1] and reward[1]:
             label = f"Loss and mean reward through training, {run.name}"
             draw = lambda f, a=loss, b=reward: plots.draw_loss_and_reward(f.subplots(), a, b)  # noqa: E731
-            drawn.append((run.name, plots.inline_svg(draw, (5.4, 2.7), label)))
+            drawn.append((run.name, inline_svg(draw, (5.4, 2.7), label)))
     return drawn
 
 
@@ -166,7 +154,7 @@ def _histograms(runs: Sequence[Run]) -> list[tuple[str, str, str]]:
             sides = run.values[reward]
             label = f"Rewards of ρ and π by {reward}, {run.name}"
             draw = lambda f, s=sides: plots.draw_histograms(f.subplots(), s["rho"], s["pi"])  # noqa: E731
-            drawn.append((run.name, reward, plots.inline_svg(draw, (4.6, 2.7), label)))
+            drawn.append((run.name, reward, inline_svg(draw, (4.6, 2.7), label)))
     return drawn
 
 
@@ -175,31 +163,31 @@ def _best_of_n(runs: Sequence[Run]) -> list[tuple[Run, str]]:
     drawn = []
     for run in runs:
         if run.samples is not None:
-            some = run.samples
+            samples = run.samples
             main = run.rewards.get(run.main_reward or "", {})
             rho, pi = (finite((main.get(side) or {}).get("mean")) for side in ("rho", "pi"))
-            count = str(some.most) if some.fewest == some.most else f"{some.fewest}–{some.most}"
-            draw = lambda f, s=some, r=rho, p=pi, n=count: plots.draw_best_of_n(  # noqa: E731
+            count = str(samples.most) if samples.fewest == samples.most else f"{samples.fewest}–{samples.most}"
+            draw = lambda f, s=samples, r=rho, p=pi, n=count: plots.draw_best_of_n(  # noqa: E731
                 f.subplots(), s.mean, s.std, s.mean_max, r, p, n
             )
-            drawn.append((run, plots.inline_svg(draw, (5.6, 2.4), f"Best-of-n picture, {run.name}")))
+            drawn.append((run, inline_svg(draw, (5.6, 2.4), f"Best-of-n picture, {run.name}")))
     return drawn
 
 
 def _texts(runs: Sequence[Run]) -> list[dict[str, Any]]:
     """List the before/after texts with the main reward on both sides, its gain, and the other rewards."""
 
-    def row(run: Run, found: Generation) -> dict[str, Any]:
-        before, after = (side.get(run.main_reward or "") for side in (found.rho_rewards, found.pi_rewards))
+    def row(run: Run, texts: Generation) -> dict[str, Any]:
+        before, after = (side.get(run.main_reward or "") for side in (texts.rho_rewards, texts.pi_rewards))
         gain = None if before is None or after is None else after - before
         others = [
-            (short(name), found.rho_rewards.get(name), found.pi_rewards.get(name))
-            for name in found.pi_rewards
+            (short_name(name), texts.rho_rewards.get(name), texts.pi_rewards.get(name))
+            for name in texts.pi_rewards
             if name != run.main_reward
         ]
-        return {"run": run.name, "found": found, "before": before, "after": after, "gain": gain, "others": others}
+        return {"run": run.name, "texts": texts, "before": before, "after": after, "gain": gain, "others": others}
 
-    return [row(run, found) for run in runs for found in run.generations]
+    return [row(run, texts) for run in runs for texts in run.generations]
 
 
 def _missing(runs: Sequence[Run], *parts: str) -> list[str]:
@@ -225,7 +213,7 @@ def render(runs: Sequence[Run]) -> str:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(number=number, short=short, csp_hash=_csp_hash)
+    environment.filters.update(number=typeset_number, csp_hash=_csp_hash)
 
     def safe(rows: Iterable[tuple[Any, ...]]) -> list[tuple[Any, ...]]:
         return [(*row[:-1], Markup(row[-1])) for row in rows]  # our own SVG, its label escaped
@@ -241,6 +229,8 @@ def render(runs: Sequence[Run]) -> str:
         several=len(runs) > 1,
         facts={run.name: _facts(run) for run in runs},
         fact_names=list(dict.fromkeys(name for run in runs for name in _facts(run))),
+        models=MODELS,
+        measures=MEASURES,
         verdicts=[(run.name, *verdict(run)) for run in runs],
         forest=_forest([gain for run in runs for gain in gains(run)]),
         settings=_settings_rows(runs),

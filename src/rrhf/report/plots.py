@@ -1,14 +1,15 @@
-"""Plots as matplotlib figures, and as SVG that sits inside a page and takes its text colour."""
+"""The plots of a run, drawn with matplotlib, and the picture of a run for a README."""
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import replacing
+from rrhf.common.svg import INK, STYLE, figure_svg
+from rrhf.report.load import load_run
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -19,9 +20,6 @@ RHO_COLOUR = "#c97b0a"
 PI_COLOUR = "#2f86c9"
 RUN_COLOURS = ("#2f86c9", "#c97b0a", "#1d9e77", "#c765a3", "#7f74d6", "#8a8a8a")
 RUN_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
-
-# A colour nobody would choose: in the SVG it becomes the page's own text colour, whichever mode the page is in.
-INK = "#010203"
 
 # series of the log → (title, label of the y axis)
 METRICS: dict[str, tuple[str, str]] = {
@@ -41,31 +39,6 @@ METRICS: dict[str, tuple[str, str]] = {
     "eval_length_mean": ("Length of answers to held-out prompts", "tokens"),
     "eval_distinct_2": ("Variety of the answers (distinct-2)", "share of different pairs"),
     "eval_score_length_correlation": ("Reward and length of the answers", "Pearson's r"),
-}
-
-STYLE: dict[str, Any] = {
-    "font.family": ["DejaVu Sans"],
-    "font.size": 9,
-    "text.color": INK,
-    "axes.edgecolor": INK,
-    "axes.labelcolor": INK,
-    "axes.linewidth": 0.6,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.facecolor": "none",
-    "axes.formatter.useoffset": False,
-    "axes.formatter.limits": (-3, 5),
-    "xtick.color": INK,
-    "ytick.color": INK,
-    "xtick.labelsize": 8,
-    "ytick.labelsize": 8,
-    "xtick.major.width": 0.6,
-    "ytick.major.width": 0.6,
-    "figure.facecolor": "none",
-    "savefig.facecolor": "none",
-    "legend.frameon": False,
-    "legend.fontsize": 8,
-    "lines.linewidth": 1.6,
 }
 
 Series = tuple[list[float], list[float]]
@@ -92,72 +65,14 @@ def thin(steps: Sequence[float], values: Sequence[float], most: int = 400) -> Se
     block = -(-len(values) // most) if values else 1
     starts = range(0, len(values), block)
 
-    def mean(some: Sequence[float]) -> float:
-        return sum(some) / len(some)
+    def mean(numbers: Sequence[float]) -> float:
+        return sum(numbers) / len(numbers)
 
     return [mean(steps[i : i + block]) for i in starts], [mean(values[i : i + block]) for i in starts]
 
 
-def stable_svg(svg: str, prefix: str) -> str:
-    """Make the same figure the same bytes: the layout solver's last digits, and ids hashed from them, may differ.
-
-    Coordinates are rounded to a hundredth of a point, ids that are used get numbers behind ``prefix``, others go.
-    """
-
-    def rounded(attribute: re.Match[str]) -> str:
-        numbers = re.sub(r"-?\d+\.\d{3,}", lambda found: f"{round(float(found[0]), 2) + 0.0:g}", attribute[2])
-        return f'{attribute[1]}="{numbers}"'
-
-    svg = re.sub(r'( (?:d|x|y|width|height|transform))="([^"]*)"', rounded, svg)
-    found = dict.fromkeys(re.findall(r'(?:href="|url\()#([\w.-]+)', svg))
-    names = {name: f"{prefix}-{number}" for number, name in enumerate(found)}
-    svg = re.sub(r' id="([\w.-]+)"', lambda m: f' id="{names[m[1]]}"' if m[1] in names else "", svg)
-    return re.sub(r'(href="|url\()#([\w.-]+)', lambda m: f"{m[1]}#{names[m[2]]}", svg)
-
-
-def _svg(figure: Figure, prefix: str) -> str:
-    """Return a figure as an SVG file's text."""
-    import io
-
-    import matplotlib
-
-    buffer = io.StringIO()
-    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": prefix}):
-        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
-    return stable_svg(buffer.getvalue(), prefix)
-
-
-def inline_svg(draw: Callable[[Figure], None], size: tuple[float, float], label: str) -> str:
-    """Draw a figure and return it as an <svg> element for an HTML page: no reference outwards, always the same bytes.
-
-    ``size`` is in inches; ``label`` is what a screen reader says and must be unique on the page, since the ids inside
-    come from it.
-    """
-    import hashlib
-    from html import escape
-
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    with matplotlib.rc_context(STYLE):
-        figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        svg = _svg(figure, "p" + hashlib.sha256(label.encode()).hexdigest()[:8])
-    svg = svg[svg.index("<svg") :]
-    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r"<!--.*?-->", "", svg, flags=re.S)
-    # HTML knows the namespaces of an inline <svg>, and links within the page need no prefix.
-    svg = re.sub(r' xmlns(:\w+)?="[^"]*"', "", svg, flags=re.S).replace("xlink:href=", "href=")
-    svg = svg.replace(INK, "currentColor")
-    svg = re.sub(r"\n\s*", "\n", svg)
-    start, end = svg.split(">", 1)
-    view = re.search(r'viewBox="[^"]*"', start)
-    assert view is not None
-    return f'<svg {view[0]} role="img" aria-label="{escape(label)}">{end}'.strip()
-
-
-def _grid(axes: Axes) -> None:
-    axes.grid(True, axis="y", color="#808080", alpha=0.25, linewidth=0.6)
+def _grid(axes: Axes, across: Literal["x", "y"] = "y") -> None:
+    axes.grid(True, axis=across, color="#808080", alpha=0.25, linewidth=0.6)
     axes.set_axisbelow(True)
 
 
@@ -229,15 +144,14 @@ def draw_best_of_n(
         axes.annotate(
             f"{value:.3f}", (value, height), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK
         )
-    dropped = (0, (4, 2))  # from its point down, past ρ and π, so that it crosses no number
-    axes.vlines(mean_max, -0.5, len(rows) - 2, color="#1d9e77", linestyle=dropped, linewidth=1, zorder=0)
+    dashes = (0, (4, 2))  # from its point down, past ρ and π, so that it crosses no number
+    axes.vlines(mean_max, -0.5, len(rows) - 2, color="#1d9e77", linestyle=dashes, linewidth=1, zorder=0)
     axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
     axes.set_ylim(-0.5, len(rows) - 0.3)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("reward")
-    axes.grid(True, axis="x", color="#808080", alpha=0.25, linewidth=0.6)
-    axes.set_axisbelow(True)
+    _grid(axes, "x")
 
 
 def gain_figure(
@@ -259,14 +173,14 @@ def gain_figure(
     import matplotlib
     from matplotlib.figure import Figure
 
-    drawn = [(name, some) for name in curves if (some := series(history, name))[1]]
+    drawn = [(name, curve) for name in curves if (curve := series(history, name))[1]]
     with matplotlib.rc_context({**STYLE, "figure.facecolor": "white"}):
         figure = Figure(figsize=(3.9 + 2.9 * len(drawn), 2.9), layout="constrained", dpi=180)
         widths = [1.3, *(1.0 for _ in drawn)]
         panels = figure.subplots(1, len(widths), width_ratios=widths, squeeze=False)[0]
         draw_histograms(panels[0], rho, pi)
-        for panel, (name, some) in zip(panels[1:], drawn):
-            draw_curves(panel, [some], name, [PI_COLOUR])
+        for panel, (name, curve) in zip(panels[1:], drawn):
+            draw_curves(panel, [curve], name, [PI_COLOUR])
             panel.set_title(METRICS[name][0], fontsize=9)
         if gain is not None:
             figure.suptitle(
@@ -283,8 +197,6 @@ def save_picture(run_folder: str | Path, path: str | Path) -> None:
     Raises:
         UserError: the folder is no run folder or holds no generations with rewards, or the suffix is not known.
     """
-    from rrhf.report.load import load_run
-
     path = Path(path)
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"{path}: give a name that ends in .png or .svg")
@@ -296,6 +208,6 @@ def save_picture(run_folder: str | Path, path: str | Path) -> None:
     figure = gain_figure(values["rho"], values["pi"], run.history, gain)
     with replacing(path) as temporary:
         if path.suffix == ".svg":
-            temporary.write_text(_svg(figure, "gain"), encoding="utf-8")
+            temporary.write_text(figure_svg(figure, "gain"), encoding="utf-8")
         else:
             figure.savefig(temporary, format="png")

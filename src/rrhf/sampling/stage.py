@@ -20,7 +20,8 @@ from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.duplicates import merge_duplicates
 from rrhf.records.files import WRITERS, file_suffix, read_records
-from rrhf.records.parts import Work, in_parts, nothing_left
+from rrhf.records.parts import in_parts
+from rrhf.records.parts_folder import Work, nothing_left
 from rrhf.records.record import Record
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.file import ResponseFile

@@ -8,8 +8,8 @@ import tempfile
 from collections import Counter
 from pathlib import Path
 
+from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records
-from rrhf.records.parts import checksum_of_file
 from rrhf.records.record import Record, record_from_row, record_line
 from rrhf.sampling.sources.source import Answers
 

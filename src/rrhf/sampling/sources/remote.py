@@ -11,7 +11,7 @@ from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import append_line
-from rrhf.records.parts import checksum_of_records
+from rrhf.records.checksums import checksum_of_records
 from rrhf.records.record import Record, record_from_row, record_line
 from rrhf.sampling.sources.source import Answers
 
