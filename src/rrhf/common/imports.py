@@ -48,7 +48,7 @@ def load_function(name: str, what: str, usage: str = "") -> Callable[..., Any]:
         kind = "a class" if inspect.isclass(value) else type(value).__name__
         cure = f": name {usage}" if usage else ": name a function"
         raise UserError(f"{what} {name!r} is {kind}, not a function{cure}, or an object that can be called so")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 def _module(module_name: str, where: str) -> Any:

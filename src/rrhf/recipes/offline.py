@@ -65,7 +65,7 @@ def remember_config(run: RunFolder, config: dict[str, Any], overwrite: bool = Fa
         wanted = _flat(config)
         bound = [{key: value for key, value in flat.items() if not key.startswith(FREE)} for flat in (found, wanted)]
         cure = f"go on with `rrhf run {run.config} --output {run.folder}`, or choose another --output"
-        refuse_other_settings(*bound, f"{run.folder} holds a run of another configuration", cure)
+        refuse_other_settings(bound[0], bound[1], f"{run.folder} holds a run of another configuration", cure)
         if found == wanted:
             return
     if not run.config.exists() and any(path.exists() for path in (run.queries, run.scored, run.model)):
