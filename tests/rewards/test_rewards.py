@@ -168,6 +168,25 @@ def test_a_sum_of_rewards_is_weighted_and_none_where_one_is(module: ModuleType) 
     assert [record.rewards[names[0]] for record in scored] == [[1.0, 2.0], [3.0]]
 
 
+def test_scoring_leaves_the_given_records_as_they_are(module: ModuleType) -> None:
+    given, untouched = records(), records()
+    given[0].rewards["other"] = untouched[0].rewards["other"] = [5.0, 6.0]
+    scored = list(score_records(given, ["my_rewards:length", "my_rewards:skips_b"]))
+    assert given == untouched
+    assert list(scored[0].rewards) == ["other", "my_rewards:length", "my_rewards:skips_b"]
+    # One and the same record twice in a batch is two records.
+    assert [record.scores for record in score_records([given[0]] * 2, ["my_rewards:length"])] == [[1.0, 2.0]] * 2
+
+
+def test_sums_that_are_equal_give_equal_scores(module: ModuleType) -> None:
+    """One response has the rewards 0.1, 0.2, 0.3 and the other 0.3, 0.2, 0.1; added up they differ in the last bit."""
+    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
+    rewards: dict[str, list[float | None]] = {"a": [0.1, 0.3], "b": [0.2, 0.2], "c": [0.3, 0.1]}
+    record = Record(query="q", responses=["x", "y"], rewards=rewards)
+    (scored,) = score_records([record], [f"provided:{name}" for name in rewards])
+    assert scored.scores[0] == scored.scores[1] == pytest.approx(0.6)
+
+
 def test_scoring_streams_batch_by_batch(module: ModuleType) -> None:
     drawn: list[int] = []
 

@@ -89,7 +89,7 @@ def _completion(record: Record, index: int) -> Any:
 
 
 def _wait(values: Any) -> Any:
-    """Return what an async function promises; also where an event loop runs already, as in a notebook."""
+    """Await the values of an async function; also where an event loop runs already, as in a notebook."""
     if not inspect.isawaitable(values):
         return values
 
