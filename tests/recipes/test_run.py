@@ -13,6 +13,7 @@ import pytest
 
 from rrhf.common.errors import UserError
 from rrhf.recipes.config import parse_config
+from rrhf.recipes.run_folder import RunFolder
 from rrhf.report.page import number
 from support import tiny
 from support.tiny import Result, count, die, put
@@ -62,7 +63,7 @@ def left_over(folder: Path) -> list[str]:
 
 KILLS = {
     "data, in the middle of the queries": [die("rrhf.records.files:record_line", 5)],
-    "data, before the held-out prompts": [die("rrhf.recipes.offline:write_records", 2)],
+    "data, before the held-out prompts": [die("rrhf.recipes.data:write_records", 2)],
     "sample, in the second part": [die(DECODE, 6)],
     "sample, before clearing up": [die("shutil:rmtree", 1)],
     "score, in the second part": [die("tiny_rewards:vowels", 2), SMALL_PARTS],
@@ -234,6 +235,16 @@ def test_a_result_that_was_made_of_something_else_is_refused(changed: str, undis
     assert f"run/{MADE_OF[changed]} was made before {name} changed" in result.err and "--output" in result.err
     (folder / changed).write_text(text, encoding="utf-8")
     assert command(*RUN, cwd=folder).code == 0
+
+
+def test_an_input_that_is_not_known_now_is_no_other_input(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.remember_inputs("train", run.model, {"hub/name": "commit"}, kept=False)
+    run.remember_inputs("train", run.model, {"hub/name": ""}, kept=True)  # no network
+    with pytest.raises(UserError, match="before hub/name changed"):
+        run.remember_inputs("train", run.model, {"hub/name": "another"}, kept=True)
+    run.remember_inputs("train", run.model, {"hub/name": "another"}, kept=False)  # begun anew
+    run.remember_inputs("train", run.model, {"hub/name": "another"}, kept=True)
 
 
 def test_checkpoints_of_other_data_are_not_gone_on_from(model: Path, tmp_path: Path) -> None:

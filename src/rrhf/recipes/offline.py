@@ -5,35 +5,27 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
-from rrhf.common.errors import UserError
-from rrhf.common.imports import load_function
-from rrhf.common.presentation import describe_counts
 from rrhf.evaluation.stage import evaluate_models
 from rrhf.models.cache import PolicyCache
 from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
-from rrhf.recipes.config import DataSettings, RunConfig
+from rrhf.recipes.config import RunConfig
+from rrhf.recipes.data import data_digests, write_queries
 from rrhf.recipes.run_folder import RunFolder
-from rrhf.records.files import write_records
-from rrhf.records.formats import load_dataset_records
+from rrhf.records.files import read_records, write_records
 from rrhf.records.parts import checksum_of_file
-from rrhf.records.record import Record, record_from_row
 from rrhf.report.card import write_card
 from rrhf.rewards.stage import score_file
 from rrhf.sampling.sources.parsing import parse_source
 from rrhf.training.folder import is_trained, last_checkpoint
 
 log = logging.getLogger("rrhf")
-
-SOURCE_USAGE = "a function f(limit, seed) that returns records"
 
 
 @dataclass(frozen=True)
@@ -95,7 +87,12 @@ def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[St
 
     evaluated = _evaluated(run, config)
     return [
-        Stage("data", run.held_out, lambda: _local_data(config.data), lambda: _write_data(run, config.data)),
+        Stage(
+            "data",
+            run.held_out,
+            lambda: data_digests(config.data),
+            lambda: write_queries(config.data, run.queries, run.held_out),
+        ),
         Stage(
             "sample",
             run.responses,
@@ -123,12 +120,6 @@ def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[St
     ]
 
 
-def _local_data(settings: DataSettings) -> dict[str, str]:
-    """The checksums of the data files on this machine that a run's queries come from."""
-    paths = [Path(name) for name in (settings.source, settings.held_out) if name is not None]
-    return {str(path): checksum_of_file(path) for path in paths if path.is_file()}
-
-
 def _sampled(config: RunConfig) -> dict[str, str]:
     """The digests of the models and files that responses come from; nobody knows a server's."""
     if config.sample is None:
@@ -140,44 +131,8 @@ def _sampled(config: RunConfig) -> dict[str, str]:
     return files | {source.name: model_digest(source.name) for source in sources if source.kind in ("local", "vllm")}
 
 
-def _source(source: str, settings: DataSettings, limit: int | None, counts: Counter[str]) -> Iterator[Record]:
-    if ":" in source and not Path(source).exists() and "/" not in source:
-        rows: Iterable[Any] = load_function(source, "data source", SOURCE_USAGE)(limit=limit, seed=settings.seed)
-        return (row if isinstance(row, Record) else record_from_row(row, source) for row in rows)
-    return load_dataset_records(source, settings.format, settings.split, limit, counts)
-
-
-def _write_data(run: RunFolder, settings: DataSettings) -> None:
-    """queries.jsonl and, written last, held_out.jsonl; no query stands in both."""
-    counts: Counter[str] = Counter()
-    wanted = settings.limit
-    if settings.held_out is not None:
-        held_out = list(_source(settings.held_out, settings, settings.held_out_limit, counts))
-        records = _source(settings.source, settings, wanted, counts)
-    else:
-        both = _source(settings.source, settings, None if wanted is None else wanted + settings.held_out_limit, counts)
-        held_out = list(islice(both, settings.held_out_limit))
-        records = both
-    first = next(records, None)
-    if first is None or not held_out:
-        raise UserError(
-            f"data: {settings.source} has too few records: {len(held_out)} are held out and "
-            f"{'none is' if first is None else 'some are'} left to train on; lower data.held_out_limit"
-        )
-    held_out_queries = {json.dumps(record.query) for record in held_out}
-    training = (record for record in chain([first], records) if json.dumps(record.query) not in held_out_queries)
-    if not settings.provided:
-        training = (record.without_responses() for record in training)
-    count = write_records(run.queries, training, overwrite=True)
-    write_records(run.held_out, held_out, overwrite=True)
-    dropped = describe_counts(counts)
-    log.info(f"data: {count} queries to train on, {len(held_out)} held out{'; ' + dropped if dropped else ''}")
-
-
 def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
     if config.sample is None:
-        from rrhf.records.files import read_records
-
         write_records(run.responses, read_records(run.queries, require="responses"))
         return
     from rrhf.sampling.stage import sample_file

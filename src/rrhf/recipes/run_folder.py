@@ -56,7 +56,7 @@ class RunFolder:
         write_text(self.config, yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
 
     def remember_inputs(self, stage: str, result: Path, inputs: Mapping[str, str], kept: bool) -> None:
-        """Note what a stage's result is made of: names of its inputs → their digests.
+        """Note what a stage's result is made of: names of its inputs → their digests, empty where they are not known.
 
         Where the result, or a part of it, is ``kept`` from before, refuse to go on if it was made of something else.
 
@@ -65,13 +65,13 @@ class RunFolder:
         """
         noted = read_object(self.made_of)
         before = noted.get(stage)
-        changed = list(differences(before, inputs)) if kept and before is not None else []
-        if changed:
+        changed = [name for name in differences(before or {}, inputs) if inputs.get(name) != ""]
+        if kept and before is not None and changed:
             raise UserError(
                 f"{result} was made before {' and '.join(changed)} changed: put back what it was made of, remove "
                 f"{result} to make it anew, or choose another --output"
             )
-        if before != inputs:
+        if changed or before is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.made_of, json.dumps({**noted, stage: inputs}, indent=1) + "\n")
 

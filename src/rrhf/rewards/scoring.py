@@ -12,10 +12,10 @@ from dataclasses import replace
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.records.record import Record
-from rrhf.rewards.functions import RewardFunction, Scorer, function_scorer, load_reward
+from rrhf.rewards.functions import RewardFunction, Scorer, code_digest, function_scorer, load_reward
 from rrhf.rewards.provided import provided_scorer
 
-__all__ = ["REWARDS", "Scorer", "load_reward", "make_scorer", "reward_name", "score", "score_records"]
+__all__ = ["REWARDS", "Scorer", "load_reward", "make_scorer", "reward_digest", "reward_name", "score", "score_records"]
 
 REWARDS: dict[str, Callable[[str], Scorer]] = {"provided": provided_scorer}  # what stands before ":" → its scorer
 FORMS = ("pkg.module:function", "provided", "provided:NAME")
@@ -43,6 +43,13 @@ def make_scorer(reward: str | RewardFunction) -> Scorer:
     if not colon or not argument:
         raise UserError(f"reward {reward!r} has an unknown form: {nearest(reward, FORMS)}")
     return function_scorer(load_reward(reward), reward)
+
+
+def reward_digest(reward: str | RewardFunction) -> str:
+    """The digest of a reward function's code; ``""`` for what records hold already."""
+    if isinstance(reward, str):
+        return "" if reward.partition(":")[0] in REWARDS else code_digest(load_reward(reward))
+    return code_digest(reward)
 
 
 def score_records(
