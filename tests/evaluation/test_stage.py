@@ -57,7 +57,7 @@ def place(model: Path, tmp_path: Path) -> Path:
 
 def evaluate(folder: Path, sampling: SamplingSettings = SAMPLING, **options: Any) -> list[str]:
     """The texts that were evaluated."""
-    reward = RewardSettings(reward=[f"{__name__}:characters"])
+    reward = RewardSettings(reward=[options.pop("reward", f"{__name__}:characters")])
     evaluate_models(
         folder / "held_out.jsonl",
         folder / "e.json",
@@ -160,4 +160,11 @@ def test_the_perplexity_models_context_is_looked_at_before_anything_is_drawn(pla
     (judge / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 6}))
     with pytest.raises(UserError, match=r"--max_new_tokens 6 .* context of 6 tokens of the perplexity model .*judge"):
         evaluate(place, settings=EvaluationSettings(perplexity_model=str(judge)))
+    assert not (place / "e.pi.jsonl").exists()
+
+
+def test_an_unknown_reward_is_refused_before_anything_is_drawn(place: Path) -> None:
+    (place / "e.pi.jsonl").unlink()
+    with pytest.raises(UserError, match=r"no 'charcters'.*did you mean 'characters'"):
+        evaluate(place, reward=f"{__name__}:charcters")
     assert not (place / "e.pi.jsonl").exists()

@@ -60,10 +60,12 @@ def evaluate_models(
     """
     from rrhf.evaluation.perplexity import nll_under, refuse_short_context
     from rrhf.evaluation.texts import evaluate_texts
+    from rrhf.rewards.scoring import score_records
 
     policies = policies or PolicyCache()
     sampling = replace(sampling, num_responses=1)
     judge = settings.judge(models)
+    score_records([], rewards.reward)  # an unknown reward is refused before any work
     refuse_short_context(judge, sampling.max_new_tokens)
     prompts = [record.without_responses() for record in read_records(held_out)]
     texts = {}
