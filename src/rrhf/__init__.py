@@ -11,7 +11,7 @@ _EXPORTS = {
     "RRHFTrainer": "rrhf.training.trainer",
     "Record": "rrhf.records.record",
     "UserError": "rrhf.common.errors",
-    "evaluate": "rrhf.evaluation.policies",
+    "evaluate": "rrhf.evaluation.evaluate",
     "read_records": "rrhf.records.files",
     "sample": "rrhf.sampling.sampler",
     "score": "rrhf.rewards.scoring",
@@ -21,7 +21,7 @@ __all__ = sorted(_EXPORTS)
 
 if TYPE_CHECKING:
     from rrhf.common.errors import UserError as UserError
-    from rrhf.evaluation import evaluate as evaluate
+    from rrhf.evaluation.evaluate import evaluate as evaluate
     from rrhf.records.files import read_records as read_records
     from rrhf.records.files import write_records as write_records
     from rrhf.records.record import Record as Record

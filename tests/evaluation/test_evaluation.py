@@ -10,7 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rrhf.evaluation import corpus_perplexity, cut_at_turn, distinct_n, evaluate_texts, paired_bootstrap
+from rrhf.evaluation.metrics import corpus_perplexity, cut_at_turn, distinct_n, paired_bootstrap
+from rrhf.evaluation.texts import Likelihood, evaluate_texts
 from rrhf.records.record import Record
 
 MARKERS = ("Human:", "Assistant:")
@@ -91,11 +92,11 @@ def negative(prompts: Sequence[Any], completions: Sequence[Any]) -> list[float |
 WORDS, NEGATIVE = f"{__name__}:words", f"{__name__}:negative"
 
 
-def perplexity(records: Sequence[Record], texts: Sequence[tuple[str, str]]) -> tuple[float, int]:
+def perplexity(records: Sequence[Record], texts: Sequence[tuple[str, str]]) -> Likelihood:
     """A token a word and one for the end, each with a negative log-likelihood of 2."""
     assert len(records) == len(texts)
     tokens = sum(len(text.split()) + (finish == "stop") for text, finish in texts)
-    return 2.0 * tokens, tokens
+    return Likelihood(2.0 * tokens, tokens)
 
 
 def plain(number: int) -> list[Record]:
@@ -116,6 +117,7 @@ def test_every_number_of_a_small_evaluation_by_hand() -> None:
         "reward_std": 0.5,
         "reward_mean_uncut": 2.5,
         "perplexity": pytest.approx(math.exp(2)),
+        "perplexity_queries_cut": 0,
         "length_mean": (3 + 3) / 2,
         "distinct_2": 2 / 3,
         "n": 2,
@@ -149,7 +151,7 @@ def test_dialogues_are_cut_and_the_uncut_reward_stands_beside() -> None:
     prose = Record(query="A play.", id="prose")
     seen: list[tuple[str, str]] = []
 
-    def watched(records: Sequence[Record], texts: Sequence[tuple[str, str]]) -> tuple[float, int]:
+    def watched(records: Sequence[Record], texts: Sequence[tuple[str, str]]) -> Likelihood:
         seen.extend(texts)
         return perplexity(records, texts)
 
@@ -195,7 +197,7 @@ def test_one_model_alone_has_its_block_and_no_gain(name: str) -> None:
 def test_texts_without_a_token_have_no_part_in_the_perplexity() -> None:
     asked: list[tuple[str, str]] = []
 
-    def watched(records: Sequence[Record], texts: Sequence[tuple[str, str]]) -> tuple[float, int]:
+    def watched(records: Sequence[Record], texts: Sequence[tuple[str, str]]) -> Likelihood:
         asked.extend(texts)
         return perplexity(records, texts)
 

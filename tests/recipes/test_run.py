@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from collections import Counter
 from pathlib import Path
@@ -10,7 +11,10 @@ from typing import Any
 
 import pytest
 
+from rrhf.common.errors import UserError
 from rrhf.common.presentation import typeset_number
+from rrhf.recipes.config import parse_config
+from rrhf.recipes.run_folder import RunFolder
 from support import tiny
 from support.tiny import Result, count, die, put
 
@@ -59,7 +63,7 @@ def left_over(folder: Path) -> list[str]:
 
 KILLS = {
     "data, in the middle of the queries": [die("rrhf.records.files:record_line", 5)],
-    "data, before the held-out prompts": [die("rrhf.recipes.offline:write_records", 2)],
+    "data, before the held-out prompts": [die("rrhf.recipes.data:write_records", 2)],
     "sample, in the second part": [die(DECODE, 6)],
     "sample, before clearing up": [die("shutil:rmtree", 1)],
     "score, in the second part": [die("tiny_rewards:vowels", 2), SMALL_PARTS],
@@ -211,6 +215,90 @@ def test_a_changed_configuration_is_refused(undisturbed: Path) -> None:
     assert result.code == 2
     assert "train.learning_rate was 0.001, is 0.5" in result.err and "sample.top_p was None, is 0.9" in result.err
     assert "Traceback" not in result.err and "--output" in result.err
+
+
+MADE_OF = {
+    "data.jsonl": "held_out.jsonl", "run/queries.jsonl": "responses.jsonl", "run/responses.jsonl": "scored.jsonl",
+    "run/scored.jsonl": "model", "run/held_out.jsonl": "evaluation.json", "run/model/config.json": "evaluation.json",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("changed", MADE_OF)
+def test_a_result_that_was_made_of_something_else_is_refused(changed: str, undisturbed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    assert command(*RUN, cwd=folder).code == 0  # a copy is taken up
+    text = (folder / changed).read_text(encoding="utf-8")
+    (folder / changed).write_text(text.replace(" ", "  ", 1), encoding="utf-8")
+    result = command(*RUN, cwd=folder)
+    assert result.code == 2 and "Traceback" not in result.err
+    name = "model" if "model" in changed else Path(changed).name
+    assert f"run/{MADE_OF[changed]} was made before {name} changed" in result.err and "--output" in result.err
+    (folder / changed).write_text(text, encoding="utf-8")
+    assert command(*RUN, cwd=folder).code == 0
+
+
+def test_an_input_that_is_not_known_now_is_no_other_input(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run")
+    run.remember_inputs("train", run.model, {"hub/name": "commit"}, kept=False)
+    run.remember_inputs("train", run.model, {"hub/name": ""}, kept=True)  # no network
+    with pytest.raises(UserError, match="before hub/name changed"):
+        run.remember_inputs("train", run.model, {"hub/name": "another"}, kept=True)
+    run.remember_inputs("train", run.model, {"hub/name": "another"}, kept=False)  # begun anew
+    run.remember_inputs("train", run.model, {"hub/name": "another"}, kept=True)
+
+
+def test_checkpoints_of_other_data_are_not_gone_on_from(model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    assert command(*RUN, cwd=folder, faults=[die(STEP, 6)]).code == -signal.SIGKILL
+    scored = folder / "run/scored.jsonl"
+    scored.write_text("".join(scored.read_text(encoding="utf-8").splitlines(keepends=True)[1:]), encoding="utf-8")
+    result = command(*RUN, cwd=folder)
+    assert result.code == 2 and "run/model was made before scored.jsonl changed" in result.err
+
+
+def test_what_would_end_the_evaluation_is_refused_before_any_work(model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    result = command(*RUN, "evaluate.max_new_tokens=128", cwd=folder)
+    assert result.code == 2 and "--max_new_tokens 128 do not fit the context of 128 tokens" in result.err
+    assert not (folder / "run/queries.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("no_such_data:rows", "data source 'no_such_data:rows': no module 'no_such_data'"),
+        ("tiny_rewards:vowel", "data source 'tiny_rewards:vowel': tiny_rewards has no 'vowel'"),
+        (
+            "tiny_rewards:__name__",
+            "data source 'tiny_rewards:__name__' is str, not a function: name a function f(l",
+        ),
+    ],
+)
+def test_a_mistyped_data_source_is_not_called_a_reward(source: str, message: str, model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    result = command(*RUN, f"data.source={source}", cwd=folder)
+    assert result.code == 2 and message in result.err
+    assert "reward '" not in result.err and "f(prompts" not in result.err
+
+
+def test_sections_become_settings_by_name_and_all_faults_come_together(tmp_path: Path) -> None:
+    values = {"model": "m", "seed": 5, "sample": {"source": ["m@greedy:1"], "concurrency": 2, "seed": 6},
+              "score": {"reward": ["a:b"]}, "train": {"peft": "lora", "bf16": False, "max_query_length": 3},
+              "evaluate": {"reward": ["c:d"], "max_new_tokens": 4}, "data": {"source": "s"}}  # fmt: skip
+    config = parse_config(values, tmp_path / "model")
+    assert (config.data.source, config.model.model, config.sources.source) == ("s", "m", ["m@greedy:1"])
+    assert config.sample is not None and (config.sample.seed, config.remote.concurrency) == (6, 2)
+    assert (config.train.seed, config.train.output_dir) == (5, str(tmp_path / "model"))
+    assert (config.adapter.peft, config.score.reward, config.evaluate_rewards.reward) == ("lora", ["a:b"], ["c:d"])
+    assert (config.evaluate_sampling.seed, config.evaluate_sampling.max_new_tokens) == (5, 4)
+    unsampled = parse_config({**values, "sample": None}, tmp_path)
+    assert unsampled.sample is None and unsampled.sources.source == []
+    wrong = {"modl": 1, "score": 3, "data": {"source": "s", "limits": 2}, "train": {"peft": "x"}}
+    with pytest.raises(UserError) as raised:
+        parse_config({**values, **wrong}, tmp_path)
+    for fault in ("modl: unknown key: did you mean 'model'", "section score: must hold keys and values, not 3",
+                  "data.limits: unknown key: did you mean 'limit'", "section train: --peft x"):  # fmt: skip
+        assert fault in str(raised.value)
 
 
 def test_changed_settings_of_an_unfinished_stage_are_refused(model: Path, tmp_path: Path) -> None:

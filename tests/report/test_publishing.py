@@ -45,7 +45,7 @@ def train_flags(model: Path, data: Path, output: Path) -> list[str]:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run folder: a tiny model that was trained, and an evaluation with one gain and one that may be none."""
-    from rrhf.evaluation import evaluate_texts
+    from rrhf.evaluation.texts import Likelihood, evaluate_texts
 
     folder = tmp_path_factory.mktemp("published") / "my-run"
     folder.mkdir()
@@ -63,7 +63,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
             rho,
             pi,
             [length],
-            perplexity=lambda r, t: (2.0 * len(t), len(t)),
+            perplexity=lambda r, t: Likelihood(2.0 * len(t), len(t)),
             perplexity_model="/a/b/gpt",
             seed=3,
         )

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import linecache
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,8 +16,10 @@ import numpy as np
 import pytest
 
 from rrhf.common.errors import UserError
+from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
 from rrhf.rewards.scoring import load_reward, score, score_records
+from rrhf.rewards.stage import RewardSettings, score_file
 
 SOURCE = '''
 import asyncio
@@ -168,6 +172,25 @@ def test_a_sum_of_rewards_is_weighted_and_none_where_one_is(module: ModuleType) 
     assert [record.rewards[names[0]] for record in scored] == [[1.0, 2.0], [3.0]]
 
 
+def test_scoring_leaves_the_given_records_as_they_are(module: ModuleType) -> None:
+    given, untouched = records(), records()
+    given[0].rewards["other"] = untouched[0].rewards["other"] = [5.0, 6.0]
+    scored = list(score_records(given, ["my_rewards:length", "my_rewards:skips_b"]))
+    assert given == untouched
+    assert list(scored[0].rewards) == ["other", "my_rewards:length", "my_rewards:skips_b"]
+    # One and the same record twice in a batch is two records.
+    assert [record.scores for record in score_records([given[0]] * 2, ["my_rewards:length"])] == [[1.0, 2.0]] * 2
+
+
+def test_sums_that_are_equal_give_equal_scores(module: ModuleType) -> None:
+    """One response has the rewards 0.1, 0.2, 0.3 and the other 0.3, 0.2, 0.1; added up they differ in the last bit."""
+    assert 0.1 + 0.2 + 0.3 != 0.3 + 0.2 + 0.1
+    rewards: dict[str, list[float | None]] = {"a": [0.1, 0.3], "b": [0.2, 0.2], "c": [0.3, 0.1]}
+    record = Record(query="q", responses=["x", "y"], rewards=rewards)
+    (scored,) = score_records([record], [f"provided:{name}" for name in rewards])
+    assert scored.scores[0] == scored.scores[1] == pytest.approx(0.6)
+
+
 def test_scoring_streams_batch_by_batch(module: ModuleType) -> None:
     drawn: list[int] = []
 
@@ -283,6 +306,25 @@ def test_an_exception_in_the_function_is_told_with_its_place_and_chained(module:
 def test_unfit_settings_are_refused_at_once(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         score_records([], **arguments)
+
+
+def test_unfinished_scores_of_a_reward_that_was_edited_are_refused(
+    module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = tmp_path / "data.jsonl", tmp_path / "scored.jsonl"
+    settings = RewardSettings(reward=["provided", "my_rewards:length"])
+    monkeypatch.setattr("rrhf.rewards.stage.SCORING_PART", 1)
+    write_records(data, [replace(records()[0], scores=[0.0, 0.0]), records()[1]])
+    with pytest.raises(UserError, match="'two' has no scores"):  # stopped after the first part
+        score_file(data, output, settings)
+    write_records(data, [replace(r, scores=[0.0] * len(r.responses)) for r in records()], overwrite=True)
+    (tmp_path / "my_rewards.py").write_text(SOURCE.replace("len(completion) for", "2.0 * len(completion) for"))
+    sys.modules.pop("my_rewards")  # another process
+    linecache.checkcache()
+    with pytest.raises(UserError, match=r"code of my_rewards:length was '\w+', is '\w+'.*--overwrite"):
+        score_file(data, output, settings)
+    score_file(data, output, settings, overwrite=True)
+    assert [record.scores for record in read_records(output)] == [[2.0, 4.0], [6.0]]
 
 
 def test_numpy_booleans_and_integers_are_numbers() -> None:

@@ -431,7 +431,8 @@ def warm(
 
 
 PRELOADED = (
-    "torch", "rrhf.training.stage", "rrhf.recipes.offline", "rrhf.report.page", "rrhf.report.plots", "rrhf.evaluation",
+    "torch", "rrhf.training.stage", "rrhf.recipes.offline", "rrhf.report.page", "rrhf.report.plots",
+    "rrhf.evaluation.evaluate",
     "rrhf.sampling.decoding", "rrhf.sampling.policies", "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "pyarrow.parquet",
     "matplotlib.pyplot", "yaml", "rrhf.cli.run", "rrhf.cli.sample", "rrhf.cli.score",

@@ -21,7 +21,7 @@ import torch
 from transformers import TrainerCallback
 
 from rrhf.common.errors import UserError
-from rrhf.evaluation.policies import nll_under
+from rrhf.evaluation.perplexity import nll_under
 from rrhf.records.record import Record
 from rrhf.report import write_report
 from rrhf.training.alarms import RULES, Measurement, WatchSettings, alarms, measurements, pearson
@@ -438,9 +438,9 @@ def test_perplexity_with_an_adapter_is_that_of_the_model_without_it(tmp_path: Pa
     found, _, rows = watch.measure(0)
     assert watch.perplexity is not None and found.perplexity is not None
     texts = [(row["pi"], row["pi_finish"]) for row in rows]
-    nll, tokens = under_start()(PROMPTS, texts)
+    nll, tokens, _ = under_start()(PROMPTS, texts)
     assert found.perplexity == pytest.approx(np.exp(nll / tokens), rel=1e-4)
-    own, _ = nll_under(trainer.model, TOKENIZER, show=False)(PROMPTS, texts)
+    own = nll_under(trainer.model, TOKENIZER, show=False)(PROMPTS, texts).nll
     assert abs(own - nll) > 1e-2 * nll  # the adapter is no identity
     assert all(p.requires_grad for name, p in trainer.model.named_parameters() if "lora" in name)
 

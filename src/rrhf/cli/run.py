@@ -23,7 +23,8 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
 
     from rrhf.common.logging import set_up_logging
     from rrhf.recipes.config import override, parse_config, read_config
-    from rrhf.recipes.offline import RunFolder, remember_config, run_offline
+    from rrhf.recipes.offline import run_offline
+    from rrhf.recipes.run_folder import RunFolder
     from rrhf.report.terminal import format_evaluation, format_examples, format_timings
     from rrhf.rewards.scoring import score_records
     from rrhf.training.callbacks import Stopped
@@ -33,7 +34,7 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
     settings = parse_config(values, run.model)
     for rewards in (settings.score, settings.evaluate_rewards):  # an unknown reward is refused before any work
         score_records([], rewards.reward, weights=rewards.reward_weights or None)
-    remember_config(run, values)
+    run.remember_config(values)
     set_up_logging(run.log)
     try:
         evaluation = run_offline(run, settings)

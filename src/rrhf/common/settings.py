@@ -1,4 +1,4 @@
-"""Whether what an earlier, stopped run left was made with the settings of this one."""
+"""Compare the settings of an earlier, stopped run with those of this one."""
 
 from __future__ import annotations
 
@@ -19,7 +19,11 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
 
 
 def refuse_other_settings(before: Mapping[str, Any], now: Mapping[str, Any], what: str, cure: str) -> None:
-    """Raise ``UserError`` ("what (changes): cure") where the settings of before are not those of now."""
+    """Refuse to go on with work that was begun with other settings.
+
+    Raises:
+        UserError: ``before`` and ``now`` differ; the message is ``what`` (the differences): ``cure``.
+    """
     changed = differences(before, now)
     if changed:
         raise UserError(f"{what} ({'; '.join(changed.values())}): {cure}")

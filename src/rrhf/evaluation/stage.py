@@ -1,8 +1,4 @@
-"""The stages of the data flow as functions over files: what the commands and the recipes share.
-
-queries → ``sample_file`` → responses → ``score_file`` → scores → ``train_model`` → policy → ``evaluate_models``.
-Each writes its output whole or not at all, and goes on where a stopped run was.
-"""
+"""The evaluation stage: a file of held-out queries and one or two models → a file of numbers."""
 
 from __future__ import annotations
 
@@ -13,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.files import write_text
+from rrhf.evaluation.generations import draw_to_file
+from rrhf.evaluation.metrics import TURN_MARKERS
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import read_records
-from rrhf.records.record import Record
 from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
 
@@ -32,9 +29,13 @@ class EvaluationSettings:
         default=None, metadata={"help": "whose perplexity is reported; default: the reference's, or the model's own"}
     )
     cut_markers: list[str] = field(
-        default_factory=lambda: ["Human:", "Assistant:"],
+        default_factory=lambda: list(TURN_MARKERS),
         metadata={"help": "dialogue responses are cut at the first of these before they are scored", "nargs": "*"},
     )
+
+    def judge(self, models: dict[str, ModelSettings]) -> str:
+        """The name of the model whose perplexity is reported where ``models`` (``rho``, ``pi``) are evaluated."""
+        return self.perplexity_model or models.get("rho", models["pi"]).model
 
 
 def evaluate_models(
@@ -49,52 +50,44 @@ def evaluate_models(
     overwrite: bool = False,
     policies: PolicyCache | None = None,
 ) -> dict[str, Any]:
-    """Draw one response a prompt from each of ``models`` (``rho``, ``pi`` or one of them) and measure them.
+    """Draw one response a prompt from each of ``models`` (``rho`` and ``pi``, or ``pi`` alone) and measure them.
 
-    Writes ``output`` (evaluation.json), and beside it ``generations.jsonl`` and each model's ``NAME.jsonl``.
+    Writes ``output`` (evaluation.json), and beside it, with the stem of its name in front, ``.generations.jsonl`` and
+    each model's ``.NAME.jsonl``, which a stopped evaluation takes up again where it was made of the same.
+
+    Raises:
+        UserError: a model, a reward or a prompt is not usable; the perplexity model's context is too short.
     """
-    from rrhf.evaluation import evaluate_texts
-    from rrhf.evaluation.policies import nll_under
-    from rrhf.sampling.stage import sample_file
+    from rrhf.evaluation.perplexity import nll_under, refuse_short_context
+    from rrhf.evaluation.texts import evaluate_texts
+    from rrhf.rewards.scoring import score_records
 
     policies = policies or PolicyCache()
-    folder = output.parent
     sampling = replace(sampling, num_responses=1)
-    texts: dict[str, list[tuple[str, str]]] = {}
-    records: list[Record] = []
+    judge = settings.judge(models)
+    score_records([], rewards.reward)  # an unknown reward is refused before any work
+    refuse_short_context(judge, sampling.max_new_tokens)
+    prompts = [record.without_responses() for record in read_records(held_out)]
+    texts = {}
     for name, model in models.items():
-        drawn = folder / f"{output.stem}.{name}.jsonl"
-        if overwrite:
-            drawn.unlink(missing_ok=True)
-        if not drawn.exists():
-            prompts = [record.without_responses() for record in read_records(held_out)]
-            sample_file(
-                prompts,
-                drawn,
-                model,
-                sampling,
-                text,
-                policies=policies,
-                description=f"responses of {name}",
-                merge=False,
-            )
-        records = list(read_records(drawn, require="query"))
-        texts[name] = [(record.responses[0], record.finish[0]) for record in records]
-    judge = settings.perplexity_model or models.get("rho", models.get("pi", ModelSettings(""))).model
-    perplexity = nll_under(*policies.get(replace(next(iter(models.values())), model=judge)), text)
+        place = output.with_name(f"{output.stem}.{name}.jsonl")
+        texts[name] = draw_to_file(place, prompts, model, sampling, text, name, policies=policies, overwrite=overwrite)
     result, rows = evaluate_texts(
-        records,
+        prompts,
         texts.get("rho"),
-        texts.get("pi"),
+        texts["pi"],
         rewards.reward,
-        perplexity=perplexity,
+        perplexity=nll_under(*policies.get(replace(models["pi"], model=judge)), text),
         perplexity_model=judge,
         seed=sampling.seed,
         cut_markers=settings.cut_markers,
         settings={"sampling": asdict(sampling), "models": {name: model.model for name, model in models.items()}},
         generations=f"{output.stem}.generations.jsonl",
     )
+    for name in models:
+        if queries_cut := result[name]["perplexity_queries_cut"]:
+            log.info(f"perplexity of {name}: {queries_cut} queries were cut from the left to the context of {judge}")
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    write_text(folder / result["generations"], lines)
+    write_text(output.with_name(result["generations"]), lines)
     write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
     return result

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -14,8 +15,32 @@ from rrhf.rewards.scoring import reward_name, score_records
 
 Text = tuple[str, str]  # a generation and its finish, "stop" or "length"
 Values = list[float | None]
-# Total negative log-likelihood and number of tokens of the texts given the records' queries, under one fixed model.
-Perplexity = Callable[[Sequence[Record], Sequence[Text]], tuple[float, int]]
+
+
+class Likelihood(NamedTuple):
+    """What one fixed model says of texts given their queries.
+
+    ``nll``: −Σ log P over all their ``tokens``, in nats. ``queries_cut``: queries that were cut to fit its context.
+    """
+
+    nll: float
+    tokens: int
+    queries_cut: int = 0
+
+
+Perplexity = Callable[[Sequence[Record], Sequence[Text]], Likelihood]
+
+
+@dataclass(frozen=True)
+class _Generations:
+    """One model's texts, one a record: as written (``whole``), ``cut`` at a new turn, and the rewards of the cut ones.
+
+    ``values``: a reward's name → its value of each text.
+    """
+
+    whole: list[Text]
+    cut: list[Text]
+    values: dict[str, Values]
 
 
 def evaluate_texts(
@@ -35,25 +60,18 @@ def evaluate_texts(
     """Return the content of ``evaluation.json`` and the rows of ``generations.jsonl``.
 
     In a dialogue (a query of messages, or one whose text holds a marker) a generation is cut where it opens another
-    turn, so that a model cannot please the reward by playing both sides; the reward of the whole text stands beside
-    as ``reward_mean_uncut``. All else is measured on the cut text, whose finish is then ``length``, since no end
-    token was written there.
-
-    Of each model: ``reward_mean`` and ``reward_std`` (of the first reward, over prompts, the standard deviation
-    with n in the denominator), ``perplexity`` (None where no token was written), ``length_mean`` (tokens under the
-    perplexity model, the end token of a text that ended included), ``distinct_2`` (of white-space tokens), ``n``
-    prompts and ``n_unscored`` of them to which the reward gave None: they are in no mean, and in the gain a prompt
-    counts only where both texts have a score.
+    turn, so that a model cannot please the reward by playing both sides. All is measured on the cut text, whose
+    finish is then ``length``, since no end token was written there; see ``_model_numbers`` for what is measured.
 
     Args:
         records: the held-out prompts; their own responses are not looked at.
         rho_texts: ρ's generations, one a record; None to evaluate one model alone.
         pi_texts: π's generations, likewise.
         rewards: names or functions as ``score_records`` takes them; the first is the main one.
-        perplexity: gives (total negative log-likelihood, total tokens) of texts given records.
+        perplexity: gives the ``Likelihood`` of texts given records.
         perplexity_model: its name, for the file.
         seed: of the bootstrap; also noted in the file.
-        cut_markers: where a new turn starts; none to leave every text whole.
+        cut_markers: where a new turn starts; without any, no text is cut.
         settings: noted in the file.
         batch_size: prompts a call of a reward.
         generations: the name of the generations' file, noted in the file.
@@ -63,32 +81,61 @@ def evaluate_texts(
         ValueError: no record, no texts, or not one text a record.
     """
     given = {"rho": rho_texts, "pi": pi_texts}
-    models = {name: list(texts) for name, texts in given.items() if texts is not None}
-    if not records or not models or any(len(texts) != len(records) for texts in models.values()):
+    texts = {name: list(of_model) for name, of_model in given.items() if of_model is not None}
+    if not records or not texts or any(len(of_model) != len(records) for of_model in texts.values()):
         raise ValueError("an evaluation needs records, and one text of each model a record")
+    models = {name: _generations(records, texts[name], rewards, cut_markers, batch_size) for name in texts}
     names = [reward_name(reward) for reward in rewards]
-    cut = {name: [_cut(r.query, text, cut_markers) for r, text in zip(records, models[name])] for name in models}
-    values = {name: _rewards(records, cut[name], rewards, batch_size) for name in models}
-    main = names[0]
-    result: dict[str, Any] = {}
-    for name, whole in models.items():
-        result[name] = {
-            **_moments(values[name][main], "reward_"),
-            "reward_mean_uncut": _uncut_mean(records, whole, cut[name], rewards[0], values[name][main], batch_size),
-            **_text_numbers(records, cut[name], perplexity),
-            "n": len(records),
-            "n_unscored": values[name][main].count(None),
-        }
+    by_reward = {reward: _of_reward(reward, models, seed) for reward in names}
+    result: dict[str, Any] = {
+        name: _model_numbers(records, model, rewards[0], perplexity, batch_size) for name, model in models.items()
+    }
     if len(models) == 2:
-        result["reward_gain"] = _gain(values["rho"][main], values["pi"][main], seed)
-    result["rewards"] = {reward: _of_reward(reward, values, seed) for reward in names}
+        result["reward_gain"] = by_reward[names[0]]["gain"]
     result |= {
+        "rewards": by_reward,
         "seed": seed,
         "perplexity_model": perplexity_model,
         "settings": settings or {},
         "generations": generations,
     }
-    return result, _rows(records, models, cut, values)
+    return result, _rows(records, models)
+
+
+def _generations(
+    records: Sequence[Record],
+    texts: list[Text],
+    rewards: Sequence[str | RewardFunction],
+    cut_markers: Sequence[str],
+    batch_size: int,
+) -> _Generations:
+    cut = [_cut(record.query, text, cut_markers) for record, text in zip(records, texts)]
+    return _Generations(texts, cut, _rewards(records, cut, rewards, batch_size))
+
+
+def _model_numbers(
+    records: Sequence[Record],
+    model: _Generations,
+    reward: str | RewardFunction,
+    perplexity: Perplexity,
+    batch_size: int,
+) -> dict[str, Any]:
+    """One model's block in ``evaluation.json``.
+
+    ``reward_mean`` and ``reward_std`` (of the main reward, over prompts, the standard deviation with n in the
+    denominator), ``reward_mean_uncut`` (of the texts as written), ``perplexity`` (None where no token was written) with
+    ``perplexity_queries_cut``, ``length_mean`` (tokens under the perplexity model, the end token of a text that ended
+    included), ``distinct_2`` (of white-space tokens), ``n`` prompts and ``n_unscored`` of them to which the reward gave
+    None: they are in no mean, and in the gain a prompt counts only where both texts have a score.
+    """
+    values = model.values[reward_name(reward)]
+    return {
+        **_moments(values, "reward_"),
+        "reward_mean_uncut": _uncut_mean(records, model, reward, batch_size),
+        **_text_numbers(records, model.cut, perplexity),
+        "n": len(records),
+        "n_unscored": values.count(None),
+    }
 
 
 def is_dialogue(query: Query, markers: Sequence[str] = TURN_MARKERS) -> bool:
@@ -116,17 +163,14 @@ def _rewards(
 
 
 def _uncut_mean(
-    records: Sequence[Record],
-    whole: Sequence[Text],
-    cut: Sequence[Text],
-    reward: str | RewardFunction,
-    values: Values,
-    batch_size: int,
+    records: Sequence[Record], model: _Generations, reward: str | RewardFunction, batch_size: int
 ) -> float | None:
-    changed = [index for index, (first, second) in enumerate(zip(whole, cut)) if first != second]
+    """The reward's mean over the texts as written; only those that were cut are scored again."""
+    values = list(model.values[reward_name(reward)])
+    changed = [index for index, (whole, cut) in enumerate(zip(model.whole, model.cut)) if whole != cut]
     if changed:
-        again = _rewards([records[i] for i in changed], [whole[i] for i in changed], [reward], batch_size)
-        values = list(values)
+        whole = [model.whole[index] for index in changed]
+        again = _rewards([records[index] for index in changed], whole, [reward], batch_size)
         for index, value in zip(changed, again[reward_name(reward)]):
             values[index] = value
     return _moments(values)["mean"]
@@ -143,10 +187,13 @@ def _moments(values: Values, prefix: str = "") -> dict[str, float | None]:
 def _text_numbers(records: Sequence[Record], texts: Sequence[Text], perplexity: Perplexity) -> dict[str, float | None]:
     # A text without a token, nothing written before the cut, has no likelihood; an empty one that ended has its end.
     some = [index for index, (text, finish) in enumerate(texts) if text or finish == "stop"]
-    nll, tokens = perplexity([records[i] for i in some], [texts[i] for i in some]) if some else (0.0, 0)
+    likelihood = Likelihood(0.0, 0)
+    if some:
+        likelihood = perplexity([records[i] for i in some], [texts[i] for i in some])
     return {
-        "perplexity": corpus_perplexity(nll, tokens) if tokens else None,
-        "length_mean": tokens / len(texts),
+        "perplexity": corpus_perplexity(likelihood.nll, likelihood.tokens) if likelihood.tokens else None,
+        "perplexity_queries_cut": likelihood.queries_cut,
+        "length_mean": likelihood.tokens / len(texts),
         "distinct_2": distinct_n([text.split() for text, _ in texts], 2),
     }
 
@@ -158,29 +205,24 @@ def _gain(rho: Values, pi: Values, seed: int) -> dict[str, float | None]:
     return {**paired_bootstrap(differences, seed), "n": len(differences)}
 
 
-def _of_reward(reward: str, values: dict[str, dict[str, Values]], seed: int) -> dict[str, Any]:
+def _of_reward(reward: str, models: dict[str, _Generations], seed: int) -> dict[str, Any]:
+    values = {name: model.values[reward] for name, model in models.items()}
     block: dict[str, Any] = {
-        name: {**_moments(of_model[reward]), "n_unscored": of_model[reward].count(None)}
-        for name, of_model in values.items()
+        name: {**_moments(of_model), "n_unscored": of_model.count(None)} for name, of_model in values.items()
     }
     if len(values) == 2:
-        block["gain"] = _gain(values["rho"][reward], values["pi"][reward], seed)
+        block["gain"] = _gain(values["rho"], values["pi"], seed)
     return block
 
 
-def _rows(
-    records: Sequence[Record],
-    models: dict[str, list[Text]],
-    cut: dict[str, list[Text]],
-    values: dict[str, dict[str, Values]],
-) -> list[dict[str, Any]]:
+def _rows(records: Sequence[Record], models: dict[str, _Generations]) -> list[dict[str, Any]]:
     rows = []
     for index, record in enumerate(records):
         row: dict[str, Any] = {"id": record.id, "query": record.query}
-        for name in models:
-            row[name], row[f"{name}_finish"] = cut[name][index]
-            row[f"{name}_rewards"] = {reward: scores[index] for reward, scores in values[name].items()}
-            if models[name][index] != cut[name][index]:
-                row[f"{name}_uncut"] = models[name][index][0]
+        for name, model in models.items():
+            row[name], row[f"{name}_finish"] = model.cut[index]
+            row[f"{name}_rewards"] = {reward: values[index] for reward, values in model.values.items()}
+            if model.whole[index] != model.cut[index]:
+                row[f"{name}_uncut"] = model.whole[index][0]
         rows.append(row)
     return rows

@@ -12,7 +12,7 @@ from rrhf.models.folders import check_folder, resolve_model
 from rrhf.models.gguf import gguf_as_folder
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -70,7 +70,12 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
 
 def context_length(model: PreTrainedModel) -> int | None:
     """The most positions the model was made for, where its configuration says so."""
-    config = model.config.get_text_config()
+    return configured_context(model.config)
+
+
+def configured_context(config: PretrainedConfig) -> int | None:
+    """The most positions a model of this configuration was made for, where it says so."""
+    config = config.get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,7 +61,7 @@ class RunConfig:
     model: ModelSettings
     text: TextSettings
     sample: SamplingSettings | None
-    sources: list[str]
+    sources: SourceSettings
     remote: RemoteSettings
     score: RewardSettings
     adapter: AdapterSettings
@@ -92,13 +93,13 @@ def read_config(name: str) -> dict[str, Any]:
     if not path.exists():
         raise UserError(f"{name}: no such configuration file; shipped ones: {', '.join(shipped())}")
     try:
-        found = yaml.safe_load(path.read_text(encoding="utf-8"))
+        config = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{name}: not valid YAML: {error}") from error
-    if not isinstance(found, dict):
+    if not isinstance(config, dict):
         raise UserError(f"{name}: a configuration is a mapping with the sections {', '.join(SECTIONS)}")
-    base = found.pop("extends", None)
-    return merge(read_config(base), found) if base else found
+    base = config.pop("extends", None)
+    return merge(read_config(base), config) if base else config
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -131,6 +132,53 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     return config
 
 
+@dataclass(frozen=True)
+class _Section:
+    """A part of the file and its stage's flags: ``fields`` of ``RunConfig`` → the settings class of each."""
+
+    name: str
+    fields: dict[str, type]
+
+    @cached_property
+    def flags(self) -> Flags:
+        return Flags(list(self.fields.values()), f"run, section {self.name}", "")
+
+    @cached_property
+    def keys(self) -> set[str]:
+        return {flag.removeprefix("--") for flag in self.flags.known()}
+
+    def unknown(self, given: Mapping[str, Any]) -> list[str]:
+        """A fault for each key that no flag has."""
+        faults = []
+        for key in given:
+            if key not in self.keys:
+                close = nearest(key, self.keys).partition("known:")[0].strip()
+                more = f"{': ' + close if close else ''} (see `rrhf {self.name} --help`)"
+                faults.append(f"{self.name}.{key}: unknown key{more}")
+        return faults
+
+    def parse(self, given: Mapping[str, Any]) -> dict[str, Any]:
+        """The settings of each field. Raises ``UserError`` or ``ValueError`` for a value that does not fit."""
+        known = {key: value for key, value in given.items() if key in self.keys}
+        return dict(zip(self.fields, self.flags.parse(as_arguments(known, self.name)), strict=True))
+
+
+def _sections() -> dict[str, _Section]:
+    from rrhf.training.alarms import WatchSettings
+    from rrhf.training.config import RRHFConfig
+
+    fields: dict[str, dict[str, type]] = {
+        "data": {"data": DataSettings},
+        "sample": {"sources": SourceSettings, "remote": RemoteSettings, "sample": SamplingSettings},
+        "score": {"score": RewardSettings},
+        "train": {"adapter": AdapterSettings, "train": RRHFConfig, "watch": WatchSettings},
+        "evaluate": {
+            "evaluate_rewards": RewardSettings, "evaluate_sampling": SamplingSettings, "evaluate": EvaluationSettings,
+        },
+    }  # fmt: skip
+    return {name: _Section(name, classes) for name, classes in fields.items()}
+
+
 def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
     """Check every section against its stage's flags.
 
@@ -140,63 +188,33 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
     Raises:
         UserError: all unknown keys and unfit values, each with its section, in one message.
     """
-    from rrhf.training.alarms import WatchSettings
-    from rrhf.training.config import RRHFConfig
-
-    classes: dict[str, list[type]] = {
-        "data": [DataSettings],
-        "sample": [SourceSettings, RemoteSettings, SamplingSettings],
-        "score": [RewardSettings],
-        "train": [AdapterSettings, RRHFConfig, WatchSettings],
-        "evaluate": [RewardSettings, SamplingSettings, EvaluationSettings],
-    }
-    shared_classes: list[type] = [ModelSettings, TextSettings]
-    flags = {name: Flags(kinds, f"run, section {name}", "") for name, kinds in classes.items()}
-    shared_flags = Flags(shared_classes, "run", "")
+    sections, shared_section = _sections(), _Section("configuration", {"model": ModelSettings, "text": TextSettings})
     shared = {key: value for key, value in config.items() if key not in SECTIONS}
-    known = {name: {flag.removeprefix("--") for flag in parser.known()} for name, parser in flags.items()}
-    known_shared = {flag.removeprefix("--") for flag in shared_flags.known()}
-    faults = []
-    for key in shared:
-        if key not in known_shared and not any(key in keys for keys in known.values()):
-            faults.append(f"{key}: unknown key: {nearest(key, known_shared | set(SECTIONS))}")
-    parsed: dict[str, tuple[Any, ...]] = {}
-    for name in SECTIONS:
-        section = config.get(name)
-        if name == "sample" and name in config and section is None:
+    parsed: dict[str, Any] = {"sample": None, "sources": SourceSettings(), "remote": RemoteSettings()}
+    faults = [
+        f"{key}: unknown key: {nearest(key, shared_section.keys | set(SECTIONS))}"
+        for key in shared
+        if not any(key in section.keys for section in (shared_section, *sections.values()))
+    ]
+    for name, section in sections.items():
+        if name == "sample" and name in config and config[name] is None:
             continue  # setting P: nothing is sampled
-        section = dict(section or {})
-        for key in list(section):
-            if key not in known[name]:
-                close = nearest(key, known[name]).partition("known:")[0].strip()
-                faults.append(f"{name}.{key}: unknown key{': ' + close if close else ''} (see `rrhf {name} --help`)")
-                section.pop(key)
-        section = {**{key: value for key, value in shared.items() if key in known[name]}, **section}
+        given = config.get(name) or {}
+        if not isinstance(given, Mapping):
+            faults.append(f"section {name}: must hold keys and values, not {given!r}")
+            continue
+        faults += section.unknown(given)
+        values = {**{key: value for key, value in shared.items() if key in section.keys}, **given}
         if name == "train":
-            section["output_dir"] = str(model_folder)
+            values["output_dir"] = str(model_folder)
         try:
-            parsed[name] = flags[name].parse(as_arguments(section, name))
+            parsed |= section.parse(values)
         except (UserError, ValueError) as error:
             faults.append(f"section {name}: {str(error).partition('; `rrhf')[0]}")
     try:
-        common = {key: value for key, value in shared.items() if key in known_shared}
-        model, text = shared_flags.parse(as_arguments(common, "configuration"))
+        parsed |= shared_section.parse(shared)
     except (UserError, ValueError) as error:
         faults.append(str(error).partition("; `rrhf")[0])
     if faults:
         raise UserError("the configuration has faults:\n  " + "\n  ".join(faults))
-    return RunConfig(
-        data=parsed["data"][0],
-        model=model,
-        text=text,
-        sample=parsed["sample"][2] if "sample" in parsed else None,
-        sources=parsed["sample"][0].source if "sample" in parsed else [],
-        remote=parsed["sample"][1] if "sample" in parsed else RemoteSettings(),
-        score=parsed["score"][0],
-        adapter=parsed["train"][0],
-        train=parsed["train"][1],
-        watch=parsed["train"][2],
-        evaluate_rewards=parsed["evaluate"][0],
-        evaluate_sampling=parsed["evaluate"][1],
-        evaluate=parsed["evaluate"][2],
-    )
+    return RunConfig(**parsed)

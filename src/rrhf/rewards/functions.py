@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import inspect
 import math
 import numbers
@@ -26,6 +27,15 @@ USAGE = "a function f(prompts, completions, **columns)"
 def load_reward(name: str) -> RewardFunction:
     """Import the reward function ``pkg.module:function``. Raises ``UserError`` where there is none."""
     return load_function(name, "reward", USAGE)
+
+
+def code_digest(function: RewardFunction) -> str:
+    """16 hexadecimal digits of a function's source text; ``""`` where it has none. What it calls is not looked at."""
+    code = function if inspect.isroutine(function) else type(function)
+    try:
+        return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()[:16]
+    except (OSError, TypeError):
+        return ""
 
 
 def function_scorer(function: RewardFunction, name: str) -> Scorer:
@@ -89,7 +99,7 @@ def _completion(record: Record, index: int) -> Any:
 
 
 def _wait(values: Any) -> Any:
-    """Return what an async function promises; also where an event loop runs already, as in a notebook."""
+    """Await the values of an async function; also where an event loop runs already, as in a notebook."""
     if not inspect.isawaitable(values):
         return values
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.records.record import Record
-from rrhf.rewards.functions import Item, RewardFunction, Scorer, function_scorer, load_reward
+from rrhf.rewards.functions import RewardFunction, Scorer, code_digest, function_scorer, load_reward
 from rrhf.rewards.provided import provided_scorer
 
-__all__ = ["REWARDS", "Scorer", "load_reward", "make_scorer", "reward_name", "score", "score_records"]
+__all__ = ["REWARDS", "Scorer", "load_reward", "make_scorer", "reward_digest", "reward_name", "score", "score_records"]
 
 REWARDS: dict[str, Callable[[str], Scorer]] = {"provided": provided_scorer}  # what stands before ":" → its scorer
 FORMS = ("pkg.module:function", "provided", "provided:NAME")
@@ -44,6 +45,13 @@ def make_scorer(reward: str | RewardFunction) -> Scorer:
     return function_scorer(load_reward(reward), reward)
 
 
+def reward_digest(reward: str | RewardFunction) -> str:
+    """The digest of a reward function's code; ``""`` for what records hold already."""
+    if isinstance(reward, str):
+        return "" if reward.partition(":")[0] in REWARDS else code_digest(load_reward(reward))
+    return code_digest(reward)
+
+
 def score_records(
     records: Iterable[Record],
     rewards: Sequence[str | RewardFunction],
@@ -52,13 +60,13 @@ def score_records(
     batch_size: int = 64,
     missing_only: bool = False,
 ) -> Iterator[Record]:
-    """Score the responses of each record, in a stream: the records come out changed and in order.
+    """Score the responses of each record, in a stream: new records come out, in order; those given stay as they are.
 
-    ``record.rewards[name]`` gets each reward's values, and ``record.scores`` their sum R = Σ_j w_j R_j, None where
-    one of them is None. Rewards that other runs left in ``record.rewards`` stay.
+    ``rewards[name]`` of a new record holds each reward's values, and ``scores`` their sum R = Σ_j w_j R_j, None where
+    one of them is None. Other rewards that ``rewards`` of the given record holds stay in it.
 
     Args:
-        records: records with responses; one without comes out as it is.
+        records: records with responses; one without has no scores afterwards.
         rewards: names (see ``REWARDS`` and ``load_reward``) or functions.
         weights: w_j, one a reward; 1 each by default.
         batch_size: records whose responses one call of a reward gets.
@@ -88,12 +96,12 @@ def _score(
     records: Iterable[Record], scorers: dict[str, Scorer], weights: list[float], batch_size: int, missing_only: bool
 ) -> Iterator[Record]:
     for batch in _batches(records, batch_size):
+        scored = batch
         for name, scorer in scorers.items():
-            _fill(batch, name, scorer, missing_only)
-        for record in batch:
+            scored = _with_reward(scored, name, scorer, missing_only)
+        for record in scored:
             columns = [record.rewards[name] for name in scorers] if record.responses else []
-            record.scores = [_weighted_sum(values, weights) for values in zip(*columns)]
-        yield from batch
+            yield replace(record, scores=[_weighted_sum(values, weights) for values in zip(*columns)])
 
 
 def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
@@ -107,14 +115,16 @@ def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
         yield batch
 
 
-def _fill(batch: list[Record], name: str, scorer: Scorer, missing_only: bool) -> None:
-    known = {id(record): _known(record, name, missing_only) for record in batch}
-    items: list[Item] = [(r, i) for r in batch for i, value in enumerate(known[id(r)]) if value is None]
-    for (record, index), value in zip(items, scorer(items), strict=True):
-        known[id(record)][index] = value
-    for record in batch:
-        if record.responses:
-            record.rewards[name] = known[id(record)]
+def _with_reward(batch: Sequence[Record], name: str, scorer: Scorer, missing_only: bool) -> list[Record]:
+    """The records of ``batch`` with the reward's values, from one call of the scorer."""
+    values = [_known(record, name, missing_only) for record in batch]
+    missing = [(row, index) for row, known in enumerate(values) for index, value in enumerate(known) if value is None]
+    for (row, index), value in zip(missing, scorer([(batch[row], index) for row, index in missing]), strict=True):
+        values[row][index] = value
+    return [
+        replace(record, rewards={**record.rewards, name: known}) if record.responses else record
+        for record, known in zip(batch, values)
+    ]
 
 
 def _known(record: Record, name: str, missing_only: bool) -> list[float | None]:
@@ -125,9 +135,6 @@ def _known(record: Record, name: str, missing_only: bool) -> list[float | None]:
 
 
 def _weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    total = 0.0
-    for value, weight in zip(values, weights, strict=True):
-        if value is None:
-            return None
-        total += weight * value
-    return total
+    """Σ_j w_j R_j, rounded once: the order of the rewards cannot make two equal sums differ in their last bit."""
+    terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
+    return math.fsum(terms) if len(terms) == len(values) else None

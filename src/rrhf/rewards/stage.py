@@ -26,8 +26,14 @@ class RewardSettings:
 
 
 def score_file(data: Path, output: Path, settings: RewardSettings, *, overwrite: bool = False) -> None:
-    """Score the responses of ``data`` and write the records with ``rewards`` and ``scores`` to ``output``."""
-    from rrhf.rewards.scoring import score_records
+    """Score the responses of ``data`` and write the records with ``rewards`` and ``scores`` to ``output``.
+
+    A stopped call goes on where it was, with the same rewards and the same code of theirs.
+
+    Raises:
+        UserError: a reward is unknown or fails, ``output`` exists, or unfinished work of other rewards stands there.
+    """
+    from rrhf.rewards.scoring import reward_digest, score_records
 
     weights = settings.reward_weights or None
     score_records([], settings.reward, weights=weights)  # an unknown reward is refused before any work
@@ -41,7 +47,7 @@ def score_file(data: Path, output: Path, settings: RewardSettings, *, overwrite:
         lambda: read_records(data, require="responses"),
         output,
         {"score": work},
-        asdict(settings),
+        {**asdict(settings), **{f"code of {reward}": reward_digest(reward) for reward in settings.reward}},
         part_size=SCORING_PART,
         overwrite=overwrite,
         total=count_records(data),

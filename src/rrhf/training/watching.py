@@ -26,8 +26,9 @@ from transformers import TrainerCallback
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
-from rrhf.evaluation.policies import draw_texts, nll_under
-from rrhf.evaluation.texts import Perplexity, Text, evaluate_texts
+from rrhf.evaluation.evaluate import draw_texts
+from rrhf.evaluation.perplexity import nll_under
+from rrhf.evaluation.texts import Likelihood, Perplexity, Text, evaluate_texts
 from rrhf.models.adapters import load_policy_or_adapter
 from rrhf.models.load import ModelSettings
 from rrhf.records.files import read_records
@@ -138,7 +139,7 @@ class Watch(TrainerCallback):
             return None
         under = nll_under(model, tokenizer, self.trainer.args.text, show=False)
 
-        def perplexity(records: Sequence[Record], texts: Sequence[Text]) -> tuple[float, int]:
+        def perplexity(records: Sequence[Record], texts: Sequence[Text]) -> Likelihood:
             with model.disable_adapter():
                 return under(records, texts)
 
@@ -249,8 +250,8 @@ class Watch(TrainerCallback):
         return measurement, {name: mean for name, mean in means.items() if mean is not None}, rows
 
 
-def _no_perplexity(records: Sequence[Record], texts: Sequence[Text]) -> tuple[float, int]:
-    return 0.0, 0  # no tokens: evaluate_texts then gives none
+def _no_perplexity(records: Sequence[Record], texts: Sequence[Text]) -> Likelihood:
+    return Likelihood(0.0, 0)  # no tokens: evaluate_texts then gives none
 
 
 def watch_training(trainer: RRHFTrainer, settings: WatchSettings, model: ModelSettings) -> Watch | None:

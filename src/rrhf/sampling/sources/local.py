@@ -12,6 +12,7 @@ from rrhf.common.errors import UserError
 from rrhf.models.adapters import is_adapter
 from rrhf.models.folders import check_folder, resolve_model
 from rrhf.models.gguf import gguf_as_folder
+from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextFormat, TextSettings
 from rrhf.records.record import Query, Record
@@ -37,7 +38,8 @@ class LocalModel:
         self.model, self.sampling, self.text, self.tag, self.policies = model, sampling, text, tag, policies
         self.sampler: Sampler | None = None
         self.format: TextFormat | None = None
-        self.settings = {"model": model.model, "dtype": model.dtype, **asdict(sampling), **asdict(text), "tag": tag}
+        made_of = {"model": model.model, "weights": model_digest(model.model), "dtype": model.dtype}
+        self.settings = {**made_of, **asdict(sampling), **asdict(text), "tag": tag}
 
     def check(self) -> None:
         """Everything that can be known without the weights and the data."""

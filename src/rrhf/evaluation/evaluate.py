@@ -1,4 +1,4 @@
-"""Evaluate policies: draw one response a prompt from each, then judge the texts."""
+"""Evaluate policies that are in memory: draw one response a prompt from each, then judge the texts."""
 
 from __future__ import annotations
 
@@ -6,8 +6,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-from rrhf.evaluation.texts import Perplexity, Text, evaluate_texts
-from rrhf.models.tokenization import TextFormat, TextSettings
+from rrhf.evaluation.perplexity import nll_under
+from rrhf.evaluation.texts import Text, evaluate_texts
+from rrhf.models.tokenization import TextSettings
 from rrhf.records.record import Record
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
@@ -16,41 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from rrhf.rewards.functions import RewardFunction
-
-SCORING_TOKENS = 4096  # tokens of one forward pass that scores texts
-
-
-def nll_under(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextSettings | None = None, show: bool = True
-) -> Perplexity:
-    """A function (records, texts) → (total negative log-likelihood, total tokens) of the texts given the queries.
-
-    ``show`` its progress; without, it is silent.
-    """
-    import torch
-
-    from rrhf.common.progress import progress
-    from rrhf.models.batching import plan_forwards
-    from rrhf.models.shared_prefix import response_logprobs, usable_path
-
-    format = TextFormat(tokenizer, text)
-    path = usable_path(model)
-
-    @torch.inference_mode()
-    def measure(records: Sequence[Record], texts: Sequence[Text]) -> tuple[float, int]:
-        pairs = [
-            format.encode_record(replace(record, responses=[t], finish=[f], sources=["evaluated/0"], scores=[]))
-            for record, (t, f) in zip(records, texts, strict=True)
-        ]
-        nll, tokens = 0.0, 0
-        forwards = plan_forwards(pairs, SCORING_TOKENS, path)
-        for forward in progress(forwards, "perplexity", unit="batches") if show else forwards:
-            found = response_logprobs(model, forward.records, path)
-            nll -= float(found.sums.double().sum())
-            tokens += int(found.lengths.sum())
-        return nll, tokens
-
-    return measure
 
 
 def draw_texts(sampler: Sampler, records: Sequence[Record]) -> list[Text]:

@@ -1,0 +1,94 @@
+"""The responses that are evaluated, in a file that is taken up again only where it was made of the same."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from rrhf.common.files import read_object, write_text
+from rrhf.common.settings import differences
+from rrhf.evaluation.texts import Text
+from rrhf.models.cache import PolicyCache
+from rrhf.models.identity import model_digest
+from rrhf.models.load import ModelSettings
+from rrhf.models.tokenization import TextSettings
+from rrhf.records.files import read_records
+from rrhf.records.parts import checksum_of_file, checksum_of_records
+from rrhf.records.record import Record
+from rrhf.sampling.settings import SamplingSettings
+
+log = logging.getLogger("rrhf")
+
+
+def draw_to_file(
+    place: Path,
+    prompts: Sequence[Record],
+    model: ModelSettings,
+    sampling: SamplingSettings,
+    text: TextSettings,
+    name: str,
+    *,
+    policies: PolicyCache,
+    overwrite: bool = False,
+) -> list[Text]:
+    """Draw one response a prompt into ``place``, or read them there, and return them with their finish.
+
+    Beside ``place`` stands ``….made-of.json``: the file's checksum and all that it depends on (model with the digest
+    of its weights, settings, prompts). Where any of it differs, the responses are drawn anew and a message says why.
+
+    Args:
+        place: the record file of the responses.
+        prompts: records without responses.
+        name: what messages call the model.
+        overwrite: draw anew in any case.
+
+    Raises:
+        UserError: the model cannot be loaded or take the prompts, or unfinished work of other settings stands there.
+    """
+    from rrhf.sampling.stage import sample_file
+
+    made_of = {
+        "model": model.model,
+        "weights": model_digest(model.model),
+        "dtype": model.dtype,
+        "attn_implementation": model.attn_implementation,
+        **asdict(sampling),
+        **asdict(text),
+        "prompts": checksum_of_records(prompts),
+    }
+    note = place.with_name(f"{place.stem}.made-of.json")
+    stale = overwrite
+    if place.exists() and not overwrite:
+        reasons = _reasons(place, note, made_of)
+        stale = bool(reasons)
+        if stale:
+            log.warning(f"{place}: the responses of {name} are drawn anew: {'; '.join(reasons)}")
+    if stale or not place.exists():
+        sample_file(
+            prompts,
+            place,
+            model,
+            sampling,
+            text,
+            policies=policies,
+            description=f"responses of {name}",
+            merge=False,
+            overwrite=stale,
+        )
+        write_text(note, json.dumps({"made_of": made_of, "sha256": checksum_of_file(place)}, indent=1) + "\n")
+    return [(record.responses[0], record.finish[0]) for record in read_records(place)]
+
+
+def _reasons(place: Path, note: Path, made_of: dict[str, Any]) -> list[str]:
+    """Why the responses in ``place`` are not those of ``made_of``; none where they are."""
+    noted = read_object(note)
+    if not noted:
+        return [f"no {note.name} says what they were made of"]
+    reasons = list(differences(noted.get("made_of", {}), made_of).values())
+    if noted.get("sha256") != checksum_of_file(place):
+        reasons.append("the file was changed since")
+    return reasons

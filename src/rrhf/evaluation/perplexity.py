@@ -1,0 +1,132 @@
+"""The likelihood of texts under one fixed model, the judge, whose context they must fit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rrhf.common.errors import UserError
+from rrhf.evaluation.texts import Likelihood, Perplexity, Text
+from rrhf.models.adapters import is_adapter
+from rrhf.models.folders import check_folder, resolve_model
+from rrhf.models.gguf import gguf_as_folder
+from rrhf.models.load import configured_context, context_length
+from rrhf.models.tokenization import EncodedRecord, TextFormat, TextSettings
+from rrhf.records.record import Record
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+SCORING_TOKENS = 4096  # tokens of one forward pass that scores texts
+
+
+def nll_under(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextSettings | None = None, show: bool = True
+) -> Perplexity:
+    """The function (records, texts) → ``Likelihood`` of the texts given the records' queries, under ``model``.
+
+    A query that does not fit the model's context together with its text is cut from the left. All lengths are
+    checked before the first forward pass. ``show`` shows a progress bar.
+
+    Raises (the function):
+        UserError: a text alone does not fit the model's context.
+    """
+    import torch
+
+    from rrhf.common.progress import progress
+    from rrhf.models.batching import plan_forwards
+    from rrhf.models.shared_prefix import response_logprobs, usable_path
+
+    format = TextFormat(tokenizer, text)
+    path = usable_path(model)
+    context = context_length(model)
+
+    @torch.inference_mode()
+    def measure(records: Sequence[Record], texts: Sequence[Text]) -> Likelihood:
+        encoded = [
+            format.encode_record(replace(record, responses=[t], finish=[f], sources=["evaluated/0"], scores=[]))
+            for record, (t, f) in zip(records, texts, strict=True)
+        ]
+        fitting, queries_cut = fit_context(encoded, context, tokenizer.bos_token_id)
+        nll, tokens = 0.0, 0
+        forwards = plan_forwards(fitting, SCORING_TOKENS, path)
+        for forward in progress(forwards, "perplexity", unit="batches") if show else forwards:
+            logprobs = response_logprobs(model, forward.records, path)
+            nll -= float(logprobs.sums.double().sum())
+            tokens += int(logprobs.lengths.sum())
+        return Likelihood(nll, tokens, queries_cut)
+
+    return measure
+
+
+def fit_context(
+    encoded: Sequence[EncodedRecord], context: int | None, bos: int | None = None
+) -> tuple[list[EncodedRecord], int]:
+    """Cut queries from the left until each fits ``context`` tokens with its longest response.
+
+    Args:
+        encoded: token ids of the records.
+        context: the most tokens of a row; None where there is no limit.
+        bos: the token that begins a text; a query that has it in front keeps it there.
+
+    Returns:
+        The records, and how many queries were cut.
+
+    Raises:
+        UserError: a response leaves no room for a token of its query.
+    """
+    if context is None:
+        return list(encoded), 0
+    fitting: list[EncodedRecord] = []
+    queries_cut = 0
+    for record in encoded:
+        longest = max(map(len, record.responses), default=0)
+        room = context - longest
+        if room < 1:
+            raise UserError(
+                f"record {record.id!r}: a response of {longest} tokens does not fit the perplexity model's context of "
+                f"{context} with a token of its query: lower --max_new_tokens, or name a --perplexity_model with a "
+                "longer context"
+            )
+        if len(record.query) > room:
+            queries_cut += 1
+            record = replace(record, query=_cut_left(record.query, room, bos))
+        fitting.append(record)
+    return fitting, queries_cut
+
+
+def _cut_left(query: Sequence[int], room: int, bos: int | None) -> list[int]:
+    """The last ``room`` tokens of ``query``, of which its BOS, if it has one, is the first."""
+    if room > 1 and query[0] == bos:
+        return [query[0], *query[1 - room :]]
+    return list(query[-room:])
+
+
+def refuse_short_context(judge: str, max_new_tokens: int) -> None:
+    """Refuse, before any work, a perplexity model whose context a response of ``max_new_tokens`` fills.
+
+    The model's configuration is read, not its weights. Its tokenizer may cut a text in more tokens than the policy's
+    does, so that ``fit_context`` looks again.
+
+    Raises:
+        UserError: the context is too short, or no configuration can be read.
+    """
+    from transformers import AutoConfig
+
+    name = resolve_model(judge)
+    if is_adapter(name):
+        return  # its base model is looked at when it is loaded
+    if name.endswith(".gguf"):
+        name = str(gguf_as_folder(Path(name)))
+    check_folder(name)
+    try:
+        context = configured_context(AutoConfig.from_pretrained(name))
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"perplexity model {judge}: cannot be loaded: {error}") from error
+    if context is not None and max_new_tokens >= context:
+        raise UserError(
+            f"responses of --max_new_tokens {max_new_tokens} do not fit the context of {context} tokens of the "
+            f"perplexity model {judge}: lower --max_new_tokens, or name another --perplexity_model"
+        )

@@ -1,0 +1,68 @@
+"""The data stage: where a run's queries come from, and which of them are held out."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+from rrhf.common.errors import UserError
+from rrhf.common.imports import load_function
+from rrhf.common.presentation import describe_counts
+from rrhf.recipes.config import DataSettings
+from rrhf.records.files import write_records
+from rrhf.records.formats import load_dataset_records
+from rrhf.records.parts import checksum_of_file
+from rrhf.records.record import Record, record_from_row
+
+log = logging.getLogger("rrhf")
+
+SOURCE_USAGE = "a function f(limit, seed) that returns records"
+
+
+def data_digests(settings: DataSettings) -> dict[str, str]:
+    """The checksums of the data files on this machine that a run's queries come from."""
+    paths = [Path(name) for name in (settings.source, settings.held_out) if name is not None]
+    return {str(path): checksum_of_file(path) for path in paths if path.is_file()}
+
+
+def _read(source: str, settings: DataSettings, limit: int | None, counts: Counter[str]) -> Iterator[Record]:
+    if ":" in source and not Path(source).exists() and "/" not in source:
+        rows: Iterable[Any] = load_function(source, "data source", SOURCE_USAGE)(limit=limit, seed=settings.seed)
+        return (row if isinstance(row, Record) else record_from_row(row, source) for row in rows)
+    return load_dataset_records(source, settings.format, settings.split, limit, counts)
+
+
+def write_queries(settings: DataSettings, queries: Path, held_out_file: Path) -> None:
+    """Write the records to train on to ``queries`` and then the held-out ones; no query stands in both.
+
+    Raises:
+        UserError: the data cannot be read, or no record is left for one of the two.
+    """
+    counts: Counter[str] = Counter()
+    wanted = settings.limit
+    if settings.held_out is not None:
+        held_out = list(_read(settings.held_out, settings, settings.held_out_limit, counts))
+        records = _read(settings.source, settings, wanted, counts)
+    else:
+        both = _read(settings.source, settings, None if wanted is None else wanted + settings.held_out_limit, counts)
+        held_out = list(islice(both, settings.held_out_limit))
+        records = both
+    first = next(records, None)
+    if first is None or not held_out:
+        raise UserError(
+            f"data: {settings.source} has too few records: {len(held_out)} are held out and "
+            f"{'none is' if first is None else 'some are'} left to train on; lower data.held_out_limit"
+        )
+    held_out_queries = {json.dumps(record.query) for record in held_out}
+    training = (record for record in chain([first], records) if json.dumps(record.query) not in held_out_queries)
+    if not settings.provided:
+        training = (record.without_responses() for record in training)
+    count = write_records(queries, training, overwrite=True)
+    write_records(held_out_file, held_out, overwrite=True)
+    dropped = describe_counts(counts)
+    log.info(f"data: {count} queries to train on, {len(held_out)} held out{'; ' + dropped if dropped else ''}")

@@ -1,0 +1,99 @@
+"""The folder of a run: its files, its configuration, what each stage's result was made of, and how long it took."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rrhf.common.errors import UserError
+from rrhf.common.files import read_object, write_text
+from rrhf.common.settings import differences, refuse_other_settings
+
+FREE = ("train.watch_", "train.alarm")  # what these set changes no result: a run may go on with others
+
+
+class RunFolder:
+    """The files of a run; they mirror the data flow."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.config = folder / "config.yaml"
+        self.queries = folder / "queries.jsonl"
+        self.held_out = folder / "held_out.jsonl"
+        self.responses = folder / "responses.jsonl"
+        self.scored = folder / "scored.jsonl"
+        self.model = folder / "model"
+        self.evaluation = folder / "evaluation.json"
+        self.report = folder / "report.html"
+        self.timings = folder / "timings.json"
+        self.made_of = folder / "made-of.json"
+        self.log = folder / "log.txt"
+
+    def remember_config(self, config: dict[str, Any]) -> None:
+        """Write the configuration into the folder; refuse to go on with a run that had another.
+
+        Raises:
+            UserError: the folder holds a run of another configuration; the message says where they differ.
+        """
+        import yaml
+
+        if self.config.exists():
+            before, now = _flat(yaml.safe_load(self.config.read_text(encoding="utf-8"))), _flat(config)
+            refuse_other_settings(
+                _bound(before),
+                _bound(now),
+                f"{self.folder} holds a run of another configuration",
+                f"go on with `rrhf run {self.config} --output {self.folder}`, or choose another --output",
+            )
+            if before == now:
+                return
+        elif any(path.exists() for path in (self.queries, self.scored, self.model)):
+            raise UserError(f"{self.folder} has a run's files but no config.yaml: choose another --output")
+        write_text(self.config, yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
+
+    def remember_inputs(self, stage: str, result: Path, inputs: Mapping[str, str], kept: bool) -> None:
+        """Note what a stage's result is made of: names of its inputs → their digests, empty where they are not known.
+
+        Where the result, or a part of it, is ``kept`` from before, refuse to go on if it was made of something else.
+
+        Raises:
+            UserError: an input has changed since the stage began; the message names it.
+        """
+        noted = read_object(self.made_of)
+        before = noted.get(stage)
+        changed = [name for name in differences(before or {}, inputs) if inputs.get(name) != ""]
+        if kept and before is not None and changed:
+            raise UserError(
+                f"{result} was made before {' and '.join(changed)} changed: put back what it was made of, remove "
+                f"{result} to make it anew, or choose another --output"
+            )
+        if changed or before is None:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.made_of, json.dumps({**noted, stage: inputs}, indent=1) + "\n")
+
+    @contextmanager
+    def timed(self, stage: str) -> Iterator[None]:
+        """Add the seconds of what is inside to the stage's in timings.json, also where it is stopped."""
+        begin = time.monotonic()
+        try:
+            yield
+        finally:
+            timings = read_object(self.timings)
+            timings[stage] = round(timings.get(stage, 0.0) + time.monotonic() - begin, 2)
+            write_text(self.timings, json.dumps(timings, indent=1) + "\n")
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """``{"a": {"b": 1}}`` as ``{"a.b": 1}``."""
+    if not isinstance(value, dict):
+        return {prefix: value}
+    return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
+
+
+def _bound(flat: Mapping[str, Any]) -> dict[str, Any]:
+    """Without the settings that change no result."""
+    return {key: value for key, value in flat.items() if not key.startswith(FREE)}
