@@ -16,8 +16,8 @@ from rrhf.models.cache import PolicyCache
 from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
+from rrhf.records.checksums import checksum_of_file, checksum_of_records
 from rrhf.records.files import read_records
-from rrhf.records.parts import checksum_of_file, checksum_of_records
 from rrhf.records.record import Record
 from rrhf.sampling.settings import SamplingSettings
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from rrhf.common.errors import UserError
 from rrhf.models.adapters import CONFIG, is_adapter
 from rrhf.models.folders import resolve_model
-from rrhf.records.parts import checksum_of_file
+from rrhf.records.checksums import checksum_of_file
 
 # Of a model folder: weights, configurations and tokenizer. A card or a trainer's state changes no answer.
 PARTS = (

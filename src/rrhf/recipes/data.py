@@ -14,9 +14,9 @@ from rrhf.common.errors import UserError
 from rrhf.common.imports import load_function
 from rrhf.common.presentation import describe_counts
 from rrhf.recipes.config import DataSettings
+from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import write_records
 from rrhf.records.formats import load_dataset_records
-from rrhf.records.parts import checksum_of_file
 from rrhf.records.record import Record, record_from_row
 
 log = logging.getLogger("rrhf")

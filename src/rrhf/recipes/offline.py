@@ -18,8 +18,8 @@ from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import RunConfig
 from rrhf.recipes.data import data_digests, write_queries
 from rrhf.recipes.run_folder import RunFolder
+from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records, write_records
-from rrhf.records.parts import checksum_of_file
 from rrhf.report.card import write_card
 from rrhf.rewards.stage import score_file
 from rrhf.sampling.sources.parsing import parse_source
