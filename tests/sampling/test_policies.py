@@ -288,7 +288,7 @@ def test_policies_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     logits[:50] = 0.01
     drawn = {}
     for policy in ("top-k", "top-p"):
-        from rrhf.sampling.policies import POLICIES
+        from rrhf.sampling.settings import POLICIES
 
         settings = SamplingSettings(policy=policy, num_responses=2000, max_new_tokens=1)
         state = POLICIES[policy](settings, ["a"], [set()], None, torch.device("cpu"))

@@ -8,6 +8,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.flags import Flags, as_arguments
 from rrhf.evaluation.stage import EvaluationSettings
@@ -16,7 +17,6 @@ from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
-from rrhf.sampling.sources.remote import RemoteSettings
 
 if TYPE_CHECKING:
     from rrhf.training.alarms import WatchSettings
@@ -61,7 +61,7 @@ class RunConfig:
     text: TextSettings
     sample: SamplingSettings | None
     sources: list[str]
-    remote: RemoteSettings
+    remote: EndpointLimits
     score: RewardSettings
     adapter: AdapterSettings
     train: RRHFConfig
@@ -145,7 +145,7 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
 
     classes: dict[str, list[type]] = {
         "data": [DataSettings],
-        "sample": [SourceSettings, RemoteSettings, SamplingSettings],
+        "sample": [SourceSettings, EndpointLimits, SamplingSettings],
         "score": [RewardSettings],
         "train": [AdapterSettings, RRHFConfig, WatchSettings],
         "evaluate": [RewardSettings, SamplingSettings, EvaluationSettings],
@@ -191,7 +191,7 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
         text=text,
         sample=parsed["sample"][2] if "sample" in parsed else None,
         sources=parsed["sample"][0].source if "sample" in parsed else [],
-        remote=parsed["sample"][1] if "sample" in parsed else RemoteSettings(),
+        remote=parsed["sample"][1] if "sample" in parsed else EndpointLimits(),
         score=parsed["score"][0],
         adapter=parsed["train"][0],
         train=parsed["train"][1],
