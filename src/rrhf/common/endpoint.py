@@ -73,21 +73,21 @@ class BudgetReached(UserError):  # noqa: N818 - it is a limit reached, not an er
 
 
 class _Failed(Exception):  # noqa: N818
-    """A try that brought nothing: what was ``seen``, whether to try ``again``, and how long the server said to wait.
+    """A try without an answer: the ``reason``, whether to try ``again``, and how long the server asks to wait.
 
     ``billed``: the server may have worked for it, so its cost stays counted.
     """
 
     def __init__(
         self,
-        seen: str,
+        reason: str,
         again: bool = True,
         status: int | None = None,
         after: float | None = None,
         billed: bool = True,
     ) -> None:
-        super().__init__(seen)
-        self.seen, self.again, self.status, self.after, self.billed = seen, again, status, after, billed
+        super().__init__(reason)
+        self.reason, self.again, self.status, self.after, self.billed = reason, again, status, after, billed
 
 
 class _OutOfBudget(Exception):  # noqa: N818
@@ -205,7 +205,7 @@ class EndpointClient:
                 names = await self._models(run)
         if names and self.model not in names:
             return UserError(
-                f"{self.settings.url}: {failed.seen}: model {self.model}: {nearest(str(self.model), names)}"
+                f"{self.settings.url}: {failed.reason}: model {self.model}: {nearest(str(self.model), names)}"
             )
         return self._error(failed, self.settings.url)
 
@@ -308,7 +308,7 @@ class EndpointClient:
         """The choices of a request, or the list of models where ``body`` is None.
 
         Raises:
-            _Failed: for good; where tries were repeated, what was seen last, with their number.
+            _Failed: for good; where tries were repeated, the last one's reason, with their number.
         """
         held = run.held_until - asyncio.get_running_loop().time()
         if held > 0:
@@ -322,12 +322,12 @@ class EndpointClient:
             except _Failed as failed:
                 if not failed.again or tries > run.retries:
                     if tries > 1:
-                        failed.seen += f" ({tries} tries)"
+                        failed.reason += f" ({tries} tries)"
                     raise
                 if run.stopping:
                     raise asyncio.CancelledError from None
                 delay = failed.after or _delay(tries, key)
-                log.info("%s, %s: %s: again in %.1f seconds", self.settings.url, key, failed.seen, delay)
+                log.info("%s, %s: %s: again in %.1f seconds", self.settings.url, key, failed.reason, delay)
                 if failed.after:
                     run.held_until = max(run.held_until, asyncio.get_running_loop().time() + delay)
             self.retries += 1
@@ -402,10 +402,10 @@ class EndpointClient:
         # The account is empty: waiting does not fill it.
         empty = isinstance(body, dict) and body.get("code") == "insufficient_quota"
         again = (status in (408, 409, 425, 429) or status >= 500) and not empty
-        seen = f"HTTP {status}: {self._quote(_words(body) or error.response.reason_phrase)}"
+        reason = f"HTTP {status}: {self._quote(_error_message(body) or error.response.reason_phrase)}"
         if again and after is not None and after > LONGEST_RETRY_AFTER:
-            again, seen = False, f"{seen}: the server asks to come back in {after:.0f} seconds"
-        return _Failed(seen, again, status, after, billed=False)
+            again, reason = False, f"{reason}: the server asks to come back in {after:.0f} seconds"
+        return _Failed(reason, again, status, after, billed=False)
 
     def _choices(self, answer: Any, body: dict[str, Any], probe: bool) -> list[Choice]:
         entries = answer.get("choices") if isinstance(answer, dict) else None
@@ -471,7 +471,7 @@ class EndpointClient:
             None: "check that it is the API's root, often ending in /v1, that the server is up, and the time-out",
         }
         cure = cures.get(failed.status, "try again later" if failed.status and failed.status >= 500 else "")
-        return UserError(f"{where}: {failed.seen}" + (f": {cure}" if cure else ""))
+        return UserError(f"{where}: {failed.reason}" + (f": {cure}" if cure else ""))
 
 
 def _delay(tries: int, key: str) -> float:
@@ -496,11 +496,11 @@ def _retry_after(headers: Any) -> float | None:
     return max(0.0, seconds) if seconds == seconds else None
 
 
-def _words(body: Any) -> str:
+def _error_message(body: Any) -> str:
     """What an error's body says: ``message`` or ``detail`` where it has one of them, else all of it."""
     if isinstance(body, dict):
-        said = body.get("message") or body.get("detail") or body.get("error")
-        return said if isinstance(said, str) else json.dumps(said or body, ensure_ascii=False)
+        message = body.get("message") or body.get("detail") or body.get("error")
+        return message if isinstance(message, str) else json.dumps(message or body, ensure_ascii=False)
     return str(body or "")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.imports import load_function
 
 
 @dataclass(frozen=True)
@@ -21,6 +23,7 @@ class SamplingPolicy:
         beams: it follows ``num_beams`` beams; others decode a row a response.
         grouped: its beams are in ``num_beam_groups`` groups.
         default_top_k: the likeliest tokens it draws from where ``top_k`` is not given; ``None`` is all.
+        outside: the implementation is a function of the user's, ``pkg.module:function``, called in the same way.
     """
 
     implementation: str
@@ -30,10 +33,22 @@ class SamplingPolicy:
     beams: bool = False
     grouped: bool = False
     default_top_k: int | None = None
+    outside: bool = False
+
+    def load(self) -> Callable[..., Any]:
+        """What makes the policy.
+
+        Raises:
+            UserError: it is a function of the user's, and cannot be imported.
+        """
+        if self.outside:
+            usage = "make_policy(settings, keys, end_tokens, stops, device)"
+            return load_function(self.implementation, "sampling policy", usage)
+        module, _, name = self.implementation.partition(":")
+        return getattr(importlib.import_module(module), name)
 
     def __call__(self, *arguments: Any) -> Any:
-        module, _, name = self.implementation.partition(":")
-        return getattr(importlib.import_module(module), name)(*arguments)
+        return self.load()(*arguments)
 
 
 # A new policy is a class and a line here: help texts, checks, documents and the sampler read this dict.
@@ -54,13 +69,29 @@ POLICIES = {
 }
 
 
+def policy_named(name: str) -> SamplingPolicy:
+    """A policy of the dict, or ``pkg.module:function``, which is imported when it is used.
+
+    Raises:
+        UserError: neither.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    if ":" in name:
+        return SamplingPolicy(name, "a function of the user's", outside=True)
+    raise UserError(f"{nearest(name, POLICIES)}, or pkg.module:function")
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How responses are drawn. The paper's (Table 1): top-p 1.0 at 0.8; 4 beams; 4 beams in 4 groups, penalty 1.0."""
 
     policy: str = field(
         default="top-p",
-        metadata={"help": "; ".join(f"{name}: {policy.description}" for name, policy in POLICIES.items())},
+        metadata={
+            "help": "; ".join(f"{name}: {policy.description}" for name, policy in POLICIES.items())
+            + "; or pkg.module:function, which makes one (rrhf.sampling.decoding.Policy)"
+        },
     )
     num_responses: int | None = field(
         default=None, metadata={"help": "responses a query; default: 4 samples, all beams, or 1 with greedy"}
@@ -94,8 +125,10 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.policy not in POLICIES:
-            faults.append(f"--policy {self.policy}: {nearest(self.policy, POLICIES)}")
+        try:
+            policy_named(self.policy)
+        except UserError as error:
+            faults.append(f"--policy {self.policy}: {error}")
         for name in ("max_new_tokens", "num_beams", "batch_size", "num_responses", "top_k", "num_beam_groups"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -115,7 +148,7 @@ class SamplingSettings:
 
     def _combination_faults(self) -> list[str]:
         faults = []
-        grouped, most = POLICIES[self.policy].grouped, POLICIES[self.policy].most_responses
+        grouped, most = self.how.grouped, self.how.most_responses
         if grouped and self.num_beams % self.groups:
             faults.append(f"--num_beams {self.num_beams} is not divisible by --num_beam_groups {self.groups}")
         if not grouped and self.num_beam_groups not in (None, 1):
@@ -129,20 +162,25 @@ class SamplingSettings:
         return faults
 
     @property
+    def how(self) -> SamplingPolicy:
+        """What is known of the policy."""
+        return policy_named(self.policy)
+
+    @property
     def is_beam(self) -> bool:
-        return POLICIES[self.policy].beams
+        return self.how.beams
 
     @property
     def groups(self) -> int:
         """Beam groups; plain beam search is one group."""
-        return (self.num_beam_groups or self.num_beams) if POLICIES[self.policy].grouped else 1
+        return (self.num_beam_groups or self.num_beams) if self.how.grouped else 1
 
     @property
     def responses(self) -> int:
         """Responses a query."""
         if self.num_responses is not None:
             return self.num_responses
-        return self.num_beams if self.is_beam else POLICIES[self.policy].default_responses
+        return self.num_beams if self.is_beam else self.how.default_responses
 
     @property
     def width(self) -> int:
@@ -152,4 +190,4 @@ class SamplingSettings:
     @property
     def tokens_kept(self) -> int | None:
         """From how many of the likeliest tokens is drawn, before ``top_p`` cuts; ``None`` is all."""
-        return self.top_k or POLICIES[self.policy].default_top_k
+        return self.top_k or self.how.default_top_k

@@ -59,7 +59,7 @@ def sample_file(
         remote: the limits of endpoints among the sources.
         policies: where local models are kept, to be used by the next stage too.
         description: shown with the progress.
-        merge: merge equal responses of a query, drop empty ones, and queries without any; all are counted and said.
+        merge: merge equal responses of a query, drop empty ones, and queries without any; all are counted and reported.
 
     Raises:
         UserError: a source is not usable, or not with these queries (all is checked before any long work), or

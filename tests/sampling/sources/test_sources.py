@@ -63,6 +63,9 @@ def test_parsing(tmp_path: Path) -> None:
     assert parse_source("http://localhost:8000/v1@chat:2").kind == "endpoint"
     assert parse_source("vllm:org/model@top-p:1") == SourceSpec("vllm", "org/model", "top-p", 1, "model@top-p")
     assert parse_source("package:p/m.gguf@greedy:1").tag == "m@greedy"
+    assert parse_source("org/model@mine.policies:make:3") == SourceSpec(
+        "local", "org/model", "mine.policies:make", 3, "model@mine.policies:make"
+    )
     assert parse_source(str(tmp_path / "human.jsonl")) == SourceSpec(
         "file", str(tmp_path / "human.jsonl"), "file", 0, "human"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from rrhf.common.endpoint_settings import EndpointSettings, share_of_process
 from rrhf.common.errors import UserError
-from rrhf.sampling.settings import POLICIES, SamplingSettings
+from rrhf.sampling.settings import SamplingSettings, policy_named
 from rrhf.sampling.sources.file import ResponseFile
 from rrhf.sampling.sources.local import LocalModel
 from rrhf.sampling.sources.paid import PaidSource
@@ -94,7 +94,7 @@ KINDS: dict[str, Callable[[SourceSpec, str, Shared], Source]] = {
 
 def _drawn(spec: SourceSpec, sampling: SamplingSettings) -> SamplingSettings:
     """The settings of all sources with this one's policy and number."""
-    policy = POLICIES[spec.policy]
+    policy = policy_named(spec.policy)
     return replace(
         sampling,
         policy=spec.policy,

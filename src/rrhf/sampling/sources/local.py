@@ -39,6 +39,7 @@ class LocalModel:
 
     def check(self) -> None:
         """Everything that can be known without the weights and the data."""
+        self.sampling.how.load()
         location = locate(self.model.model)
         from transformers import AutoConfig, AutoTokenizer
 
@@ -77,10 +78,12 @@ class LocalModel:
     def answer(self, records: list[Record], counts: Counter[str]) -> Answers:
         if self.sampler is None:
             self.sampler = Sampler(*self.policies.get(self.model), self.sampling, self.text, self.tag)
-        before = self.sampler.format.queries_cut
+        cut_before, lost_before = self.sampler.format.queries_cut, self.sampler.markers_lost
         yield from self.sampler.extend(records)
-        if cut := self.sampler.format.queries_cut - before:
+        if cut := self.sampler.format.queries_cut - cut_before:
             counts[f"queries were cut to --max_query_length {self.text.max_query_length} ({self.tag})"] += cut
+        if lost := self.sampler.markers_lost - lost_before:
+            counts[f"responses lost special tokens that their text cannot carry ({self.tag})"] += lost
 
     def close(self) -> None:
         self.sampler = None

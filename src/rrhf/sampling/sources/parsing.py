@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rrhf.common.endpoint_settings import KINDS
 from rrhf.common.errors import UserError, nearest
-from rrhf.sampling.settings import POLICIES
+from rrhf.sampling.settings import policy_named
 
 
 @dataclass(frozen=True)
@@ -37,12 +37,18 @@ def parse_source(text: str) -> SourceSpec:
     name, at, rest = text.rpartition("@")
     if not at:
         raise UserError(f"--source {shown}: no such file; a model is written MODEL@POLICY:N, a server URL@chat:N")
-    policy, colon, number = rest.partition(":")
+    policy, _, number = rest.rpartition(":")  # a policy may be pkg.module:function
+    if not number.isdigit():
+        policy, number = rest.removesuffix(":"), ""
     kind = "endpoint" if re.match(r"https?://", name) else "vllm" if name.startswith("vllm:") else "local"
-    known = KINDS if kind == "endpoint" else tuple(POLICIES)
-    if policy not in known:
-        raise UserError(f"--source {shown}: unknown policy {policy!r}: {nearest(policy, known)}")
-    if not colon or not number.isdigit() or int(number) < 1:
+    try:
+        if kind != "endpoint":
+            policy_named(policy)
+        elif policy not in KINDS:
+            raise UserError(nearest(policy, KINDS))
+    except UserError as error:
+        raise UserError(f"--source {shown}: unknown policy {policy!r}: {error}") from error
+    if not number or int(number) < 1:
         raise UserError(f"--source {shown}: how many responses? write {shown.rpartition('@')[0]}@{policy}:4")
     short = re.sub(r"^https?://|^vllm:|^package:", "", name).rstrip("/")
     short = short.rpartition("/")[2].removesuffix(".gguf") if kind != "endpoint" else short.replace("/", "-")
