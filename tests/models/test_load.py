@@ -313,6 +313,16 @@ def test_every_kind_of_name_has_its_location(package: Path, saved: Path) -> None
             locate(str(name))
 
 
+def test_the_digest_of_weights_depends_on_every_byte_of_them(saved: Path) -> None:
+    before = locate(str(saved)).weights_digest()
+    assert before == locate(str(saved)).weights_digest() and locate("org/model").weights_digest() is None
+    weights = saved / "model.safetensors"
+    content = bytearray(weights.read_bytes())
+    content[-1] ^= 1
+    weights.write_bytes(content)
+    assert locate(str(saved)).weights_digest() != before
+
+
 def test_a_package_without_that_file(package: Path) -> None:
     message = refused(cpu("package:some_model_package/wieghts"))
     assert "carries no file 'wieghts'" in message and "weights" in message

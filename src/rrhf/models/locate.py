@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 from rrhf.common.errors import UserError
 from rrhf.models.folders import check_folder, resolve_model
 from rrhf.models.gguf import gguf_as_folder
+from rrhf.records.parts import checksum_of_file
 
 ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
@@ -34,6 +37,20 @@ class Location:
             return str(self.adapter)
         return self.source
 
+    def weights_digest(self) -> str | None:
+        """A digest of the weights and configurations on this machine, an adapter's too; ``None`` of a hub id's.
+
+        It reads every byte once a process, about as long as loading the model takes.
+        """
+        folders = [Path(self.source), *([self.adapter] if self.adapter is not None else [])]
+        files = [path for folder in folders if folder.is_dir() for path in sorted(folder.iterdir())]
+        digest = hashlib.sha256()
+        for path in files:
+            if path.suffix == ".safetensors" or path.name in ("config.json", ADAPTER_CONFIG):
+                state = path.stat()
+                digest.update(f"{path.name} {_checksum(path, state.st_ino, state.st_size, state.st_mtime_ns)}".encode())
+        return digest.hexdigest() if files else None
+
 
 def locate(name: str) -> Location:
     """Find a model by its name; no weights are read, but a GGUF file is converted the first time.
@@ -58,6 +75,11 @@ def locate(name: str) -> Location:
 def _is_adapter(folder: Path) -> bool:
     """Whether a folder holds an adapter alone."""
     return (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists()
+
+
+@functools.lru_cache(maxsize=256)
+def _checksum(path: Path, inode: int, size: int, changed: int) -> str:
+    return checksum_of_file(path)
 
 
 def _whole_model(path: str) -> str:

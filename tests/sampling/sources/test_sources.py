@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rrhf.cli.main import main
 from rrhf.common.endpoint_settings import EndpointLimits
@@ -194,6 +195,32 @@ def test_a_finished_source_is_not_asked_again(
     assert main(flags(queries, output, *specs)) == 0
     assert asked == ["model@beam", "model@top-p", "model@top-p"]
     assert output.read_bytes() == undisturbed.read_bytes()
+
+
+def test_parts_of_other_weights_in_the_same_folder_are_refused(
+    queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, trained further into the same folder, run again: what the earlier weights said is not taken up."""
+    model = tiny.write_model(tmp_path / "policy")
+    arguments = [*flags(queries, tmp_path / "out.jsonl", f"{model}@beam:2", f"{model}@top-p:2")]
+    answer = LocalModel.answer
+
+    def stop_in_the_second(self: Any, records: list[Record], counts: Any) -> Any:
+        if "top-p" in self.tag:
+            raise KeyboardInterrupt
+        return answer(self, records, counts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalModel, "answer", stop_in_the_second)
+        assert main(arguments) == 130
+    network, _ = load_policy(ModelSettings(str(model), "cpu", "float32"))
+    with torch.no_grad():
+        network.get_input_embeddings().weight[0, 0] += 1.0
+    network.save_pretrained(model)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "other settings (policy@beam weights was " in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
 
 
 class _Server:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import asdict
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
 from rrhf.models.load import ModelSettings, context_length
@@ -35,7 +35,18 @@ class LocalModel:
         self.model, self.sampling, self.text, self.tag, self.policies = model, sampling, text, tag, policies
         self.sampler: Sampler | None = None
         self.format: TextFormat | None = None
-        self.settings = {"model": model.model, "dtype": model.dtype, **asdict(sampling), **asdict(text), "tag": tag}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that its responses depend on; the weights themselves, since others may come into the same folder."""
+        return {
+            "model": self.model.model,
+            "weights": locate(self.model.model).weights_digest(),
+            "dtype": self.model.dtype,
+            **asdict(self.sampling),
+            **asdict(self.text),
+            "tag": self.tag,
+        }
 
     def check(self) -> None:
         """Everything that can be known without the weights and the data."""
