@@ -118,11 +118,9 @@ def _made_up(count: int) -> list[Record]:
 def load_tokenizer(model: str = SMOLLM2) -> Any:
     from transformers import AutoTokenizer
 
-    from rrhf.models.folders import resolve_model
-    from rrhf.models.gguf import gguf_as_folder
+    from rrhf.models.locate import locate
 
-    name = resolve_model(model)
-    return AutoTokenizer.from_pretrained(gguf_as_folder(Path(name)) if name.endswith(".gguf") else name)
+    return AutoTokenizer.from_pretrained(locate(model).source)
 
 
 # Llamas with random weights, for speed alone, where no weights are at hand: layers, width, MLP, heads, key heads.

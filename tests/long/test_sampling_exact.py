@@ -23,8 +23,7 @@ from oracles.beam_search import LogProbs, diverse_beam_search, model_logprobs
 from rrhf.models.load import ModelSettings, load_policy
 from rrhf.models.tokenization import TextFormat, TextSettings
 from rrhf.sampling.decoding import Response, decode
-from rrhf.sampling.policies import POLICIES
-from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.settings import POLICIES, SamplingSettings
 from support.models import SMOLLM2
 
 LONG = os.environ.get("RRHF_LONG") == "1"

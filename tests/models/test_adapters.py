@@ -20,7 +20,8 @@ from rrhf.models.adapters import (
     peft_config,
     with_adapter,
 )
-from rrhf.models.load import ModelSettings
+from rrhf.models.load import ModelSettings, load_policy
+from rrhf.models.locate import Location, locate
 from rrhf.recipes.config import override, parse_config, read_config
 from rrhf.training.config import RRHFConfig
 from rrhf.training.trainer import RRHFTrainer
@@ -162,6 +163,32 @@ def test_an_adapter_on_an_adapter_must_be_merged(adapter: tuple[Path, Any], tmp_
     tiny.warm(*train, cwd=tmp_path).done()
     found = logits(load_policy_or_adapter(cpu(tmp_path / "out"))[0])
     assert torch.allclose(found, logits(adapter[1]), atol=1e-2)  # one small step from it
+
+
+# --- its name ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_location_of_an_adapter_is_its_base_and_itself(adapter: tuple[Path, Any], base: Path) -> None:
+    folder, _ = adapter
+    assert locate(str(folder)) == Location(str(base), str(base), folder)
+    assert locate(str(folder)).tokenizer == str(folder)
+    (folder / "tokenizer_config.json").unlink()
+    assert locate(str(folder)).tokenizer == str(base)
+    with pytest.raises(UserError, match="is an adapter alone; name its base model"):
+        load_policy(cpu(folder))
+
+
+def test_sampling_checks_an_adapter_before_it_is_loaded(adapter: tuple[Path, Any], tmp_path: Path) -> None:
+    """Its base's context, and its own tokenizer's templates, are known without weights."""
+    tiny.write_rows(tmp_path / "queries.jsonl", tiny.rows(2, responses=0))
+    calls = tmp_path / "calls"
+    counted = tiny.count("rrhf.models.cache:load_policy_or_adapter", calls)
+    ended = tiny.warm(
+        "sample", "--model", str(adapter[0]), "--data", "queries.jsonl", "--output", "out.jsonl", "--device", "cpu",
+        "--max_new_tokens", "1000", cwd=tmp_path, faults=[counted],
+    )  # fmt: skip
+    assert ended.code == 2 and "more than the context of 128" in ended.err
+    assert not calls.exists()
 
 
 # --- what does not fit ------------------------------------------------------------------------------------------------

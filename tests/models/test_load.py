@@ -17,6 +17,7 @@ from rrhf.models.devices import native_bfloat16, resolve_device, resolve_dtype
 from rrhf.models.folders import package_folder, resolve_model, save_policy
 from rrhf.models.gguf import gguf_as_folder
 from rrhf.models.load import ModelSettings, context_length, load_policy
+from rrhf.models.locate import Location, locate
 from support.models import SMOLLM2, tiny_model
 
 PROBE = torch.tensor([[1, 5, 9, 33, 2, 64]])
@@ -300,6 +301,18 @@ def test_a_model_that_a_package_carries(package: Path) -> None:
     assert "some_model_package" not in sys.modules
 
 
+def test_every_kind_of_name_has_its_location(package: Path, saved: Path) -> None:
+    assert locate("org/model") == Location("org/model", "org/model")  # a hub id: nothing is asked
+    assert locate(str(saved)) == Location(str(saved), str(saved))
+    carried = "package:some_model_package/weights"
+    assert locate(carried) == Location(carried, str(package / "weights"))
+    converted = locate(SMOLLM2)
+    assert converted.base == SMOLLM2 and converted.source == str(gguf_as_folder(Path(resolve_model(SMOLLM2))))
+    for name, says in ((saved / "none", "no such folder"), (saved / "config.json", "is a file")):
+        with pytest.raises(UserError, match=says):
+            locate(str(name))
+
+
 def test_a_package_without_that_file(package: Path) -> None:
     message = refused(cpu("package:some_model_package/wieghts"))
     assert "carries no file 'wieghts'" in message and "weights" in message
@@ -375,7 +388,7 @@ def test_bfloat16_is_native_where_processor_and_limit_allow_it(
 
 
 def test_context_lengths() -> None:
-    assert context_length(tiny_model("llama")) == 512
+    assert context_length(tiny_model("llama")) == context_length(tiny_model("llama").config) == 512
     assert context_length(tiny_model("gpt2")) == 512
     assert context_length(tiny_model("gemma3")) == 512
     assert context_length(tiny_model("bloom")) is None  # positions by distance: there is no limit to name

@@ -203,3 +203,92 @@ def test_decode_gives_the_text_back(text: str, smollm2_tokenizer: Any) -> None:
     for tokenizer in (tiny_tokenizer(), smollm2_tokenizer):
         format = text_format(tokenizer)
         assert format.decode(format.encode_response("q", text, "stop")) == text
+
+
+# --- special tokens inside -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, 6])
+def test_a_cut_query_keeps_its_bos_within_the_limit(limit: int) -> None:
+    tokenizer = tiny_tokenizer(bos="<s>")
+    whole = text_format(tokenizer).encode_query("abcdef")
+    cut = text_format(tokenizer, max_query_length=limit).encode_query("abcdef")
+    assert cut == ([BOS, *whole[-(limit - 1) :]] if limit > 1 else whole[-1:])  # one token alone is the query's last
+
+
+def test_a_cut_chat_keeps_the_bos_of_its_template_and_gets_none_that_it_does_not_have() -> None:
+    for template, has_bos in ((GEMMA_LIKE, True), (CHATML, False)):
+        tokenizer = tiny_tokenizer(bos="<s>", template=template)
+        whole = text_format(tokenizer).encode_query(CHAT)
+        cut = text_format(tokenizer, max_query_length=8).encode_query(CHAT)
+        assert cut == ([BOS, *whole[-7:]] if has_bos else whole[-8:])
+
+
+CHANNELS = ["<|channel|>", "<|message|>"]
+
+
+def with_channels() -> Any:
+    """Like GPT-OSS: special tokens that are neither ends nor padding, and that mean something inside a response."""
+    tokenizer = tiny_tokenizer(bos="<s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": CHANNELS})
+    return tokenizer
+
+
+def test_markers_inside_a_response_stay_and_come_back() -> None:
+    tokenizer = with_channels()
+    format = text_format(tokenizer)
+    text = "<|channel|>analysis<|message|>Let me see.<|im_start|>assistant<|channel|>final<|message|>42"
+    ids = format.encode_response(CHAT, text, "stop")
+    markers = tokenizer.convert_tokens_to_ids(CHANNELS)
+    assert [i for i in ids if i in markers] == markers * 2 and ids[-1] == IM_END
+    assert format.decode(ids) == text  # its end token aside
+    assert format.encode_response(CHAT, format.decode(ids), "stop") == ids
+    assert not format.loses_markers(ids)
+
+
+def test_ends_padding_and_bos_are_no_part_of_a_text() -> None:
+    format = text_format(tiny_tokenizer(bos="<s>"))
+    a, b = format.encode_response("q", "ab", "length")
+    assert format.decode([BOS, a, IM_END, b, EOS, EOS]) == "ab"
+    assert format.decode([a, IM_START, b, IM_END]) == "a<|im_start|>b"
+
+
+def test_the_markers_of_a_split_that_text_cannot_keep_still_stay() -> None:
+    """Three bytes of a half and a whole character are no text that comes back; the marker beside them does."""
+    tokenizer = with_channels()
+    format = text_format(tokenizer)
+    marker = tokenizer.convert_tokens_to_ids(CHANNELS[0])
+    half = format.encode_response("q", "é", "length")[:1]
+    assert format.decode([*half, marker]) == "\ufffd<|channel|>"
+
+
+def test_markers_that_their_text_does_not_bring_back_are_left_out_and_told() -> None:
+    """A token that takes the space before it: between other tokens its own text is not what it was read from."""
+    from tokenizers import AddedToken
+
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": [AddedToken("<x>", special=True, single_word=True)]})
+    format = text_format(tokenizer)
+    a, b = format.encode_response("q", "ab", "length")
+    marker = tokenizer.convert_tokens_to_ids("<x>")
+    assert format.decode([a, marker, b]) == "ab" and format.loses_markers([a, marker, b])
+    assert not format.loses_markers([a, b])
+
+
+def test_a_sentencepiece_word_gets_its_space_back_and_one_without_a_space_does_not_stay_so() -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    words = ["<unk>", "</s>", "▁the", "▁end", "end", "▁"]
+    plain = Tokenizer(models.Unigram([(word, -1.0) for word in words], unk_id=0))
+    plain.pre_tokenizer = pre_tokenizers.Metaspace()
+    plain.decoder = decoders.Metaspace()
+    format = text_format(PreTrainedTokenizerFast(tokenizer_object=plain, eos_token="</s>", unk_token="<unk>"))
+    assert format.decode([2, 3]) == "the end" and format.encode_response("q", "the end", "stop") == [2, 3, 1]
+    assert format.decode([4, 2]) == "end the" and format.encode_response("q", "end the", "length") == [3, 2]
+
+
+def test_plain_texts_are_those_of_the_tokenizer(smollm2_tokenizer: Any) -> None:
+    ids = [1, *smollm2_tokenizer("Is it ? , no .\n ok").input_ids, 0, 2]
+    plain = smollm2_tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    assert text_format(smollm2_tokenizer).decode(ids) == plain == "Is it ? , no .\n ok"

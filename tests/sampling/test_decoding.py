@@ -21,9 +21,8 @@ from rrhf.models.shared_prefix import usable_path
 from rrhf.sampling import decoding as decoding_module
 from rrhf.sampling import policies as policies_module
 from rrhf.sampling.decoding import Response, decode
-from rrhf.sampling.policies import POLICIES
 from rrhf.sampling.sampler import Sampler
-from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.settings import POLICIES, SamplingSettings
 from support.models import in_fp64, tiny_model, tiny_tokenizer
 
 VOCABULARY = 97

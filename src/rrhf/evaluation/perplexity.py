@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrhf.common.errors import UserError
 from rrhf.evaluation.texts import Likelihood, Perplexity, Text
-from rrhf.models.adapters import is_adapter
-from rrhf.models.folders import check_folder, resolve_model
-from rrhf.models.gguf import gguf_as_folder
-from rrhf.models.load import configured_context, context_length
-from rrhf.models.tokenization import EncodedRecord, TextFormat, TextSettings
+from rrhf.models.load import context_length
+from rrhf.models.locate import locate
+from rrhf.models.tokenization import EncodedRecord, TextFormat, TextSettings, cut_left
 from rrhf.records.record import Record
 
 if TYPE_CHECKING:
@@ -92,16 +89,9 @@ def fit_context(
             )
         if len(record.query) > room:
             queries_cut += 1
-            record = replace(record, query=_cut_left(record.query, room, bos))
+            record = replace(record, query=cut_left(record.query, room, bos))
         fitting.append(record)
     return fitting, queries_cut
-
-
-def _cut_left(query: Sequence[int], room: int, bos: int | None) -> list[int]:
-    """The last ``room`` tokens of ``query``, of which its BOS, if it has one, is the first."""
-    if room > 1 and query[0] == bos:
-        return [query[0], *query[1 - room :]]
-    return list(query[-room:])
 
 
 def refuse_short_context(judge: str, max_new_tokens: int) -> None:
@@ -115,14 +105,8 @@ def refuse_short_context(judge: str, max_new_tokens: int) -> None:
     """
     from transformers import AutoConfig
 
-    name = resolve_model(judge)
-    if is_adapter(name):
-        return  # its base model is looked at when it is loaded
-    if name.endswith(".gguf"):
-        name = str(gguf_as_folder(Path(name)))
-    check_folder(name)
     try:
-        context = configured_context(AutoConfig.from_pretrained(name))
+        context = context_length(AutoConfig.from_pretrained(locate(judge).source))
     except (OSError, ValueError, ImportError, KeyError) as error:
         raise UserError(f"perplexity model {judge}: cannot be loaded: {error}") from error
     if context is not None and max_new_tokens >= context:

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.models.devices import resolve_device
-from rrhf.models.folders import resolve_model
-from rrhf.models.gguf import gguf_as_folder
 from rrhf.models.load import ModelSettings, load_policy
+from rrhf.models.locate import ADAPTER_CONFIG, locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 KINDS = ("lora", "qlora")
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -77,12 +75,6 @@ def with_adapter(model: PreTrainedModel, config: Any) -> Any:
         ) from error
 
 
-def is_adapter(model: str) -> bool:
-    """Whether ``--model`` names a folder that holds an adapter alone."""
-    folder = Path(model)
-    return (folder / CONFIG).exists() and not (folder / "config.json").exists()
-
-
 def load_policy_or_adapter(
     settings: ModelSettings, training: bool = False
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
@@ -91,38 +83,34 @@ def load_policy_or_adapter(
     Raises:
         UserError: nothing loadable is there, or the adapter does not fit its base model.
     """
-    if not is_adapter(settings.model):
+    location = locate(settings.model)
+    if location.adapter is None:
         return load_policy(settings, training)
-    folder = Path(settings.model)
+    folder = location.adapter
     peft = _peft(f"--model {folder}, an adapter,")
     try:
         config = peft.PeftConfig.from_pretrained(str(folder))
-        base = json.loads((folder / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"--model {folder}: {CONFIG} cannot be read: {error}") from error
-    if not base:
-        raise UserError(f"--model {folder}: {CONFIG} names no base_model_name_or_path: write the base model's there")
-    if not (folder / WEIGHTS).exists():
-        raise UserError(f"--model {folder}: the adapter has no {WEIGHTS}; pickled weights are not read")
+        raise UserError(f"--model {folder}: {ADAPTER_CONFIG} cannot be read: {error}") from error
     try:
-        model, tokenizer = load_policy(replace(settings, model=base), training)
+        model, tokenizer = load_policy(replace(settings, model=location.base), training)
     except UserError as error:
-        raise UserError(f"the base model that {folder / CONFIG} names: {error}") from error
-    misfit = f"--model {folder}: the adapter does not fit its base model {base}"
+        raise UserError(f"the base model that {folder / ADAPTER_CONFIG} names: {error}") from error
+    misfit = f"--model {folder}: the adapter does not fit its base model {location.base}"
     try:
         config.inference_mode = True
         adapted = peft.get_peft_model(model, config)
-        found = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
+        result = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
     except (ValueError, RuntimeError, KeyError) as error:  # other layers, other sizes
         raise UserError(f"{misfit}: {str(error).splitlines()[-1].strip()}") from error
-    missing = [name for name in found.missing_keys if f".{adapted.active_adapter}." in name]
-    if missing or found.unexpected_keys:
-        wrong = f"no weights for {missing[0]}" if missing else f"the model has no {found.unexpected_keys[0]}"
+    missing = [name for name in result.missing_keys if f".{adapted.active_adapter}." in name]
+    if missing or result.unexpected_keys:
+        wrong = f"no weights for {missing[0]}" if missing else f"the model has no {result.unexpected_keys[0]}"
         raise UserError(f"{misfit}: {wrong}")
-    if (folder / "tokenizer_config.json").exists():
+    if location.tokenizer != location.source:
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(str(folder))
+        tokenizer = AutoTokenizer.from_pretrained(location.tokenizer)
     return adapted.merge_and_unload().eval(), tokenizer
 
 
@@ -136,7 +124,7 @@ def merged(model: Any, settings: ModelSettings, quantised: bool = False) -> PreT
         return model.merge_and_unload()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        place = Path(folder) / CONFIG
+        place = Path(folder) / ADAPTER_CONFIG
         config = {**json.loads(place.read_text(encoding="utf-8")), "base_model_name_or_path": settings.model}
         place.write_text(json.dumps(config), encoding="utf-8")
         return load_policy_or_adapter(replace(settings, model=folder), training=True)[0]
@@ -157,9 +145,9 @@ def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrained
         raise UserError("--peft qlora needs the package bitsandbytes: pip install bitsandbytes, or use --peft lora")
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    name = resolve_model(settings.model)
-    if name.endswith(".gguf"):
-        name = str(gguf_as_folder(Path(name)))
+    location = locate(settings.model)
+    if location.adapter is not None:
+        raise UserError(f"--model {settings.model}: --peft qlora trains on a whole model, and this is an adapter alone")
     quantisation = BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type="nf4",
@@ -170,9 +158,9 @@ def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrained
     if settings.attn_implementation is not None:
         options["attn_implementation"] = settings.attn_implementation
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(location.source)
         model = AutoModelForCausalLM.from_pretrained(
-            name, quantization_config=quantisation, device_map={"": device}, use_safetensors=True, **options
+            location.source, quantization_config=quantisation, device_map={"": device}, use_safetensors=True, **options
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise UserError(f"--model {settings.model}: cannot be loaded in 4 bits: {error}") from error

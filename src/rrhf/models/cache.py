@@ -22,7 +22,7 @@ class PolicyCache:
         self._policy: tuple[PreTrainedModel, PreTrainedTokenizerBase] | None = None
 
     def get(self, settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-        """The model and tokenizer of ``settings``; the one before is let go of first."""
+        """The model and tokenizer of ``settings``; the one before is released first."""
         if self._policy is None or self._settings != settings:
             self.release()
             self._policy, self._settings = load_policy_or_adapter(settings), settings
@@ -33,5 +33,5 @@ class PolicyCache:
         return self._policy
 
     def release(self) -> None:
-        """Let go of the policy, so that something else can have its memory."""
+        """Release the policy, so that something else can have its memory."""
         self._policy = self._settings = None

@@ -36,7 +36,7 @@ def cache_folder() -> Path:
 
 
 def package_folder(package: str) -> Path:
-    """The folder of an installed package, found without importing it."""
+    """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
@@ -46,14 +46,14 @@ def package_folder(package: str) -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """Turn ``package:NAME/FILE`` into a path; any other name stays as it is."""
+    """Turn ``package:NAME/FILE`` into a path; any other name stays as it is. ``locate`` does the rest."""
     if not name.startswith("package:"):
         return name
     package, _, file = name.removeprefix("package:").partition("/")
     path = package_folder(package) / file
     if not path.exists():
-        found = ", ".join(sorted(p.name for p in package_folder(package).iterdir()))
-        raise UserError(f"{name}: the package carries no file {file!r}; it has {found}")
+        files = ", ".join(sorted(p.name for p in package_folder(package).iterdir()))
+        raise UserError(f"{name}: the package carries no file {file!r}; it has {files}")
     return str(path)
 
 

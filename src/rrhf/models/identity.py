@@ -8,8 +8,8 @@ from functools import lru_cache
 from pathlib import Path
 
 from rrhf.common.errors import UserError
-from rrhf.models.adapters import CONFIG, is_adapter
 from rrhf.models.folders import resolve_model
+from rrhf.models.locate import ADAPTER_CONFIG, is_adapter
 from rrhf.records.checksums import checksum_of_file
 
 # Of a model folder: weights, configurations and tokenizer. A card or a trainer's state changes no answer.
@@ -38,12 +38,12 @@ def model_digest(name: str) -> str:
     if not path.is_dir():
         return _hub_digest(name)
     files = sorted({file for pattern in PARTS for file in path.glob(pattern) if file.is_file()})
-    return _digest(files, _base_digest(path) if is_adapter(str(path)) else "") if files else ""
+    return _digest(files, _base_digest(path) if is_adapter(path) else "") if files else ""
 
 
 def _base_digest(adapter: Path) -> str:
     try:
-        base = json.loads((adapter / CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
+        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError):
         return ""
     return model_digest(base) if base else ""

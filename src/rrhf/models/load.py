@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
 from rrhf.models.devices import resolve_device, resolve_dtype
-from rrhf.models.folders import check_folder, resolve_model
-from rrhf.models.gguf import gguf_as_folder
+from rrhf.models.locate import locate
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16")
 
@@ -43,16 +41,16 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
     """Load a causal language model and its tokenizer, in evaluation mode, on the device asked for.
 
     Raises:
-        UserError: nothing loadable is there; the message says what is missing.
+        UserError: nothing loadable is there; the message says what is missing. Or the name is an adapter's, which
+            ``adapters.load_policy_or_adapter`` loads.
     """
     from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
-    name = resolve_model(settings.model)
-    if name.endswith(".gguf"):
-        name = str(gguf_as_folder(Path(name)))
-    check_folder(name)
+    location = locate(settings.model)
+    if location.adapter is not None:
+        raise UserError(f"--model {settings.model}: is an adapter alone; name its base model {location.base}")
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device, training)
     options: dict[str, Any] = {}
@@ -60,22 +58,17 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
         options["attn_implementation"] = settings.attn_implementation
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
+        tokenizer = AutoTokenizer.from_pretrained(location.source)
         # Only safetensors: nothing is unpickled.
-        model = AutoModelForCausalLM.from_pretrained(name, dtype=dtype, use_safetensors=True, **options)
+        model = AutoModelForCausalLM.from_pretrained(location.source, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {settings.model}: cannot be loaded: {error}") from error
     return model.to(device).eval(), tokenizer
 
 
-def context_length(model: PreTrainedModel) -> int | None:
-    """The most positions the model was made for, where its configuration says so."""
-    return configured_context(model.config)
-
-
-def configured_context(config: PretrainedConfig) -> int | None:
-    """The most positions a model of this configuration was made for, where it says so."""
-    config = config.get_text_config()
+def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
+    """The most positions a model, or the model of a configuration, was made for, where the configuration says so."""
+    config = getattr(model, "config", model).get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -26,7 +27,8 @@ class TextSettings:
         default=None, metadata={"help": 'arguments of the chat template, as JSON: {"enable_thinking": false}'}
     )
     max_query_length: int | None = field(
-        default=None, metadata={"help": "most tokens of a query; longer ones are cut from the left and counted"}
+        default=None,
+        metadata={"help": "most tokens of a query; longer ones are cut from the left, behind a BOS, and counted"},
     )
 
     def __post_init__(self) -> None:
@@ -61,6 +63,13 @@ class EncodedRecord:
     scores: list[float | None]
 
 
+def cut_left(ids: Sequence[int], most: int, bos: int | None) -> list[int]:
+    """The last ``most`` ids of a query, of which its BOS, if it has one and there is room beside it, is the first."""
+    if most > 1 and ids[0] == bos:
+        return [ids[0], *ids[1 - most :]]
+    return list(ids[-most:])
+
+
 class TextFormat:
     """Encode queries and responses for one tokenizer. Query and response are tokenised apart and joined.
 
@@ -76,6 +85,10 @@ class TextFormat:
         bos = tokenizer.bos_token_id
         self._plain_prefix = [bos] if bos is not None and probe[:1] == [bos] else []
         self._chat_end: int | None = None
+        named = (bos, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
+        added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+        self._special = added | set(tokenizer.all_special_ids)
+        self._markers = self._special - set(named)
 
     def render(self, query: Query) -> str:
         """The text the model reads for ``query``: itself, or its messages through the chat template."""
@@ -108,6 +121,8 @@ class TextFormat:
     def encode_query(self, query: Query) -> list[int]:
         """Token ids of a query, cut from the left to ``max_query_length``; never empty.
 
+        A BOS that stands first, the tokenizer's or a chat template's, counts in the limit and stays.
+
         Raises:
             UserError: messages without a chat template, or a query without any token.
         """
@@ -119,7 +134,7 @@ class TextFormat:
         limit = self.settings.max_query_length
         if limit is not None and len(ids) > limit:
             self.queries_cut += 1
-            ids = ids[-limit:]
+            ids = cut_left(ids, limit, self.tokenizer.bos_token_id)
         return ids
 
     def end_token(self, query: Query) -> int:
@@ -167,6 +182,38 @@ class TextFormat:
         return EncodedRecord(record.id, query, responses, scores)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of a response's ids, without special tokens."""
-        text: str = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        """The text of a response's ids, which ``encode_response`` turns into these ids again where a text can.
+
+        BOS, EOS, padding, the unknown token and the token that ends a turn are left out. Other special tokens are
+        parts of what was said, such as GPT-OSS's ``<|channel|>``: they stay, unless ``loses_markers``. Records hold
+        texts and no ids. So ids do not come back where the same text has a likelier split into tokens, where bytes
+        are no whole characters, and, with SentencePiece vocabularies, where a response does not begin with a space:
+        the first word loses its space when it is decoded and gets one when it is encoded.
+        """
+        text = self._text_with_markers(ids)
+        if text is None:
+            text = self.tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
+
+    def loses_markers(self, ids: Sequence[int]) -> bool:
+        """Whether a response has special tokens that its text cannot carry: encoded, it would not have them again."""
+        return bool(self._markers_in(ids)) and self._text_with_markers(ids) is None
+
+    def _markers_in(self, ids: Sequence[int]) -> set[int]:
+        """The special tokens among a response's ids that are parts of what was said."""
+        markers = self._markers.intersection(ids)
+        if markers and self.tokenizer.chat_template:
+            with contextlib.suppress(UserError):  # a template that refuses our probe ends no turn that we know of
+                self._chat_end = self._find_chat_end() if self._chat_end is None else self._chat_end
+        return markers - {self._chat_end}
+
+    def _text_with_markers(self, ids: Sequence[int]) -> str | None:
+        """The text of a response with markers in it; ``None`` where it has none, or they would not come back."""
+        markers = self._markers_in(ids)
+        if not markers:
+            return None
+        kept = [number for number in ids if number in markers or number not in self._special]
+        text: str = self.tokenizer.decode(kept, skip_special_tokens=False, clean_up_tokenization_spaces=False)
+        again = self.tokenizer(text, add_special_tokens=False).input_ids
+        come_back = [i for i in again if i in self._special] == [i for i in kept if i in self._special]
+        return text if come_back else None

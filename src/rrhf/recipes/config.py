@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.flags import Flags, as_arguments
 from rrhf.evaluation.stage import EvaluationSettings
@@ -17,7 +18,6 @@ from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
-from rrhf.sampling.sources.remote import RemoteSettings
 
 if TYPE_CHECKING:
     from rrhf.training.alarms import WatchSettings
@@ -62,7 +62,7 @@ class RunConfig:
     text: TextSettings
     sample: SamplingSettings | None
     sources: SourceSettings
-    remote: RemoteSettings
+    remote: EndpointLimits
     score: RewardSettings
     adapter: AdapterSettings
     train: RRHFConfig
@@ -169,7 +169,7 @@ def _sections() -> dict[str, _Section]:
 
     fields: dict[str, dict[str, type]] = {
         "data": {"data": DataSettings},
-        "sample": {"sources": SourceSettings, "remote": RemoteSettings, "sample": SamplingSettings},
+        "sample": {"sources": SourceSettings, "remote": EndpointLimits, "sample": SamplingSettings},
         "score": {"score": RewardSettings},
         "train": {"adapter": AdapterSettings, "train": RRHFConfig, "watch": WatchSettings},
         "evaluate": {
@@ -190,7 +190,7 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
     """
     sections, shared_section = _sections(), _Section("configuration", {"model": ModelSettings, "text": TextSettings})
     shared = {key: value for key, value in config.items() if key not in SECTIONS}
-    parsed: dict[str, Any] = {"sample": None, "sources": SourceSettings(), "remote": RemoteSettings()}
+    parsed: dict[str, Any] = {"sample": None, "sources": SourceSettings(), "remote": EndpointLimits()}
     faults = [
         f"{key}: unknown key: {nearest(key, shared_section.keys | set(SECTIONS))}"
         for key in shared

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from rrhf.models.logprobs import exp_
-from rrhf.sampling.decoding import Advance, Policy, Response
+from rrhf.sampling.decoding import Advance, Response
 from rrhf.sampling.settings import SamplingSettings
 
 ROWS = 16  # rows whose [rows, vocabulary] temporaries exist at a time: they stay in the processor's cache
@@ -309,12 +309,3 @@ class Beams:
                 responses.append(Response(tokens, finish))
             results.append(responses)
         return results
-
-
-POLICIES: dict[str, Callable[..., Policy]] = {
-    "greedy": Draws,
-    "top-p": Draws,
-    "top-k": Draws,
-    "beam": Beams,
-    "diverse-beam": Beams,
-}

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from rrhf.common.texts import cut_at_first
-from rrhf.sampling.settings import POLICY_NAMES, SamplingSettings
+from rrhf.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from rrhf.models.tokenization import TextFormat, TextSettings
     from rrhf.records.record import Record
     from rrhf.sampling.decoding import Response
-
-__all__ = ["POLICY_NAMES", "Sampler", "SamplingSettings", "sample"]
 
 
 class Sampler:
@@ -36,17 +34,17 @@ class Sampler:
         self.model, self.settings = model, settings
         self.format: TextFormat = TextFormat(tokenizer, text)
         self.source = source or settings.policy
-        self.context = context_length(model)
+        self.context = context_length(model.config)
         self.path = usable_path(model, longest_row=0)
+        self.markers_lost = 0  # responses with special tokens that their text cannot carry
 
     def draw(self, queries: Sequence[list[int]], keys: Sequence[str], ends: Sequence[set[int]]) -> list[list[Response]]:
         """Responses to token ids, as many queries at once as there are."""
         from rrhf.sampling.decoding import decode
-        from rrhf.sampling.policies import POLICIES
 
         device = self.model.get_input_embeddings().weight.device
         stops = self._stop_check() if self.settings.stop else None
-        policy = POLICIES[self.settings.policy](self.settings, keys, ends, stops, device)
+        policy = self.settings.how(self.settings, keys, ends, stops, device)
         was_training = self.model.training
         self.model.eval()
         try:
@@ -64,6 +62,7 @@ class Sampler:
         return check
 
     def _text(self, response: Response) -> str:
+        self.markers_lost += self.format.loses_markers(response.tokens)
         return cut_at_first(self.format.decode(response.tokens), self.settings.stop)[0]
 
     def end_tokens(self, record: Record) -> set[int]:

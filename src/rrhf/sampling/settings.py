@@ -1,19 +1,98 @@
-"""The settings of a sampling policy, checked at once, all faults in one message."""
+"""The sampling policies by name, and the settings of one, checked at once, all faults in one message."""
 
 from __future__ import annotations
 
+import importlib
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.imports import load_function
 
-POLICY_NAMES = ("greedy", "top-p", "top-k", "beam", "diverse-beam")
+
+@dataclass(frozen=True)
+class SamplingPolicy:
+    """What is known of a sampling policy without importing it; called, it makes a ``decoding.Policy``.
+
+    Args:
+        implementation: ``module:class``, called with (settings, keys, end_tokens, stops, device); see ``Draws``.
+        description: what it does, for help texts, model cards and reports.
+        default_responses: responses a query where no number is given; for beams all of them.
+        most_responses: no more of them can differ.
+        beams: it follows ``num_beams`` beams; others decode a row a response.
+        grouped: its beams are in ``num_beam_groups`` groups.
+        default_top_k: the likeliest tokens it draws from where ``top_k`` is not given; ``None`` is all.
+        outside: the implementation is a function of the user's, ``pkg.module:function``, called in the same way.
+    """
+
+    implementation: str
+    description: str
+    default_responses: int = 4
+    most_responses: int | None = None
+    beams: bool = False
+    grouped: bool = False
+    default_top_k: int | None = None
+    outside: bool = False
+
+    def load(self) -> Callable[..., Any]:
+        """What makes the policy.
+
+        Raises:
+            UserError: it is a function of the user's, and cannot be imported.
+        """
+        if self.outside:
+            usage = "make_policy(settings, keys, end_tokens, stops, device)"
+            return load_function(self.implementation, "sampling policy", usage)
+        module, _, name = self.implementation.partition(":")
+        return getattr(importlib.import_module(module), name)
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self.load()(*arguments)
+
+
+# A new policy is a class and a line here: help texts, checks, documents and the sampler read this dict.
+POLICIES = {
+    "greedy": SamplingPolicy(
+        "rrhf.sampling.policies:Draws", "the likeliest token at each step", default_responses=1, most_responses=1
+    ),
+    "top-p": SamplingPolicy(
+        "rrhf.sampling.policies:Draws", "draws from the likeliest tokens that have the probability top_p together"
+    ),
+    "top-k": SamplingPolicy(
+        "rrhf.sampling.policies:Draws", "draws from the top_k likeliest tokens, by default 50", default_top_k=50
+    ),
+    "beam": SamplingPolicy("rrhf.sampling.policies:Beams", "the likeliest sequences of num_beams", beams=True),
+    "diverse-beam": SamplingPolicy(
+        "rrhf.sampling.policies:Beams", "beams in groups that avoid each other's tokens", beams=True, grouped=True
+    ),
+}
+
+
+def policy_named(name: str) -> SamplingPolicy:
+    """A policy of the dict, or ``pkg.module:function``, which is imported when it is used.
+
+    Raises:
+        UserError: neither.
+    """
+    if name in POLICIES:
+        return POLICIES[name]
+    if ":" in name:
+        return SamplingPolicy(name, "a function of the user's", outside=True)
+    raise UserError(f"{nearest(name, POLICIES)}, or pkg.module:function")
 
 
 @dataclass(frozen=True)
 class SamplingSettings:
     """How responses are drawn. The paper's (Table 1): top-p 1.0 at 0.8; 4 beams; 4 beams in 4 groups, penalty 1.0."""
 
-    policy: str = field(default="top-p", metadata={"help": f"one of {', '.join(POLICY_NAMES)}"})
+    policy: str = field(
+        default="top-p",
+        metadata={
+            "help": "; ".join(f"{name}: {policy.description}" for name, policy in POLICIES.items())
+            + "; or pkg.module:function, which makes one (rrhf.sampling.decoding.Policy)"
+        },
+    )
     num_responses: int | None = field(
         default=None, metadata={"help": "responses a query; default: 4 samples, all beams, or 1 with greedy"}
     )
@@ -46,8 +125,10 @@ class SamplingSettings:
 
     def __post_init__(self) -> None:
         faults = []
-        if self.policy not in POLICY_NAMES:
-            faults.append(f"--policy {self.policy}: {nearest(self.policy, POLICY_NAMES)}")
+        try:
+            policy_named(self.policy)
+        except UserError as error:
+            faults.append(f"--policy {self.policy}: {error}")
         for name in ("max_new_tokens", "num_beams", "batch_size", "num_responses", "top_k", "num_beam_groups"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -67,33 +148,46 @@ class SamplingSettings:
 
     def _combination_faults(self) -> list[str]:
         faults = []
-        if self.policy == "diverse-beam" and self.num_beams % self.groups:
+        grouped, most = self.how.grouped, self.how.most_responses
+        if grouped and self.num_beams % self.groups:
             faults.append(f"--num_beams {self.num_beams} is not divisible by --num_beam_groups {self.groups}")
-        if self.policy != "diverse-beam" and self.num_beam_groups not in (None, 1):
-            faults.append(f"--num_beam_groups {self.num_beam_groups} needs --policy diverse-beam")
+        if not grouped and self.num_beam_groups not in (None, 1):
+            names = " or ".join(name for name, policy in POLICIES.items() if policy.grouped)
+            faults.append(f"--num_beam_groups {self.num_beam_groups} needs --policy {names}")
         if self.is_beam and self.responses > self.num_beams:
             faults.append(f"--num_responses {self.responses} is more than --num_beams {self.num_beams}")
-        if self.policy == "greedy" and self.responses != 1:
-            faults.append(f"--num_responses {self.responses}: greedy has one response a query")
+        if most is not None and self.responses > most:
+            has = "one response" if most == 1 else f"at most {most} responses"
+            faults.append(f"--num_responses {self.responses}: {self.policy} has {has} a query")
         return faults
 
     @property
+    def how(self) -> SamplingPolicy:
+        """What is known of the policy."""
+        return policy_named(self.policy)
+
+    @property
     def is_beam(self) -> bool:
-        return self.policy in ("beam", "diverse-beam")
+        return self.how.beams
 
     @property
     def groups(self) -> int:
         """Beam groups; plain beam search is one group."""
-        return (self.num_beam_groups or self.num_beams) if self.policy == "diverse-beam" else 1
+        return (self.num_beam_groups or self.num_beams) if self.how.grouped else 1
 
     @property
     def responses(self) -> int:
         """Responses a query."""
         if self.num_responses is not None:
             return self.num_responses
-        return {"greedy": 1, "beam": self.num_beams, "diverse-beam": self.num_beams}.get(self.policy, 4)
+        return self.num_beams if self.is_beam else self.how.default_responses
 
     @property
     def width(self) -> int:
         """Rows that are decoded a query."""
         return self.num_beams if self.is_beam else self.responses
+
+    @property
+    def tokens_kept(self) -> int | None:
+        """From how many of the likeliest tokens is drawn, before ``top_p`` cuts; ``None`` is all."""
+        return self.top_k or self.how.default_top_k

@@ -18,13 +18,13 @@ from rrhf.common.launch import warn_of_whole_weights
 from rrhf.common.settings import refuse_other_settings
 from rrhf.models.adapters import (
     AdapterSettings,
-    is_adapter,
     load_policy_or_adapter,
     load_quantised,
     merged,
     peft_config,
 )
 from rrhf.models.load import ModelSettings
+from rrhf.models.locate import locate
 from rrhf.records.files import read_records
 from rrhf.records.sources import source_shares
 from rrhf.training.alarms import WatchSettings
@@ -70,7 +70,7 @@ def train_model(
     if adapter.peft is not None:
         if config.learning_rate_by_default:
             config.learning_rate = ADAPTER_LEARNING_RATE
-        if not adapter.merge_adapter and is_adapter(model.model):
+        if not adapter.merge_adapter and locate(model.model).adapter is not None:
             raise UserError(
                 f"--merge_adapter false: {model.model} is an adapter itself, and its sum with its base, on which the "
                 "new one would stand, is saved nowhere: leave --merge_adapter true"

@@ -10,18 +10,22 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from rrhf.cli.main import main
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
-from rrhf.models.load import ModelSettings
+from rrhf.models.load import ModelSettings, load_policy
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
+from rrhf.sampling.sampler import sample
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.local import LocalModel
-from rrhf.sampling.sources.parsing import Source, parse_source
-from rrhf.sampling.sources.remote import Remote
+from rrhf.sampling.sources.paid import PaidSource
+from rrhf.sampling.sources.parsing import SourceSpec, parse_source
 from rrhf.sampling.stage import sample_file
+from support import misbehaving as bad
 from support import tiny
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -54,13 +58,16 @@ def sampling(**changes: Any) -> SamplingSettings:
 
 def test_parsing(tmp_path: Path) -> None:
     (tmp_path / "human.jsonl").write_text("{}\n")
-    assert parse_source("org/model@diverse-beam:4") == Source(
+    assert parse_source("org/model@diverse-beam:4") == SourceSpec(
         "local", "org/model", "diverse-beam", 4, "model@diverse-beam"
     )
     assert parse_source("http://localhost:8000/v1@chat:2").kind == "endpoint"
-    assert parse_source("vllm:org/model@top-p:1") == Source("vllm", "org/model", "top-p", 1, "model@top-p")
+    assert parse_source("vllm:org/model@top-p:1") == SourceSpec("vllm", "org/model", "top-p", 1, "model@top-p")
     assert parse_source("package:p/m.gguf@greedy:1").tag == "m@greedy"
-    assert parse_source(str(tmp_path / "human.jsonl")) == Source(
+    assert parse_source("org/model@mine.policies:make:3") == SourceSpec(
+        "local", "org/model", "mine.policies:make", 3, "model@mine.policies:make"
+    )
+    assert parse_source(str(tmp_path / "human.jsonl")) == SourceSpec(
         "file", str(tmp_path / "human.jsonl"), "file", 0, "human"
     )
 
@@ -105,17 +112,64 @@ def test_a_mixture_answers_every_query_and_tags_every_response(model: Path, quer
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mixed.jsonl", "people.jsonl", "queries.jsonl"]
 
 
+def drawn(output: Path, tag: str) -> list[list[str]]:
+    """The responses that carry the tag, in order, a list a record; empty ones are not in the file."""
+    texts = []
+    for record in read_records(output):
+        by_tag = {t: r for r, s in zip(record.responses, record.sources, strict=True) for t in s.split("|")}
+        texts.append([text for t, text in by_tag.items() if t.rpartition("/")[0] == tag])
+    return texts
+
+
 def test_each_source_of_a_mixture_gives_what_it_gives_alone(model: Path, queries: Path, tmp_path: Path) -> None:
-    output = tmp_path / "both.jsonl"
-    assert main(flags(queries, output, f"{model}@beam:2", f"{model}@top-p:2")) == 0
-    alone = tmp_path / "alone.jsonl"
+    """Neither other sources nor one more like it, added behind it, change what a source draws."""
+    mixtures = {
+        "alone": [f"{model}@top-p:2"],
+        "both": [f"{model}@beam:2", f"{model}@top-p:2"],
+        "twice": [f"{model}@top-p:2", f"{model}@beam:2", f"{model}@top-p:2"],
+    }
+    for name, specs in mixtures.items():
+        assert main(flags(queries, tmp_path / f"{name}.jsonl", *specs)) == 0
+    alone = drawn(tmp_path / "alone.jsonl", "model@top-p")
+    assert sum(map(len, alone)) >= 8
+    assert drawn(tmp_path / "both.jsonl", "model@top-p") == alone
+    assert drawn(tmp_path / "twice.jsonl", "model@top-p-1") == alone
+
+
+def test_two_equal_sources_draw_from_streams_of_their_own(model: Path, queries: Path, tmp_path: Path) -> None:
+    output = tmp_path / "twice.jsonl"
+    assert main(flags(queries, output, f"{model}@top-p:2", f"{model}@top-p:2", f"{model}@top-k:2")) == 0
+    first, second, third = (drawn(output, f"model@{name}") for name in ("top-p-1", "top-p-2", "top-k"))
+    for i in range(5):
+        assert not set(first[i]) & set(second[i])
+    # Nor do policies that could choose the same tokens by the same numbers begin alike.
+    assert [texts[0][:1] for texts in first] != [texts[0][:1] for texts in third]
+
+
+def test_the_seeds_of_two_equal_endpoints_differ(queries: Path, tmp_path: Path) -> None:
+    pytest.importorskip("openai")
+    with bad.misbehaving() as server:
+        output = tmp_path / "twice.jsonl"
+        assert main(flags(queries, output, f"{server.url}#m@chat:1", f"{server.url}#m@chat:1")) == 0
+        asked = [(post["messages"][0]["content"], post["seed"]) for post in server.posts]
+    assert len(asked) == 2 * (1 + 5) and len(set(asked)) == len(asked)  # the checks' too
+    assert all(len(record.responses) == 2 for record in read_records(output))
+
+
+def test_a_run_without_sources_draws_by_its_seed_and_the_records_alone(model: Path, queries: Path) -> None:
+    """The streams that finished runs were drawn from: no source's tag stands in them."""
+    from rrhf.models.cache import PolicyCache
+    from rrhf.sampling.sources.build import build_sources
+    from rrhf.sampling.sources.source import Shared
+
     settings = sampling()
-    sample_file(queries, alone, ModelSettings(str(model), "cpu", "float32"), settings, TextSettings(), merge=False)
-    for mixed, single in zip(read_records(output), read_records(alone), strict=True):
-        drawn = {t: r for r, s in zip(mixed.responses, mixed.sources, strict=True) for t in s.split("|")}
-        for number, response in enumerate(single.responses):
-            if response.strip():
-                assert drawn[f"model@top-p/{number}"] == response
+    named = ModelSettings(str(model), "cpu", "float32")
+    shared = Shared(named, settings, TextSettings(), EndpointLimits(), PolicyCache(), queries.with_suffix(".parts"))
+    (source,) = build_sources([], shared)
+    by_source = dict(source.answer(list(read_records(queries)), Counter()))
+    network, tokenizer = load_policy(named)
+    for i, record in enumerate(sample(read_records(queries), network, tokenizer, settings)):
+        assert by_source[i] == record
 
 
 def test_a_finished_source_is_not_asked_again(
@@ -143,6 +197,32 @@ def test_a_finished_source_is_not_asked_again(
     assert output.read_bytes() == undisturbed.read_bytes()
 
 
+def test_parts_of_other_weights_in_the_same_folder_are_refused(
+    queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped, trained further into the same folder, run again: what the earlier weights said is not taken up."""
+    model = tiny.write_model(tmp_path / "policy")
+    arguments = [*flags(queries, tmp_path / "out.jsonl", f"{model}@beam:2", f"{model}@top-p:2")]
+    answer = LocalModel.answer
+
+    def stop_in_the_second(self: Any, records: list[Record], counts: Any) -> Any:
+        if "top-p" in self.tag:
+            raise KeyboardInterrupt
+        return answer(self, records, counts)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalModel, "answer", stop_in_the_second)
+        assert main(arguments) == 130
+    network, _ = load_policy(ModelSettings(str(model), "cpu", "float32"))
+    with torch.no_grad():
+        network.get_input_embeddings().weight[0, 0] += 1.0
+    network.save_pretrained(model)
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "other settings (policy@beam weights was " in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
 class _Server:
     """Answers records one by one and fails at the ``fails_at``-th; counts what it was asked."""
 
@@ -156,12 +236,18 @@ class _Server:
                 raise UserError("the server is gone")
             yield i, [f"answer to {record.id}"], ["stop"]
 
+    def check(self) -> None: ...
+
+    def check_query(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
 
 def test_what_a_server_answered_is_kept_when_it_fails(tmp_path: Path) -> None:
     """Answers that were paid for are in the journal at once, a torn last line aside, and only for the same queries."""
     records = [Record(f"q {i}", id=str(i)) for i in range(6)]
     folder, counts = tmp_path / "parts", Counter[str]()
-    first = Remote(_Server(4), "server", {}, folder)
+    first = PaidSource(_Server(4), "server", {}, folder)
     with pytest.raises(UserError, match="gone"):
         dict(first.answer(records, counts))
     (journal,) = folder.iterdir()
@@ -169,15 +255,15 @@ def test_what_a_server_answered_is_kept_when_it_fails(tmp_path: Path) -> None:
         file.write('{"id": "3", "query": "q')  # without an end
     second = _Server(5 - 3)
     with pytest.raises(UserError, match="gone"):
-        dict(Remote(second, "server", {}, folder).answer(records, counts))
+        dict(PaidSource(second, "server", {}, folder).answer(records, counts))
     third = _Server(None)
-    answers = dict(Remote(third, "server", {}, folder).answer(records, counts))
+    answers = dict(PaidSource(third, "server", {}, folder).answer(records, counts))
     assert third.asked == 2
     assert [answers[i].responses for i in range(6)] == [[f"answer to {i}"] for i in range(6)]
     assert answers[0].sources == ["server/0"]
     for changed, tag in ((records, "other"), ([Record(f"Q {i}", id=str(i)) for i in range(6)], "server")):
         fourth = _Server(None)
-        answers = dict(Remote(fourth, tag, {}, folder).answer(changed, counts))
+        answers = dict(PaidSource(fourth, tag, {}, folder).answer(changed, counts))
         assert fourth.asked == 6 and answers[3].query == changed[3].query
 
 

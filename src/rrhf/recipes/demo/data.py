@@ -10,12 +10,11 @@ import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrhf.common.errors import UserError
-from rrhf.models.folders import package_folder, resolve_model
-from rrhf.models.gguf import gguf_as_folder
+from rrhf.models.folders import package_folder
+from rrhf.models.locate import locate
 from rrhf.records.record import Record
 
 if TYPE_CHECKING:
@@ -161,4 +160,4 @@ def held_out_prompts(limit: int | None = None, seed: int = 0) -> Iterator[Record
 def _policy_tokenizer() -> PreTrainedTokenizerBase:
     from transformers import AutoTokenizer
 
-    return AutoTokenizer.from_pretrained(gguf_as_folder(Path(resolve_model(POLICY))))
+    return AutoTokenizer.from_pretrained(locate(POLICY).source)

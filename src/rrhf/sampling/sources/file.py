@@ -17,6 +17,8 @@ from rrhf.sampling.sources.source import Answers
 class ResponseFile:
     """A file of human or earlier responses, joined to the records by id, else by query; it is indexed on disk."""
 
+    uses_policy_cache = False
+
     def __init__(self, path: Path, tag: str) -> None:
         self.path, self.tag = path, tag
         self.settings = {"file": str(path), "sha256": checksum_of_file(path), "tag": tag}
@@ -38,19 +40,20 @@ class ResponseFile:
     def answer(self, records: list[Record], counts: Counter[str]) -> Answers:
         if self.store is None:
             self.check()
-        assert self.store is not None
         for i, record in enumerate(records):
-            found = self.store.execute("SELECT line FROM responses WHERE id = ?", (record.id,)).fetchone()
-            if found is None:
-                query = json.dumps(record.query)
-                found = self.store.execute("SELECT line FROM responses WHERE query = ?", (query,)).fetchone()
-            if found is None:
+            line = self._line("id", record.id) or self._line("query", json.dumps(record.query))
+            if line is None:
                 yield i, record
                 continue
             counts[f"queries joined with responses of {self.path}"] += 1
-            other = record_from_row(json.loads(found[0]), str(self.path))
+            other = record_from_row(json.loads(line), str(self.path))
             tags = [t.replace("provided", self.tag, 1) if t.startswith("provided/") else t for t in other.sources]
             yield i, record.with_responses(other.responses, other.finish, tags, other)
+
+    def _line(self, column: str, value: str) -> str | None:
+        assert self.store is not None
+        row = self.store.execute(f"SELECT line FROM responses WHERE {column} = ?", (value,)).fetchone()
+        return None if row is None else str(row[0])
 
     def close(self) -> None:
         if self.store is not None:

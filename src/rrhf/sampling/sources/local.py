@@ -5,32 +5,30 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
-from rrhf.models.adapters import is_adapter
-from rrhf.models.folders import check_folder, resolve_model
-from rrhf.models.gguf import gguf_as_folder
 from rrhf.models.identity import model_digest
-from rrhf.models.load import ModelSettings
+from rrhf.models.load import ModelSettings, context_length
+from rrhf.models.locate import locate
 from rrhf.models.tokenization import TextFormat, TextSettings
 from rrhf.records.record import Query, Record
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.sources.source import Answers
 
 if TYPE_CHECKING:
     from rrhf.models.cache import PolicyCache
-from rrhf.sampling.sources.source import Answers
 
-MESSAGE_TOKENS = 32  # that a chat template may put around a message, and
-
-
-TEMPLATE_TOKENS = 1024  # around all of them: queries that may be too long are tokenised before any work, others not
+# Queries that may be too long are tokenised before any work, others not.
+MESSAGE_TOKENS = 32  # that a chat template may put around a message
+TEMPLATE_TOKENS = 1024  # that it may put around all of them
 
 
 class LocalModel:
     """A model on this machine, loaded when its first batch comes; it is freed when another one is loaded."""
+
+    uses_policy_cache = True
 
     def __init__(
         self, model: ModelSettings, sampling: SamplingSettings, text: TextSettings, tag: str, policies: PolicyCache
@@ -38,27 +36,33 @@ class LocalModel:
         self.model, self.sampling, self.text, self.tag, self.policies = model, sampling, text, tag, policies
         self.sampler: Sampler | None = None
         self.format: TextFormat | None = None
-        made_of = {"model": model.model, "weights": model_digest(model.model), "dtype": model.dtype}
-        self.settings = {**made_of, **asdict(sampling), **asdict(text), "tag": tag}
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """All that its responses depend on; the weights themselves, since others may come into the same folder."""
+        return {
+            "model": self.model.model,
+            "weights": model_digest(self.model.model),
+            "dtype": self.model.dtype,
+            **asdict(self.sampling),
+            **asdict(self.text),
+            "tag": self.tag,
+        }
 
     def check(self) -> None:
         """Everything that can be known without the weights and the data."""
-        name = resolve_model(self.model.model)
-        if is_adapter(name):
-            return  # its loading says what is wrong with it, or with its base model
-        if name.endswith(".gguf"):
-            name = str(gguf_as_folder(Path(name)))
-        check_folder(name)
+        self.sampling.how.load()
+        location = locate(self.model.model)
         from transformers import AutoConfig, AutoTokenizer
 
         try:
-            tokenizer = AutoTokenizer.from_pretrained(name)
-            config = AutoConfig.from_pretrained(name).get_text_config()
+            tokenizer = AutoTokenizer.from_pretrained(location.tokenizer)
+            config = AutoConfig.from_pretrained(location.source)
         except (OSError, ValueError, ImportError, KeyError) as error:
             raise UserError(f"--model {self.model.model}: cannot be loaded: {error}") from error
         self.format = TextFormat(tokenizer, self.text)
         self.known: set[type] = set()
-        self.context = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        self.context = context_length(config) or sys.maxsize
         least = (self.text.max_query_length or 1) + self.sampling.max_new_tokens
         if least > self.context:
             raise UserError(
@@ -86,10 +90,12 @@ class LocalModel:
     def answer(self, records: list[Record], counts: Counter[str]) -> Answers:
         if self.sampler is None:
             self.sampler = Sampler(*self.policies.get(self.model), self.sampling, self.text, self.tag)
-        before = self.sampler.format.queries_cut
+        cut_before, lost_before = self.sampler.format.queries_cut, self.sampler.markers_lost
         yield from self.sampler.extend(records)
-        if cut := self.sampler.format.queries_cut - before:
+        if cut := self.sampler.format.queries_cut - cut_before:
             counts[f"queries were cut to --max_query_length {self.text.max_query_length} ({self.tag})"] += cut
+        if lost := self.sampler.markers_lost - lost_before:
+            counts[f"responses lost special tokens that their text cannot carry ({self.tag})"] += lost
 
     def close(self) -> None:
         self.sampler = None

@@ -6,14 +6,17 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
+from rrhf.common.endpoint_settings import KINDS
 from rrhf.common.errors import UserError, nearest
-from rrhf.sampling.settings import POLICY_NAMES
-from rrhf.sampling.sources.server import KINDS
+from rrhf.sampling.settings import policy_named
 
 
 @dataclass(frozen=True)
-class Source:
-    """One parsed source. ``kind`` is "local", "endpoint", "vllm" or "file"; ``tag`` names it in ``sources``."""
+class SourceSpec:
+    """A source as it is written. ``kind`` is "local", "endpoint", "vllm" or "file"; ``tag`` names it in ``sources``.
+
+    ``policy`` is an endpoint's kind, chat or completions, where it is one.
+    """
 
     kind: str
     name: str
@@ -22,28 +25,34 @@ class Source:
     tag: str
 
 
-def parse_source(text: str) -> Source:
+def parse_source(text: str) -> SourceSpec:
     """Read one ``--source``.
 
     Raises:
         UserError: neither a file nor of the form NAME@POLICY:N, an unknown policy, or N below 1.
     """
     if Path(text).is_file():
-        return Source("file", text, "file", 0, Path(text).name.split(".")[0])
+        return SourceSpec("file", text, "file", 0, Path(text).name.split(".")[0])
     shown = shown_source(text)
     name, at, rest = text.rpartition("@")
     if not at:
         raise UserError(f"--source {shown}: no such file; a model is written MODEL@POLICY:N, a server URL@chat:N")
-    policy, colon, number = rest.partition(":")
+    policy, _, number = rest.rpartition(":")  # a policy may be pkg.module:function
+    if not number.isdigit():
+        policy, number = rest.removesuffix(":"), ""
     kind = "endpoint" if re.match(r"https?://", name) else "vllm" if name.startswith("vllm:") else "local"
-    known = KINDS if kind == "endpoint" else POLICY_NAMES
-    if policy not in known:
-        raise UserError(f"--source {shown}: unknown policy {policy!r}: {nearest(policy, known)}")
-    if not colon or not number.isdigit() or int(number) < 1:
+    try:
+        if kind != "endpoint":
+            policy_named(policy)
+        elif policy not in KINDS:
+            raise UserError(nearest(policy, KINDS))
+    except UserError as error:
+        raise UserError(f"--source {shown}: unknown policy {policy!r}: {error}") from error
+    if not number or int(number) < 1:
         raise UserError(f"--source {shown}: how many responses? write {shown.rpartition('@')[0]}@{policy}:4")
     short = re.sub(r"^https?://|^vllm:|^package:", "", name).rstrip("/")
     short = short.rpartition("/")[2].removesuffix(".gguf") if kind != "endpoint" else short.replace("/", "-")
-    return Source(kind, name.removeprefix("vllm:"), policy, int(number), f"{short}@{policy}")
+    return SourceSpec(kind, name.removeprefix("vllm:"), policy, int(number), f"{short}@{policy}")
 
 
 def shown_source(source: str) -> str:
