@@ -18,14 +18,6 @@ CARD = "README.md"
 MARK = "<!-- Written by rrhf. Take this line out, and rrhf leaves your changes alone. -->"
 TAGS = ["rrhf", "alignment"]
 
-RANKING = {
-    "hinge": "`hinge`, Σ max(0, p_i − p_j) over r_i < r_j (Eq. 2)",
-    "margin": "`margin`, BRIO's margin that grows with the difference of ranks",
-    "constant-margin": "`constant-margin`, the constant margin of SLiC",
-    "logistic": "`logistic`, Bradley–Terry on p (SimPO for lists)",
-    "listmle": "`listmle`, Plackett–Luce on p (as in PRO)",
-    "none": "`none`: no ranking term",
-}
 SFT = {"sum": "a sum over tokens (Eq. 4)", "mean": "a mean over tokens"}
 CITATION = """```bibtex
 @article{yuan2023rrhf,
@@ -213,7 +205,7 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     ranking = settings.get("ranking_loss")
     rows = [
         ("loss", "rank weight · ranking loss + SFT weight · cross-entropy on the best response (Eq. 5)"),
-        ("ranking loss", RANKING.get(str(ranking), ranking)),
+        ("ranking loss", None if ranking is None else _ranking(str(ranking))),
         ("rank weight", settings.get("rank_weight")),
         ("margin", settings.get("margin") or None),
         ("cross-entropy", SFT.get(str(settings.get("sft_reduction")), settings.get("sft_reduction"))),
@@ -232,6 +224,13 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     ]
     lines = [f"| {name} | {value} |" for name, value in rows if value is not None]
     return "\n".join(["| setting | value |", "| --- | --- |", *lines])
+
+
+def _ranking(name: str) -> str:
+    """A ranking loss by its name and, where it is one of ours, its description: a card imports no code of others."""
+    from rrhf.losses import RANKING_LOSSES, describe  # here: cards of records need no torch
+
+    return f"`{name}`, {describe(RANKING_LOSSES[name])}" if name in RANKING_LOSSES else f"`{name}`"
 
 
 def _adapter(settings: Mapping[str, Any]) -> str | None:
