@@ -31,7 +31,8 @@ SETTINGS = "training-settings.json"
 
 # What a resumed run may change without becoming another run.
 FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "disable_tqdm", "report_to", "run_name",
-        "logging_dir", "overwrite", "eval_steps", "eval_strategy", "max_tokens_per_forward"}  # fmt: skip
+        "logging_dir", "overwrite", "eval_steps", "eval_strategy", "max_tokens_per_forward",
+        "keep_logits"}  # fmt: skip
 
 
 @contextmanager
