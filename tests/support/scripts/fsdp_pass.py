@@ -61,10 +61,10 @@ def main(folder: Path) -> None:
             assert isinstance(parameter, DTensor), name  # sharded again after the step
             assert isinstance(parameter.grad, DTensor), name
             gradients[name] = parameter.grad.full_tensor()
+        evaluated = trainer.evaluate(records()[:1])["eval_loss"]  # process 1 has no record, and takes part
+        losses = {"loss": torch.tensor(mean), "eval_loss": torch.tensor(evaluated)}
         if args.process_index == 0:
-            torch.save(
-                {"loss": torch.tensor(mean), "eval_loss": torch.tensor(evaluated), **gradients}, folder / f"{case}.pt"
-            )
+            torch.save({**losses, **gradients}, folder / f"{case}.pt")
 
 
 if __name__ == "__main__":
