@@ -19,8 +19,8 @@ from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.remote import RemoteSettings
 
 if TYPE_CHECKING:
-    from rrhf.training.alarms import WatchSettings
     from rrhf.training.config import RRHFConfig
+    from rrhf.training.watch_settings import WatchSettings
 
 
 @dataclass(frozen=True)
@@ -140,8 +140,8 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
     Raises:
         UserError: all unknown keys and unfit values, each with its section, in one message.
     """
-    from rrhf.training.alarms import WatchSettings
     from rrhf.training.config import RRHFConfig
+    from rrhf.training.watch_settings import WatchSettings
 
     classes: dict[str, list[type]] = {
         "data": [DataSettings],

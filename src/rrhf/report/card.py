@@ -130,7 +130,7 @@ def _metadata(folder: Path, settings: Mapping[str, Any], run: Path | None) -> st
 
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         data = config.get("data") if isinstance(config, dict) else None
-        sources = [found for key in ("source", "held_out") if (found := hub_id((data or {}).get(key)))]
+        sources = [name for key in ("source", "held_out") if (name := hub_id((data or {}).get(key)))]
     return metadata_block(
         ModelCardData(
             base_model=hub_id(settings.get("model") or adapter.get("base_model_name_or_path")),
@@ -288,13 +288,13 @@ def _number(value: Any, digits: int = 3) -> str:
 
 def _versions() -> dict[str, str]:
     """Of the packages that matter, those installed, without importing them."""
-    found = {"rrhf": __version__}
+    versions = {"rrhf": __version__}
     for package in ("torch", "transformers", "accelerate", "peft", "tokenizers"):
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

@@ -91,6 +91,6 @@ def last_checkpoint(folder: Path) -> str | None:
             return False
         return True
 
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    found.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
-    return next((str(path) for path in found if whole(path)), None)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return next((str(path) for path in checkpoints if whole(path)), None)
