@@ -552,8 +552,9 @@ def test_a_datasets_dataset_and_plain_rows(tmp_path: Path) -> None:
     for given in (Dataset.from_list(rows), rows, (row for row in rows)):
         trainer = trainer_of(tiny_model("llama", VOCABULARY), tmp_path, given, max_steps=1)
         for ours, theirs in zip(trainer.train_dataset.records, expected, strict=True):
-            assert [list(response) for response in ours.responses] == theirs.responses
-            assert (list(ours.query), ours.scores) == (theirs.query, theirs.scores)
+            read = [i for i, score in enumerate(theirs.scores) if score is not None]
+            assert [list(response) for response in ours.responses] == [theirs.responses[i] for i in read]
+            assert (list(ours.query), ours.scores) == (theirs.query, [theirs.scores[i] for i in read])
 
 
 def test_a_bad_row_is_named(tmp_path: Path) -> None:
@@ -582,6 +583,42 @@ def test_records_that_cannot_be_trained_on_are_counted() -> None:
     assert "2 skipped: the query leaves no room for a response (--max_length 10" in summary
     assert "3 with fewer than two scored responses" in summary
     assert "responses cut" in summary
+
+
+@pytest.mark.parametrize("loss", ["hinge", "none"])
+@pytest.mark.parametrize("released", [False, True])
+def test_what_no_loss_reads_is_not_computed(loss: str, released: bool, tmp_path: Path) -> None:
+    rows = [
+        Record(query="ab", responses=["a longer one", "cd", "ef", "g"], scores=[None, 0.5, 2.0, 2.0]),
+        Record(query="ab", responses=["cd", "e"], scores=[-1.0, -3.0]),
+    ]
+    encoded = encode(rows)
+    settings = LossSettings(ranking_loss=loss, released_compat=released)
+    model = tiny_model("llama", VOCABULARY)
+    expected = [  # of all the responses, also those that are not computed
+        rrhf_loss(
+            record_sums(model, record), torch.tensor([len(response) for response in record.responses]),
+            torch.tensor([math.nan if s is None else s for s in record.scores]), settings,
+            len(record.query) + max(map(len, record.responses)),
+        ).total.item()
+        for record in encoded
+    ]  # fmt: skip
+    trainer = trainer_of(
+        model, tmp_path, rows, max_steps=1, gradient_accumulation_steps=2, ranking_loss=loss, released_compat=released
+    )
+    computed: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    trainer.train()
+    kept = [[1, 2, 3], [0, 1]] if loss == "hinge" else [[2], [0]]
+    tokens = [
+        len(record.query) + sum(len(record.responses[i]) - 1 for i in read)
+        for record, read in zip(encoded, kept, strict=True)
+    ]
+    assert computed == [sum(tokens)]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(expected) / 2, abs=1e-4)
+    assert ("violated_pairs" in trainer.state.log_history[0]) is (loss == "hinge")
 
 
 def test_nothing_left_to_train_on(tmp_path: Path) -> None:
@@ -798,12 +835,13 @@ def test_sums_and_gradients_stay_fp32_under_accelerates_fsdp2(family: str, tmp_p
     from accelerate.utils import FullyShardedDataParallelPlugin
     from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 
-    records = encode(toy_records(3, seed=1, responses=(3, 5)))
-    _, expected = naive_gradients(tiny_model(family, VOCABULARY), records, LossSettings())
+    trained = toy_records(3, seed=1, responses=(3, 5))
+    _, expected = naive_gradients(tiny_model(family, VOCABULARY), encode(trained), LossSettings())
     model = tiny_model(family, VOCABULARY)
+    trainer = trainer_of(model, tmp_path, trained)
+    records = trainer.train_dataset.records
     with torch.no_grad():
         exact = all_sums(model, records)
-    trainer = trainer_of(model, tmp_path, toy_records(1))
     plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
     plugin.set_mixed_precision("bf16")
     accelerator = SimpleNamespace(

@@ -273,14 +273,14 @@ def test_an_injected_collapse_is_seen(case: str, tmp_path: Path, said: Callable[
     trainer = trainer_of(model, tmp_path)
     watch = watched(trainer, [reward], under_start())
     watch.on_train_begin(trainer.args, trainer.state, trainer.control)
-    watch._look(trainer.state, trainer.control)
+    watch._measure_now(trainer.state, trainer.control)
     assert said() == []  # the same weights again
     fit(model, collapse(target), steps=60)
-    watch._look(trainer.state, trainer.control)
+    watch._measure_now(trainer.state, trainer.control)
     rules = {line.partition("(")[2].partition(")")[0] for line in said()}
     assert expected <= rules, (rules, watch.measured)
     again = len(said())
-    watch._look(trainer.state, trainer.control)
+    watch._measure_now(trainer.state, trainer.control)
     assert len(said()) == again  # not said twice
     assert watch.stopped is None and not trainer.control.should_training_stop
 
@@ -316,7 +316,7 @@ def test_a_collapse_that_training_brings_about_stops_it(tmp_path: Path) -> None:
     went_on = watched(on, [share_of_a], watch_steps=5, alarm="warn")
     on.train(resume_from_checkpoint=str(checkpoint))
     assert on.state.global_step == step + 2
-    assert went_on.measured[: len(watch.measured)] == watch.measured and went_on.found[-1].step == step + 2
+    assert went_on.measured[: len(watch.measured)] == watch.measured and went_on.measured[-1].step == step + 2
 
 
 def test_a_healthy_training_is_not_disturbed_by_alarms(tmp_path: Path, said: Callable[[], list[str]]) -> None:

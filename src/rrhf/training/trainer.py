@@ -10,7 +10,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import gather_object
@@ -22,13 +22,13 @@ from rrhf.common.errors import UserError
 from rrhf.losses import Loss, best_response, needed_by, ordered_pairs, ranking_loss, rrhf_loss
 from rrhf.models.adapters import load_policy_or_adapter, with_adapter
 from rrhf.models.attention import our_attention, takes_layouts
-from rrhf.models.batching import Forward, plan_forwards, tree_tokens
+from rrhf.models.batching import SIZES, Forward, plan_forwards, tree_tokens
 from rrhf.models.load import ModelSettings
 from rrhf.models.shared_prefix import causal_lm, usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.training.batching import StepSampler
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
-from rrhf.training.dataset import EncodedRecords
+from rrhf.training.dataset import EncodedRecords, TrainingRecord
 from rrhf.training.forward import IDLE, ForwardOutputs, accept_records, forward_records
 from rrhf.training.master_weights import MasterWeights, has_low_precision
 from rrhf.training.two_pass import Compute, SecondPass, first_pass
@@ -80,12 +80,13 @@ class RRHFTrainer(Trainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
 
-        def encode(rows: Iterable[Any] | None) -> EncodedRecords | None:
+        def encode(rows: Iterable[Any] | None, only_best: bool = False) -> EncodedRecords | None:
             if rows is None or isinstance(rows, EncodedRecords):
                 return rows
-            return EncodedRecords(rows, TextFormat(processing_class, args.text), args.max_length)
+            return EncodedRecords(rows, TextFormat(processing_class, args.text), args.max_length, only_best)
 
-        train, held_out = encode(train_dataset), encode(eval_dataset)
+        # Held-out records keep all their scored responses: how they are ranked is measured whatever the loss.
+        train, held_out = encode(train_dataset, args.ranking_loss == "none"), encode(eval_dataset)
         if train is not None and not len(train):
             raise UserError(f"no record is left to train on: {train.summary()}")
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
@@ -115,8 +116,14 @@ class RRHFTrainer(Trainer):
         """This process's micro-batches, as lists of encoded records; see ``StepSampler``."""
         args = self.args
         seed = args.data_seed if args.data_seed is not None else args.seed
+        tokens = [SIZES[self.path](record) for record in self.train_dataset.records]
         sampler = StepSampler(
-            len(self.train_dataset), self._train_batch_size, args.world_size, args.process_index, seed
+            tokens,
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            world=args.world_size,
+            rank=args.process_index,
+            seed=seed,
         )
         return DataLoader(
             self.train_dataset,
@@ -237,13 +244,13 @@ class RRHFTrainer(Trainer):
     def _loss(self, records: Sequence[EncodedRecord], sums: Tensor, router: Tensor | None) -> Tensor:
         """The sum of the records' losses; their metrics are added up on the way. All of it on the CPU."""
         total = sums.new_zeros(())
-        for record, part in zip(records, sums.split([len(record.responses) for record in records]), strict=True):
+        parts = sums.split([len(record.responses) for record in records])
+        for record, part in zip(cast("Sequence[TrainingRecord]", records), parts, strict=True):
             scores = torch.tensor(
                 [math.nan if score is None else score for score in record.scores], dtype=torch.float64
             )
             lengths = torch.tensor([len(response) for response in record.responses])
-            padded = len(record.query) + max(len(response) for response in record.responses)
-            loss = rrhf_loss(part, lengths, scores, self.loss_settings, padded)
+            loss = rrhf_loss(part, lengths, scores, self.loss_settings, record.padded_length)
             total = total + loss.total
             self._measure(loss, scores)
         if router is not None:
@@ -306,6 +313,8 @@ class RRHFTrainer(Trainer):
         metrics = {name: totals[name] / queries for name in means}
         if totals["pairs"]:
             metrics["rank_accuracy"] = totals["ordered"] / totals["pairs"]
+        elif self.loss_settings.ranking_loss == "none":  # pairs are not computed then
+            del metrics["violated_pairs"]
         if totals["router_loss"]:
             metrics["router_loss"] = totals["router_loss"] / queries
         return metrics
