@@ -43,7 +43,7 @@ def forward_records(
     sums, router = outputs["sums"], outputs["router_loss"]
     if router is None:
         return ForwardOutputs(sums.cpu(), None)
-    numbers = torch.cat([sums, router[None].to(sums.dtype)]).cpu()
+    numbers = torch.cat([sums, router.reshape(1).to(sums.dtype)]).cpu()
     return ForwardOutputs(numbers[:-1], numbers[-1])
 
 
