@@ -147,8 +147,8 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     warn_of_whole_weights(str(trainer.accelerator.distributed_type))
     if job.merges and trainer.is_fsdp_enabled:
         raise UserError("an adapter cannot be merged into sharded weights: give --merge_adapter false")
-    for theirs in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(theirs)
+    for replaced in (ProgressCallback, PrinterCallback):  # by ShowProgress
+        trainer.remove_callback(replaced)
     trainer.add_callback(ShowProgress)
     watch = watch_training(trainer, job.watch, job.model)
     if watch is not None:
