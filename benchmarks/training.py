@@ -42,7 +42,6 @@ from rrhf.models.batching import plan_forwards, tree_tokens
 from rrhf.models.kernels.cpu.memory import keep_freed_memory
 from rrhf.models.shared_prefix import tree_logprobs
 from rrhf.models.tokenization import EncodedRecord
-from rrhf.training.config import ROOMY
 
 PRECISIONS = {
     "fp32": ("float32", False),
@@ -75,7 +74,7 @@ def our_step(model: Any, records: list[EncodedRecord], budget: int) -> None:
     """Forward and backward as the trainer does it, slices of large records included."""
     for forward in plan_forwards(records, budget):
         if not forward.slices:
-            found = tree_logprobs(model, forward.records, keep_logits=budget >= ROOMY)
+            found = tree_logprobs(model, forward.records, keep_logits=budget >= 2048)
             sizes = [len(record.responses) for record in forward.records]
             parts = zip(forward.records, found.sums.split(sizes), found.lengths.split(sizes), strict=True)
             sum(_loss(sums, lengths, record) for record, sums, lengths in parts).backward()

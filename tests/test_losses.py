@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import math
+import sys
+from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,9 +19,13 @@ from rrhf.losses import (
     RANKING_LOSSES,
     SFT_REDUCTIONS,
     LossSettings,
+    RecordTensors,
     best_response,
+    describe,
+    needs,
     normalised_logprobs,
     ordered_pairs,
+    ranking_loss,
     ranks,
     rrhf_loss,
     sft,
@@ -70,7 +77,8 @@ def test_ranking_losses_equal_the_naive_loops(
     p = normalised_logprobs(sums, lengths, exponent)
     naive_p = oracle.logprobs(case[0], case[1], exponent)
     assert all(close(a, b) for a, b in zip(p, naive_p, strict=True))
-    ours = RANKING_LOSSES[name](p, scores, margin=margin, scale=scale)
+    chosen = LossSettings(ranking_loss=name, margin=margin, logprob_scale=scale)
+    ours = RANKING_LOSSES[name](RecordTensors(sums, lengths, scores, p), chosen)
     # e^z near an overflow is no matter of the loss: the oracle's p feeds both
     assert close(ours, oracle.RANKING[name](naive_p, case[2], margin, scale))
 
@@ -245,3 +253,65 @@ def test_bad_settings_are_reported_together() -> None:
 def test_a_length_exponent_must_be_finite(value: float) -> None:
     with pytest.raises(UserError, match="--length_exponent"):
         LossSettings(length_exponent=value)
+
+
+# --- losses from elsewhere --------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A module of a user, in the folder where the command is given."""
+    (tmp_path / "own_losses.py").write_text(
+        "from rrhf.losses import needs\n\n"
+        "def squared(record, settings):\n"
+        '    """The square of every sum."""\n'
+        "    return settings.margin * (record.sums**2 / record.lengths).sum()\n\n"
+        "def vector(record, settings):\n    return record.logprobs\n\n"
+        "def number(record, settings):\n    return 1.0\n\n"
+        '@needs("reference_sums")\n'
+        "def against_reference(record, settings):\n    return (record.sums - record.reference_sums).sum()\n\n"
+        "Loss = type('Loss', (), {})\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.delitem(sys.modules, "own_losses", raising=False)
+    ranking_loss.cache_clear()
+    return tmp_path
+
+
+@pytest.mark.usefixtures("own_losses")
+def test_a_ranking_loss_from_elsewhere() -> None:
+    # 0.5·(4/2 + 9/3) = 2.5; the best is y_0: L_ft = 2
+    assert hand([-2, -3], [2, 3], [1.0, 0.0], ranking_loss="own_losses:squared", margin=0.5) == (4.5, 2.5, 2.0)
+    for name, returned in (("vector", r"shape \(2,\)"), ("number", "float")):
+        with pytest.raises(UserError, match=f"--ranking_loss own_losses:{name}: it must return a scalar.*{returned}"):
+            hand([-2, -3], [2, 3], [1.0, 0.0], ranking_loss=f"own_losses:{name}")
+
+
+@pytest.mark.usefixtures("own_losses")
+def test_a_loss_gets_what_it_declares() -> None:
+    chosen = LossSettings(ranking_loss="own_losses:against_reference")
+    sums, lengths, scores = tensors(([-2.0, -3.0], [2, 3], [1.0, 0.0]))
+    with pytest.raises(ValueError, match="own_losses:against_reference needs reference_sums"):
+        rrhf_loss(sums, lengths, scores, chosen)
+    loss = rrhf_loss(sums, lengths, scores, chosen, reference_sums=torch.tensor([-4.0, -4.0]))
+    assert loss.rank.item() == 3.0
+    with pytest.raises(ValueError, match="needs\\(reference_sum\\): did you mean 'reference_sums'"):
+        needs("reference_sum")
+
+
+@pytest.mark.usefixtures("own_losses")
+@pytest.mark.parametrize(
+    "name, said",
+    [("own_losses:squere", "did you mean 'squared'"), ("own_lossess:f", "no module"), ("own_losses:Loss", "a class")],
+)
+def test_a_loss_from_elsewhere_that_is_none(name: str, said: str) -> None:
+    with pytest.raises(UserError, match=f"--ranking_loss {name}: ranking loss .*{said}"):
+        LossSettings(ranking_loss=name)
+
+
+def test_help_describes_every_loss() -> None:
+    (setting,) = [f for f in fields(LossSettings) if f.name == "ranking_loss"]
+    for name, loss in RANKING_LOSSES.items():
+        assert describe(loss)
+        assert f"{name}: {describe(loss)}" in setting.metadata["help"]

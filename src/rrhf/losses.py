@@ -2,19 +2,72 @@
 
 Symbols: k responses y_i of one query x, with scores r_i (what the reward says) and log-probabilities
 p_i (what the model says). ``logprob_sums`` is Σ_t log P_π(y_i,t | x, y_i,<t), ``lengths`` is ‖y_i‖ in tokens.
+
+A ranking loss is a function ``f(record: RecordTensors, settings: LossSettings) -> Tensor`` (a scalar) and a line in
+``RANKING_LOSSES``; the first line of its docstring describes it in ``--help`` and on model cards. One that reads a
+field of ``RecordTensors`` that may be None says so with ``@needs``. Functions elsewhere are named as
+``pkg.module:function``.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.imports import load_function
+
+
+@dataclass(frozen=True)
+class RecordTensors:
+    """What a ranking loss sees of one record: k responses of one query.
+
+    Attributes:
+        sums: Σ_t log P_π(y_i,t | x, y_i,<t), Tensor of shape (k,), with the graph.
+        lengths: ‖y_i‖ in tokens, Tensor of shape (k,).
+        scores: r, Tensor of shape (k,), NaN where unscored.
+        logprobs: p of Eq. 1, Tensor of shape (k,), with the graph.
+        reference_sums: ``sums`` under the reference model ρ, Tensor of shape (k,); given to losses that need it.
+        token_logprobs: log P_π(y_i,t | x, y_i,<t), k tensors of shape (‖y_i‖,); given to losses that need them.
+    """
+
+    sums: Tensor
+    lengths: Tensor
+    scores: Tensor
+    logprobs: Tensor
+    reference_sums: Tensor | None = None
+    token_logprobs: Sequence[Tensor] | None = None
+
+
+RankingLoss = Callable[[RecordTensors, "LossSettings"], Tensor]
+OPTIONAL = ("reference_sums", "token_logprobs")
+
+
+def needs(*fields: str) -> Callable[[RankingLoss], RankingLoss]:
+    """Declare that a ranking loss reads these fields of ``RecordTensors``, which are None unless a loss needs them.
+
+    Raises:
+        ValueError: a field is none of ``OPTIONAL``.
+    """
+    if unknown := set(fields) - set(OPTIONAL):
+        raise ValueError(f"needs({', '.join(sorted(unknown))}): {nearest(min(unknown), OPTIONAL)}")
+
+    def declare(loss: RankingLoss) -> RankingLoss:
+        loss.needs = frozenset(fields)  # type: ignore[attr-defined]
+        return loss
+
+    return declare
+
+
+def needed_by(loss: RankingLoss) -> frozenset[str]:
+    """The optional fields of ``RecordTensors`` that ``loss`` declares with ``@needs``."""
+    return getattr(loss, "needs", frozenset())
 
 
 def normalised_logprobs(logprob_sums: Tensor, lengths: Tensor, length_exponent: float = 1.0) -> Tensor:
@@ -56,18 +109,14 @@ def best_response(scores: Tensor) -> int | None:
     return int(torch.argmax(torch.nan_to_num(scores, nan=-torch.inf)))
 
 
-def hinge(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
-    """Eq. 2: L_rank = Σ_{r_i < r_j} max(0, p_i − p_j). No margin; ``margin`` and ``scale`` are not used.
-
-    Args:
-        logprobs: p, Tensor of shape (k,).
-        scores: r, Tensor of shape (k,), NaN where unscored.
+def hinge(record: RecordTensors, settings: LossSettings) -> Tensor:
+    """Eq. 2: L_rank = Σ_{r_i < r_j} max(0, p_i − p_j), without a margin.
 
     Returns:
-        Scalar; 0 (with a graph) where no pair is ordered.
+        Scalar; 0 (with a graph) where no pair is ordered. So do all ranking losses.
     """
-    worse, better = ordered_pairs(scores)
-    return (logprobs[worse] - logprobs[better]).clamp(min=0).sum()
+    worse, better = ordered_pairs(record.scores)
+    return (record.logprobs[worse] - record.logprobs[better]).clamp(min=0).sum()
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -76,39 +125,41 @@ def ranks(scores: Tensor) -> Tensor:
     return 1 + (distinct[None, :] > scores[:, None]).sum(dim=1)
 
 
-def rank_margin(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+def rank_margin(record: RecordTensors, settings: LossSettings) -> Tensor:
     """BRIO (arXiv 2203.16804): Σ_{r_i < r_j} max(0, p_i − p_j + λ_ij), λ_ij = (rank_i − rank_j)·margin."""
-    worse, better = ordered_pairs(scores)
-    rank = ranks(scores).to(logprobs.dtype)
-    return (logprobs[worse] - logprobs[better] + margin * (rank[worse] - rank[better])).clamp(min=0).sum()
+    p = record.logprobs
+    worse, better = ordered_pairs(record.scores)
+    rank = ranks(record.scores).to(p.dtype)
+    return (p[worse] - p[better] + settings.margin * (rank[worse] - rank[better])).clamp(min=0).sum()
 
 
-def constant_margin(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+def constant_margin(record: RecordTensors, settings: LossSettings) -> Tensor:
     """SLiC (arXiv 2305.10425): Σ_{r_i < r_j} max(0, p_i − p_j + margin)."""
-    worse, better = ordered_pairs(scores)
-    return (logprobs[worse] - logprobs[better] + margin).clamp(min=0).sum()
+    worse, better = ordered_pairs(record.scores)
+    return (record.logprobs[worse] - record.logprobs[better] + settings.margin).clamp(min=0).sum()
 
 
-def logistic(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+def logistic(record: RecordTensors, settings: LossSettings) -> Tensor:
     """Bradley-Terry on p: Σ_{r_i < r_j} − log σ(scale·(p_j − p_i) − margin); SimPO (arXiv 2405.14734) for lists."""
-    worse, better = ordered_pairs(scores)
-    return -torch.nn.functional.logsigmoid(scale * (logprobs[better] - logprobs[worse]) - margin).sum()
+    worse, better = ordered_pairs(record.scores)
+    difference = settings.logprob_scale * (record.logprobs[better] - record.logprobs[worse])
+    return -torch.nn.functional.logsigmoid(difference - settings.margin).sum()
 
 
-def listmle(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+def listmle(record: RecordTensors, settings: LossSettings) -> Tensor:
     """Plackett-Luce, as in PRO (arXiv 2306.17492): Σ_i − log( e^{s p_i} / (e^{s p_i} + Σ_{r_j < r_i} e^{s p_j}) ).
 
-    Equal scores do not compete with each other; without ties this is ListMLE. ``margin`` is not used.
+    Equal scores do not compete with each other; without ties this is ListMLE. s is ``logprob_scale``.
     """
-    logits = scale * logprobs
+    scores, logits = record.scores, settings.logprob_scale * record.logprobs
     competes = (scores[None, :] < scores[:, None]) | torch.diag(scored(scores))
     partition = logits[None, :].masked_fill(~competes, -torch.inf)[scored(scores)].logsumexp(dim=1)
     return (partition - logits[scored(scores)]).sum()
 
 
-def no_ranking(logprobs: Tensor, scores: Tensor, margin: float = 0.0, scale: float = 1.0) -> Tensor:
+def no_ranking(record: RecordTensors, settings: LossSettings) -> Tensor:
     """No ranking term: RRHF is then supervised fine-tuning on the best response."""
-    return logprobs.sum() * 0
+    return record.logprobs.sum() * 0
 
 
 def sft(logprob_sums: Tensor, lengths: Tensor, scores: Tensor, reduction: str = "sum") -> Tensor:
@@ -134,7 +185,7 @@ SFT_REDUCTIONS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "mean": lambda total, length: total / length.clamp(min=1),
 }
 
-RANKING_LOSSES: dict[str, Callable[..., Tensor]] = {
+RANKING_LOSSES: dict[str, RankingLoss] = {
     "hinge": hinge,
     "margin": rank_margin,
     "constant-margin": constant_margin,
@@ -144,11 +195,36 @@ RANKING_LOSSES: dict[str, Callable[..., Tensor]] = {
 }
 
 
+def describe(loss: RankingLoss) -> str:
+    """The first line of a loss's docstring, without its full stop; empty where it has none."""
+    return (loss.__doc__ or "").strip().partition("\n")[0].removesuffix(".")
+
+
+@cache
+def ranking_loss(name: str) -> RankingLoss:
+    """The loss of that name in ``RANKING_LOSSES``, or the function that ``pkg.module:function`` names.
+
+    Raises:
+        UserError: there is none.
+    """
+    if ":" in name:
+        return load_function(name, "ranking loss", "f(record, settings) -> Tensor")
+    if name not in RANKING_LOSSES:
+        raise UserError(f"{nearest(name, RANKING_LOSSES)}; or give pkg.module:function")
+    return RANKING_LOSSES[name]
+
+
 @dataclass  # not frozen: RRHFConfig inherits it beside transformers' arguments, which are not
 class LossSettings:
     """Eq. 5 and its variants: which ranking loss, and how the two terms are weighted."""
 
-    ranking_loss: str = field(default="hinge", metadata={"help": f"one of {', '.join(RANKING_LOSSES)}"})
+    ranking_loss: str = field(
+        default="hinge",
+        metadata={
+            "help": ". ".join(f"{name}: {describe(loss)}" for name, loss in RANKING_LOSSES.items())
+            + ". Or pkg.module:function, called with rrhf.losses.RecordTensors and these settings"
+        },
+    )
     rank_weight: float = field(default=1.0, metadata={"help": "weight of the ranking loss (Eq. 5: 1)"})
     sft_weight: float = field(
         default=1.0, metadata={"help": "weight of the cross-entropy on the best response (Eq. 5: 1)"}
@@ -171,8 +247,10 @@ class LossSettings:
     def faults(self) -> list[str]:
         """What is wrong with the settings, one sentence a fault."""
         faults = []
-        if self.ranking_loss not in RANKING_LOSSES:
-            faults.append(f"--ranking_loss {self.ranking_loss}: {nearest(self.ranking_loss, RANKING_LOSSES)}")
+        try:
+            ranking_loss(self.ranking_loss)
+        except UserError as error:
+            faults.append(f"--ranking_loss {self.ranking_loss}: {error}")
         if self.sft_reduction not in SFT_REDUCTIONS:
             faults.append(f"--sft_reduction {self.sft_reduction}: {nearest(self.sft_reduction, SFT_REDUCTIONS)}")
         for name in ("rank_weight", "sft_weight", "margin", "logprob_scale"):
@@ -194,7 +272,14 @@ class Loss(NamedTuple):
 
 
 def rrhf_loss(
-    logprob_sums: Tensor, lengths: Tensor, scores: Tensor, settings: LossSettings, padded_length: int | None = None
+    logprob_sums: Tensor,
+    lengths: Tensor,
+    scores: Tensor,
+    settings: LossSettings,
+    padded_length: int | None = None,
+    *,
+    reference_sums: Tensor | None = None,
+    token_logprobs: Sequence[Tensor] | None = None,
 ) -> Loss:
     """Eq. 5: L = L_rank + L_ft, with the weights and variants of ``settings``.
 
@@ -205,13 +290,25 @@ def rrhf_loss(
         settings: which losses and weights.
         padded_length: the longest row of the record, query and response, in tokens. The released code overwrites the
             labels before it counts them, so it divides every sum by this; used with ``settings.released_compat`` only.
+        reference_sums, token_logprobs: see ``RecordTensors``; only for ranking losses that need them.
+
+    Raises:
+        ValueError: something that the settings or the loss need is not given.
+        UserError: a ranking loss from outside gave something else than a scalar tensor.
     """
-    reduction = settings.sft_reduction
+    divisors, reduction = lengths, settings.sft_reduction
     if settings.released_compat:
         if padded_length is None:
             raise ValueError("released_compat needs padded_length")
-        lengths, reduction = torch.full_like(lengths, padded_length), "mean"
-    logprobs = normalised_logprobs(logprob_sums, lengths, settings.length_exponent)
-    rank = RANKING_LOSSES[settings.ranking_loss](logprobs, scores, margin=settings.margin, scale=settings.logprob_scale)
-    fit = sft(logprob_sums, lengths, scores, reduction)
+        divisors, reduction = torch.full_like(lengths, padded_length), "mean"
+    logprobs = normalised_logprobs(logprob_sums, divisors, settings.length_exponent)
+    record = RecordTensors(logprob_sums, lengths, scores, logprobs, reference_sums, token_logprobs)
+    loss = ranking_loss(settings.ranking_loss)
+    if missing := [name for name in sorted(needed_by(loss)) if getattr(record, name) is None]:
+        raise ValueError(f"the ranking loss {settings.ranking_loss} needs {' and '.join(missing)}")
+    rank = loss(record, settings)
+    if not isinstance(rank, Tensor) or rank.shape != ():
+        given = f"shape {tuple(rank.shape)}" if isinstance(rank, Tensor) else type(rank).__name__
+        raise UserError(f"--ranking_loss {settings.ranking_loss}: it must return a scalar tensor, not {given}")
+    fit = sft(logprob_sums, divisors, scores, reduction)
     return Loss(settings.rank_weight * rank + settings.sft_weight * fit, rank, fit, logprobs)

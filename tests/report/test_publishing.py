@@ -98,6 +98,17 @@ def test_training_writes_a_card_that_the_hub_reads(run: Path) -> None:
         assert re.search(rf"{package} \d", text), package
 
 
+def test_the_card_describes_the_ranking_loss_as_its_function_does(run: Path) -> None:
+    from rrhf.losses import RANKING_LOSSES, describe
+
+    settings = json.loads((run / "model" / "training.json").read_text())["settings"]
+    for name, loss in RANKING_LOSSES.items():
+        card = model_card(run / "model", training={"settings": {**settings, "ranking_loss": name}})
+        assert f"| ranking loss | `{name}`, {describe(loss)} |" in card
+    others = model_card(run / "model", training={"settings": {**settings, "ranking_loss": "not_here:loss"}})
+    assert "| ranking loss | `not_here:loss` |" in others  # a card imports nothing for it
+
+
 def test_a_card_names_no_folder_of_the_machine(run: Path) -> None:
     result = json.loads((run / "gain.json").read_text())
     assert str(run.parent) not in model_card(run / "model", result)

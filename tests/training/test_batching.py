@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from rrhf.models.batching import SIZES, Forward, padded_tokens, plan_forwards, slice_record, tree_tokens
 from rrhf.models.shared_prefix import plant
 from rrhf.models.tokenization import EncodedRecord
-from rrhf.training.batching import StepSampler
+from rrhf.training.batching import StepSampler, shares
 
 
 def make(name: str, query: int, responses: list[int]) -> EncodedRecord:
@@ -104,42 +104,54 @@ def test_records_of_arrays_are_planned_too() -> None:
 
 @settings(max_examples=100, deadline=None)
 @given(
-    size=st.integers(0, 40),
+    tokens=st.lists(st.integers(1, 300), max_size=40),
     per_device=st.integers(1, 5),
+    accumulation=st.integers(1, 3),
     world=st.integers(1, 4),
     seed=st.integers(0, 9),
     epoch=st.integers(0, 3),
 )
-def test_processes_share_the_micro_batches_of_one(
-    size: int, per_device: int, world: int, seed: int, epoch: int
+def test_processes_share_the_steps_of_one(
+    tokens: list[int], per_device: int, accumulation: int, world: int, seed: int, epoch: int
 ) -> None:
-    def micro_batches(world: int, rank: int, per_device: int) -> list[list[int]]:
-        sampler = StepSampler(size, per_device, world, rank, seed)
+    def steps(world: int, rank: int, per_device: int) -> list[list[list[int]]]:
+        sampler = StepSampler(tokens, per_device, accumulation, world=world, rank=rank, seed=seed)
         sampler.set_epoch(epoch)
         batches = list(sampler)
         assert len(sampler) == len(batches)
-        return batches
+        return [batches[start : start + accumulation] for start in range(0, len(batches), accumulation)]
 
-    alone = micro_batches(1, 0, per_device * world)
-    shares = [micro_batches(world, rank, per_device) for rank in range(world)]
-    assert all(len(share) == len(alone) for share in shares)  # every process takes part in every step
-    for step, batch in enumerate(alone):
-        parts = [share[step] for share in shares]
-        assert sorted(index for part in parts for index in part) == sorted(batch)
-        assert max(map(len, parts)) - min(map(len, parts)) <= 1
-        assert max(map(len, parts)) <= per_device
-    assert sorted(index for batch in alone for index in batch) == list(range(size))
+    alone = steps(1, 0, per_device * world)
+    assert all(len(batch) == per_device * world for step in alone[:-1] for batch in step)
+    together = [steps(world, rank, per_device) for rank in range(world)]
+    for number, whole in enumerate(alone):
+        parts = [share[number] for share in together]
+        assert all(len(part) == len(whole) for part in parts)  # every process takes part in every micro-batch
+        mine = [[index for batch in part for index in batch] for part in parts]
+        step = [index for batch in whole for index in batch]
+        assert sorted(index for part in mine for index in part) == sorted(step)
+        for part in mine:
+            assert part == [index for index in step if index in part]  # in the order of the step
+        sums = [sum(tokens[index] for index in part) for part in mine]
+        assert max(sums) - min(sums) <= max(tokens[index] for index in step)
+    assert sorted(index for step in alone for batch in step for index in batch) == list(range(len(tokens)))
+
+
+def test_shares_are_balanced_by_tokens() -> None:
+    assert shares([100, 1, 1, 1, 99, 2], 2) == [[0, 1, 2], [3, 4, 5]]  # 102 tokens each
+    assert shares([10, 9, 8, 1], 3) == [[0], [1], [2, 3]]
+    assert shares([5], 2) == [[0], []]
 
 
 def test_the_last_share_may_be_empty() -> None:
-    shares = [list(StepSampler(9, 2, world=2, rank=rank)) for rank in range(2)]
-    assert [len(batch) for batch in shares[0]] == [2, 2, 1]
-    assert [len(batch) for batch in shares[1]] == [2, 2, 0]
+    parts = [list(StepSampler([1] * 9, 2, world=2, rank=rank)) for rank in range(2)]
+    assert [len(batch) for batch in parts[0]] == [2, 2, 1]
+    assert [len(batch) for batch in parts[1]] == [2, 2, 0]
 
 
 def test_order_depends_on_seed_and_epoch_alone() -> None:
     def order(seed: int, epoch: int) -> list[list[int]]:
-        sampler = StepSampler(50, 4, seed=seed)
+        sampler = StepSampler([1] * 50, 4, seed=seed)
         sampler.set_epoch(epoch)
         return list(sampler)
 
@@ -147,5 +159,5 @@ def test_order_depends_on_seed_and_epoch_alone() -> None:
     assert order(0, 0) != order(0, 1)
     assert order(0, 0) != order(1, 0)
     assert order(0, 0) != [list(range(start, min(start + 4, 50))) for start in range(0, 50, 4)]
-    flat = [[i for batch in list(StepSampler(50, n, seed=0)) for i in batch] for n in (1, 4, 7)]
+    flat = [[i for batch in list(StepSampler([1] * 50, n, seed=0)) for i in batch] for n in (1, 4, 7)]
     assert flat[0] == flat[1] == flat[2]  # the same queries in the same order, however they are batched

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
+import inspect
 import json
 import math
 import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -29,9 +32,9 @@ from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record
 from rrhf.training.config import RRHFConfig
 from rrhf.training.dataset import EncodedRecords
-from rrhf.training.trainer import RRHFTrainer
+from rrhf.training.trainer import RRHFTrainer, _keep_sums_exact
 from support.models import in_fp64, tiny_model, tiny_tokenizer, toy_records
-from support.scripts import ddp_train, fsdp_pass
+from support.scripts import ddp_gradient, ddp_train, fsdp_pass
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = tiny_tokenizer()
@@ -275,6 +278,27 @@ def test_evaluation_gives_the_naive_losses_and_disturbs_nothing(tmp_path: Path) 
         assert trainer._sums == {"queries": 3}
 
 
+def test_evaluation_fills_its_forwards(tmp_path: Path) -> None:
+    model = tiny_model("llama", VOCABULARY)
+    held_out = toy_records(5, seed=9)
+    trainer = trainer_of(model, tmp_path, toy_records(2))
+    calls = []
+    model.model.register_forward_pre_hook(lambda *_: calls.append(1))
+    trainer.evaluate(held_out)
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "bloom"])
+@pytest.mark.filterwarnings("ignore:BloomForCausalLM does not take")
+def test_forward_says_what_it_takes(family: str, tmp_path: Path) -> None:
+    """Decoding gives ``position_ids`` to models that name them, and left-padded rows need them."""
+    model = tiny_model(family, VOCABULARY)
+    before = inspect.signature(model.forward)
+    assert ("position_ids" in before.parameters) is (family != "bloom")
+    trainer = trainer_of(model, tmp_path, toy_records(2))
+    assert inspect.signature(trainer.model.forward) == before
+
+
 # --- gradients --------------------------------------------------------------------------------------------------
 
 
@@ -348,11 +372,9 @@ def test_both_passes_draw_the_same_dropout_masks(checkpointing: bool, tmp_path: 
         torch.manual_seed(seed)
         total: Any = 0
         for forward in forwards:
-            parts = [trainer._logprobs(model, [r]) for r in forward.slices] or [
-                trainer._logprobs(model, forward.records)
-            ]
-            sums, lengths = torch.cat([p["sums"] for p in parts]), torch.cat([p["lengths"] for p in parts])
-            total = total + trainer._loss(forward.records, sums, lengths, None) / len(encoded)
+            parts = [[part] for part in forward.slices] or [forward.records]
+            sums = torch.cat([trainer._compute(model, part).sums for part in parts])
+            total = total + trainer._loss(forward.records, sums, None) / len(encoded)
         total.backward()
         return {name: p.grad.clone() for name, p in model.named_parameters()}
 
@@ -530,8 +552,9 @@ def test_a_datasets_dataset_and_plain_rows(tmp_path: Path) -> None:
     for given in (Dataset.from_list(rows), rows, (row for row in rows)):
         trainer = trainer_of(tiny_model("llama", VOCABULARY), tmp_path, given, max_steps=1)
         for ours, theirs in zip(trainer.train_dataset.records, expected, strict=True):
-            assert [list(response) for response in ours.responses] == theirs.responses
-            assert (list(ours.query), ours.scores) == (theirs.query, theirs.scores)
+            read = [i for i, score in enumerate(theirs.scores) if score is not None]
+            assert [list(response) for response in ours.responses] == [theirs.responses[i] for i in read]
+            assert (list(ours.query), ours.scores) == (theirs.query, [theirs.scores[i] for i in read])
 
 
 def test_a_bad_row_is_named(tmp_path: Path) -> None:
@@ -560,6 +583,42 @@ def test_records_that_cannot_be_trained_on_are_counted() -> None:
     assert "2 skipped: the query leaves no room for a response (--max_length 10" in summary
     assert "3 with fewer than two scored responses" in summary
     assert "responses cut" in summary
+
+
+@pytest.mark.parametrize("loss", ["hinge", "none"])
+@pytest.mark.parametrize("released", [False, True])
+def test_what_no_loss_reads_is_not_computed(loss: str, released: bool, tmp_path: Path) -> None:
+    rows = [
+        Record(query="ab", responses=["a longer one", "cd", "ef", "g"], scores=[None, 0.5, 2.0, 2.0]),
+        Record(query="ab", responses=["cd", "e"], scores=[-1.0, -3.0]),
+    ]
+    encoded = encode(rows)
+    settings = LossSettings(ranking_loss=loss, released_compat=released)
+    model = tiny_model("llama", VOCABULARY)
+    expected = [  # of all the responses, also those that are not computed
+        rrhf_loss(
+            record_sums(model, record), torch.tensor([len(response) for response in record.responses]),
+            torch.tensor([math.nan if s is None else s for s in record.scores]), settings,
+            len(record.query) + max(map(len, record.responses)),
+        ).total.item()
+        for record in encoded
+    ]  # fmt: skip
+    trainer = trainer_of(
+        model, tmp_path, rows, max_steps=1, gradient_accumulation_steps=2, ranking_loss=loss, released_compat=released
+    )
+    computed: list[int] = []
+    model.model.register_forward_pre_hook(
+        lambda module, args, kwargs: computed.append(kwargs["input_ids"].numel()), with_kwargs=True
+    )
+    trainer.train()
+    kept = [[1, 2, 3], [0, 1]] if loss == "hinge" else [[2], [0]]
+    tokens = [
+        len(record.query) + sum(len(record.responses[i]) - 1 for i in read)
+        for record, read in zip(encoded, kept, strict=True)
+    ]
+    assert computed == [sum(tokens)]
+    assert trainer.state.log_history[0]["loss"] == pytest.approx(sum(expected) / 2, abs=1e-4)
+    assert ("violated_pairs" in trainer.state.log_history[0]) is (loss == "hinge")
 
 
 def test_nothing_left_to_train_on(tmp_path: Path) -> None:
@@ -593,6 +652,92 @@ def test_a_loss_that_is_not_finite_stops_and_names_the_records(budget: int, tmp_
     with pytest.raises(UserError, match=r"step 1: the loss is nan on the records? .*toy-[01]"):
         trainer.train()
     assert torch.equal(model.model.embed_tokens.weight, before)
+
+
+# A user's module of ranking losses: finite, with a gradient that is not (√ at 0); on records with a score of 9 alone.
+ROOTED = """
+import torch
+from rrhf.losses import needs
+
+def rooted(record, settings):
+    nothing = (record.logprobs - record.logprobs.detach()).sum()
+    return torch.sqrt(nothing) if bool((record.scores == 9).any()) else nothing
+
+@needs("reference_sums")
+def against_reference(record, settings):
+    return record.reference_sums.sum()
+"""
+
+
+@pytest.fixture
+def rooted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    (tmp_path / "rooted_losses.py").write_text(ROOTED)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return tmp_path
+
+
+@pytest.mark.parametrize("max_grad_norm", [0.0, 1.0])
+@pytest.mark.parametrize("budget", [2048, 12])
+def test_a_gradient_that_is_not_finite_updates_nothing(rooted: Path, budget: int, max_grad_norm: float) -> None:
+    records = toy_records(4, seed=1, responses=(2, 3))
+    records[2] = dataclasses.replace(records[2], scores=[9.0, *records[2].scores[1:]])
+    model = tiny_model("llama", VOCABULARY)
+    before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+    trainer = trainer_of(
+        model, rooted / "out", records, learning_rate=0.1, max_steps=3, gradient_accumulation_steps=4,
+        optim="adamw_torch", max_tokens_per_forward=budget, max_grad_norm=max_grad_norm,
+        ranking_loss="rooted_losses:rooted", save_strategy="steps", save_steps=1,
+    )  # fmt: skip
+    with pytest.raises(UserError, match=r"step 1: .* finite, but its gradient's norm is (nan|inf)") as caught:
+        trainer.train()
+    assert all(record.id in str(caught.value) for record in records)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not list((rooted / "out").glob("checkpoint-*"))
+
+
+def test_a_loss_that_needs_what_training_does_not_give(rooted: Path) -> None:
+    with pytest.raises(UserError, match="--ranking_loss rooted_losses:against_reference: it needs reference_sums"):
+        trainer_of(
+            tiny_model("llama", VOCABULARY), rooted, toy_records(1), ranking_loss="rooted_losses:against_reference"
+        )
+
+
+@pytest.mark.parametrize("budget", [2048, 200])
+@pytest.mark.parametrize("keep", [True, False])
+def test_logits_are_kept_where_the_setting_says_so(keep: bool, budget: int, tmp_path: Path) -> None:
+    records = toy_records(1, seed=1)
+    model = tiny_model("llama", VOCABULARY)
+    trainer = trainer_of(model, tmp_path, records, max_tokens_per_forward=budget, keep_logits=keep)
+    (record,) = trainer.train_dataset.records
+    nodes: list[Any] = [trainer._compute(model, [record]).sums.grad_fn]
+    for node in nodes:  # the graph, from the sums towards the weights
+        nodes += [parent for parent, _ in node.next_functions if parent is not None]
+        if "TokenLogprobs" in node.name():
+            break
+    assert [logits.shape[1] for logits in node.kept] == [VOCABULARY] * keep
+
+
+@pytest.mark.parametrize("how", ["flag", "environment"])
+def test_deepspeed_is_refused(how: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if how == "environment":  # accelerate launch with a DeepSpeed configuration
+        monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    with pytest.raises(UserError, match=r"DeepSpeed .*an optimiser step of every forward pass.* FSDP2"):
+        config(tmp_path, **({"deepspeed": "zero3.json"} if how == "flag" else {}))
+
+
+def test_one_process_uses_one_of_several_gpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    args = config(tmp_path, max_steps=1, per_device_train_batch_size=2)
+    args._n_gpu = 2  # as transformers counts them on such a machine
+    with caplog.at_level("WARNING", logger="rrhf"):
+        trainer = RRHFTrainer(
+            model=tiny_model("llama", VOCABULARY), args=args, train_dataset=toy_records(4), processing_class=TOKENIZER
+        )
+    assert "2 GPUs are here" in caplog.text
+    assert "torchrun --nproc_per_node 2" in caplog.text
+    assert trainer.args.n_gpu == 1
+    trainer.train()
+    assert not isinstance(trainer.model_wrapped, torch.nn.DataParallel)
+    assert trainer._train_batch_size == 2
 
 
 def test_bad_settings_are_reported_together(tmp_path: Path) -> None:
@@ -663,4 +808,54 @@ def test_sharded_weights_give_the_gradient_of_one_process(tmp_path: Path) -> Non
         loss, expected = naive_gradients(tiny_model(family, VOCABULARY), records, LossSettings())
         found = torch.load(tmp_path / f"{case}.pt", weights_only=True)
         assert float(found.pop("loss")) == pytest.approx(loss, abs=1e-4), case
+        held_out = naive_metrics(tiny_model(family, VOCABULARY), encoded[:1])  # process 1 has no record to evaluate
+        assert float(found.pop("eval_loss")) == pytest.approx(held_out["rank_loss"] + held_out["sft_loss"], abs=1e-4)
         assert_close(found, expected, 1e-5)
+
+
+def test_a_gradient_that_is_not_finite_stops_all_processes(rooted: Path) -> None:
+    launch(ddp_gradient, rooted)
+    for rank in range(2):
+        said = (rooted / f"{rank}.txt").read_text()
+        assert "step 1: the loss is finite, but its gradient's norm is nan" in said or "norm is inf" in said
+        assert all(record.id in said for record in ddp_gradient.records())  # also those of the other process
+
+
+@pytest.fixture
+def process_group() -> Iterator[None]:
+    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+def test_sums_and_gradients_stay_fp32_under_accelerates_fsdp2(family: str, tmp_path: Path) -> None:
+    """As accelerate prepares a model for the shipped configuration, in bf16."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    trained = toy_records(3, seed=1, responses=(3, 5))
+    _, expected = naive_gradients(tiny_model(family, VOCABULARY), encode(trained), LossSettings())
+    model = tiny_model(family, VOCABULARY)
+    trainer = trainer_of(model, tmp_path, trained)
+    records = trainer.train_dataset.records
+    with torch.no_grad():
+        exact = all_sums(model, records)
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_mixed_precision("bf16")
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", is_main_process=True, device="cpu"
+    )
+    _keep_sums_exact(accelerator)
+    prepared = fsdp2_prepare_model(accelerator, model)
+    assert isinstance(prepared, torch.distributed.fsdp.FSDPModule)
+    with our_attention(prepared):
+        sums = trainer._compute(prepared, records).sums
+        assert sums.dtype == torch.float32
+        assert not torch.equal(sums, sums.bfloat16().float())  # they were bf16 on no part of their way
+        assert float((sums - exact).abs().max()) < 0.02 * float(exact.abs().max())
+        (trainer._loss(records, sums, None) / len(records)).backward()
+    assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
+    gradients = {name: p.grad.full_tensor() for name, p in prepared.named_parameters()}
+    assert_close(gradients, expected, 0.1)

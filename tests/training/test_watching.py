@@ -24,9 +24,10 @@ from rrhf.common.errors import UserError
 from rrhf.evaluation.perplexity import nll_under
 from rrhf.records.record import Record
 from rrhf.report import write_report
-from rrhf.training.alarms import RULES, Measurement, WatchSettings, alarms, measurements, pearson
+from rrhf.training.alarms import RULES, Measurement, alarms, measurements, pearson
 from rrhf.training.config import RRHFConfig
 from rrhf.training.trainer import RRHFTrainer
+from rrhf.training.watch_settings import WatchSettings
 from rrhf.training.watching import Watch, undisturbed
 from support.models import tiny_model, tiny_tokenizer, toy_records
 from support.tiny import config as run_config
@@ -272,14 +273,14 @@ def test_an_injected_collapse_is_seen(case: str, tmp_path: Path, said: Callable[
     trainer = trainer_of(model, tmp_path)
     watch = watched(trainer, [reward], under_start())
     watch.on_train_begin(trainer.args, trainer.state, trainer.control)
-    watch._look(trainer.state, trainer.control)
+    watch._measure_now(trainer.state, trainer.control)
     assert said() == []  # the same weights again
     fit(model, collapse(target), steps=60)
-    watch._look(trainer.state, trainer.control)
+    watch._measure_now(trainer.state, trainer.control)
     rules = {line.partition("(")[2].partition(")")[0] for line in said()}
-    assert expected <= rules, (rules, watch.found)
+    assert expected <= rules, (rules, watch.measured)
     again = len(said())
-    watch._look(trainer.state, trainer.control)
+    watch._measure_now(trainer.state, trainer.control)
     assert len(said()) == again  # not said twice
     assert watch.stopped is None and not trainer.control.should_training_stop
 
@@ -304,7 +305,7 @@ def test_a_collapse_that_training_brings_about_stops_it(tmp_path: Path) -> None:
     assert watch.stopped is not None and "variety" in watch.stopped and f"step {step}" in watch.stopped
     checkpoint = tmp_path / f"checkpoint-{step}"
     history = json.loads((checkpoint / "trainer_state.json").read_text())["log_history"]
-    assert measurements(history) == watch.found
+    assert measurements(history) == watch.measured
 
     again = trainer_of(phrase_model(), tmp_path, records, **options)
     watched(again, [share_of_a], watch_steps=5, alarm="stop")
@@ -315,7 +316,7 @@ def test_a_collapse_that_training_brings_about_stops_it(tmp_path: Path) -> None:
     went_on = watched(on, [share_of_a], watch_steps=5, alarm="warn")
     on.train(resume_from_checkpoint=str(checkpoint))
     assert on.state.global_step == step + 2
-    assert went_on.found[: len(watch.found)] == watch.found and went_on.found[-1].step == step + 2
+    assert went_on.measured[: len(watch.measured)] == watch.measured and went_on.measured[-1].step == step + 2
 
 
 def test_a_healthy_training_is_not_disturbed_by_alarms(tmp_path: Path, said: Callable[[], list[str]]) -> None:
@@ -326,7 +327,7 @@ def test_a_healthy_training_is_not_disturbed_by_alarms(tmp_path: Path, said: Cal
     trainer = trainer_of(phrase_model(), tmp_path, records, learning_rate=1e-3, max_steps=10)
     watch = watched(trainer, [words], under_start(), watch_steps=2, alarm="stop")
     trainer.train()
-    assert [m.step for m in watch.found] == [0, 2, 4, 6, 8, 10]
+    assert [m.step for m in watch.measured] == [0, 2, 4, 6, 8, 10]
     assert said() == [] and watch.stopped is None and trainer.state.global_step == 10
 
 
@@ -468,7 +469,7 @@ def test_sharded_weights_are_not_watched(tmp_path: Path, caplog: pytest.LogCaptu
         Watch(trainer, PROMPTS, [words], WatchSettings(watch_steps=2, alarm="stop"))
     watch = Watch(trainer, PROMPTS, [words], WatchSettings(watch_steps=2))
     watch.on_train_begin(trainer.args, trainer.state, trainer.control)
-    assert watch.found == [] and trainer.state.log_history == []
+    assert watch.measured == [] and trainer.state.log_history == []
 
 
 def test_tensorboard_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -484,7 +485,7 @@ def test_tensorboard_gets_the_numbers(tmp_path: Path, monkeypatch: pytest.Monkey
     events = EventAccumulator(str(file.parent))
     events.Reload()
     found = {event.step: event.value for event in events.Scalars("eval/reward_mean")}
-    assert found == pytest.approx({m.step: m.reward_mean for m in watch.found})
+    assert found == pytest.approx({m.step: m.reward_mean for m in watch.measured})
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio", "tensorboard"])

@@ -25,10 +25,10 @@ class Files:
 
 def main(arguments: list[str]) -> int:
     from rrhf.report.hub import card_of_training
-    from rrhf.training.alarms import WatchSettings
     from rrhf.training.callbacks import Stopped
     from rrhf.training.config import RRHFConfig
     from rrhf.training.stage import train_model
+    from rrhf.training.watch_settings import WatchSettings
 
     flags = Flags([ModelSettings, Files, AdapterSettings, RRHFConfig, WatchSettings], "train", __doc__)
     model, files, adapter, config, watch = flags.parse(with_output(arguments))

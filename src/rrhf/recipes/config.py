@@ -20,8 +20,8 @@ from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
-    from rrhf.training.alarms import WatchSettings
     from rrhf.training.config import RRHFConfig
+    from rrhf.training.watch_settings import WatchSettings
 
 
 @dataclass(frozen=True)
@@ -164,8 +164,8 @@ class _Section:
 
 
 def _sections() -> dict[str, _Section]:
-    from rrhf.training.alarms import WatchSettings
     from rrhf.training.config import RRHFConfig
+    from rrhf.training.watch_settings import WatchSettings
 
     fields: dict[str, dict[str, type]] = {
         "data": {"data": DataSettings},

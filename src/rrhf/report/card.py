@@ -19,14 +19,6 @@ CARD = "README.md"
 MARK = "<!-- Written by rrhf. Take this line out, and rrhf leaves your changes alone. -->"
 TAGS = ["rrhf", "alignment"]
 
-RANKING = {
-    "hinge": "`hinge`, Σ max(0, p_i − p_j) over r_i < r_j (Eq. 2)",
-    "margin": "`margin`, BRIO's margin that grows with the difference of ranks",
-    "constant-margin": "`constant-margin`, the constant margin of SLiC",
-    "logistic": "`logistic`, Bradley–Terry on p (SimPO for lists)",
-    "listmle": "`listmle`, Plackett–Luce on p (as in PRO)",
-    "none": "`none`: no ranking term",
-}
 SFT = {"sum": "a sum over tokens (Eq. 4)", "mean": "a mean over tokens"}
 CITATION = """```bibtex
 @article{yuan2023rrhf,
@@ -139,7 +131,7 @@ def _metadata(folder: Path, settings: Mapping[str, Any], run: Path | None) -> st
 
         config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
         data = config.get("data") if isinstance(config, dict) else None
-        sources = [found for key in ("source", "held_out") if (found := hub_id((data or {}).get(key)))]
+        sources = [name for key in ("source", "held_out") if (name := hub_id((data or {}).get(key)))]
     return metadata_block(
         ModelCardData(
             base_model=hub_id(settings.get("model") or adapter.get("base_model_name_or_path")),
@@ -213,7 +205,7 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     ranking = settings.get("ranking_loss")
     rows = [
         ("loss", "rank weight · ranking loss + SFT weight · cross-entropy on the best response (Eq. 5)"),
-        ("ranking loss", RANKING.get(str(ranking), ranking)),
+        ("ranking loss", None if ranking is None else _ranking(str(ranking))),
         ("rank weight", settings.get("rank_weight")),
         ("margin", settings.get("margin") or None),
         ("cross-entropy", SFT.get(str(settings.get("sft_reduction")), settings.get("sft_reduction"))),
@@ -231,6 +223,13 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         ("seed", settings.get("seed")),
     ]
     return markdown_table(["setting", "value"], [[name, str(value)] for name, value in rows if value is not None])
+
+
+def _ranking(name: str) -> str:
+    """A ranking loss by its name and, where it is one of ours, its description: a card imports no code of others."""
+    from rrhf.losses import RANKING_LOSSES, describe  # here: cards of records need no torch
+
+    return f"`{name}`, {describe(RANKING_LOSSES[name])}" if name in RANKING_LOSSES else f"`{name}`"
 
 
 def _adapter(settings: Mapping[str, Any]) -> str | None:
@@ -270,13 +269,13 @@ def _verdict(reward: str, gain: Mapping[str, float]) -> str:
 
 def _versions() -> dict[str, str]:
     """Of the packages that matter, those installed, without importing them."""
-    found = {"rrhf": __version__}
+    versions = {"rrhf": __version__}
     for package in ("torch", "transformers", "accelerate", "peft", "tokenizers"):
         try:
-            found[package] = metadata.version(package)
+            versions[package] = metadata.version(package)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 # --- records ---------------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ def push_model(source: str | Path, repo_id: str, *, private: bool = False, messa
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if base and not hub_id(base):
         log.warning(f"{repo_id}: an adapter needs its base model, and {base!r} is no hub id: others cannot load it")
-    with _asking_the_hub(repo_id) as api:
+    with _hub_client(repo_id) as api:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         write_card(folder, name=address.repo_id, refresh=True)
         api.upload_folder(
@@ -65,7 +65,7 @@ def card_of_training(folder: Path, training: dict[str, Any], repository: str | N
 
 def push_card(folder: Path, repo_id: str, token: str | None = None) -> None:
     """Upload the card alone, over the draft that transformers' ``--push_to_hub`` leaves in the repository."""
-    with _asking_the_hub(repo_id, token) as api:
+    with _hub_client(repo_id, token) as api:
         card = write_card(folder, name=repo_id)
         api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repo_id, commit_message="Model card of rrhf")
 
@@ -82,7 +82,7 @@ def push_records(file: str | Path, repo_id: str, *, private: bool = False, messa
     from huggingface_hub import CommitOperationAdd
 
     file = Path(file)
-    with tempfile.TemporaryDirectory() as scratch, _asking_the_hub(repo_id) as api:
+    with tempfile.TemporaryDirectory() as scratch, _hub_client(repo_id) as api:
         if file.suffix == ".parquet":
             table, count = file, count_records(file)
         else:
@@ -109,7 +109,7 @@ def _columns(table: Path) -> list[str]:
 
 
 @contextmanager
-def _asking_the_hub(repo_id: str, token: str | None = None) -> Iterator[Any]:
+def _hub_client(repo_id: str, token: str | None = None) -> Iterator[Any]:
     """The hub's client; what it raises becomes a message that names the cure, without the token."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
@@ -130,12 +130,12 @@ def _asking_the_hub(repo_id: str, token: str | None = None) -> Iterator[Any]:
     except OfflineModeIsEnabled as error:
         raise UserError("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it to publish") from error
     except HfHubHTTPError as error:
-        said = (error.server_message or str(error).splitlines()[0]).replace(token, "…")
-        raise UserError(f"{repo_id}: the hub refused ({error.response.status_code}): {said}{_cure(error)}") from error
+        reason = (error.server_message or str(error).splitlines()[0]).replace(token, "…")
+        raise UserError(f"{repo_id}: the hub refused ({error.response.status_code}): {reason}{_cure(error)}") from error
     except (transport, ConnectionError, TimeoutError) as error:
-        said = str(error).replace(token, "…")
+        reason = str(error).replace(token, "…")
         raise UserError(
-            f"{repo_id}: cannot reach {constants.ENDPOINT}: {said}. Check the connection "
+            f"{repo_id}: cannot reach {constants.ENDPOINT}: {reason}. Check the connection "
             f"{'and HF_ENDPOINT ' if os.environ.get('HF_ENDPOINT') else ''}and run the same command again"
         ) from error
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, field, fields
 
 import torch
@@ -17,10 +18,6 @@ LEARNING_RATE = 2e-5  # the paper's
 
 
 ADAPTER_LEARNING_RATE = 2e-4  # ten times as much: docs/adapters.md
-
-
-# The default of --max_tokens_per_forward; who asks for less wants memory, and logits are then not kept.
-ROOMY = 2048
 
 
 @dataclass
@@ -55,8 +52,15 @@ class RRHFConfig(TrainingArguments, LossSettings):
     system_prompt: str | None = field(default=None, metadata={"help": "put before queries that are messages"})
     chat_template_kwargs: str | None = field(default=None, metadata={"help": "arguments of the chat template, as JSON"})
     max_tokens_per_forward: int = field(
-        default=ROOMY,
+        default=2048,
         metadata={"help": "rows of one forward pass; a record with more is computed in two passes, slice by slice"},
+    )
+    keep_logits: bool = field(
+        default=True,
+        metadata={
+            "help": "keep a forward's logits for its backward pass: faster, for memory of (response tokens) x "
+            "(vocabulary) numbers; false: compute them twice, as is done anyway where they are very large"
+        },
     )
 
     def __post_init__(self) -> None:
@@ -66,6 +70,12 @@ class RRHFConfig(TrainingArguments, LossSettings):
             if getattr(self, name) < least
         ]
         faults += self.faults()
+        if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
+            faults.append(
+                "DeepSpeed (--deepspeed, or accelerate's configuration): it would make an optimiser step of every "
+                "forward pass. For sharded weights use FSDP2: accelerate launch --config_file fsdp2.yaml "
+                "(docs/distributed.md)"
+            )
         try:
             _ = self.text
         except UserError as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -14,11 +15,24 @@ from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record, record_from_row
 
 
-class EncodedRecords(Dataset):
-    """Records as token ids in memory, without those that cannot be trained on; ``skipped`` counts them by reason."""
+@dataclass(frozen=True)
+class TrainingRecord(EncodedRecord):
+    """A record with the responses that its loss reads; ``padded_length`` is of the longest row with all of them."""
 
-    def __init__(self, rows: Iterable[Record | Mapping[str, Any]], format: TextFormat, max_length: int) -> None:
-        self.records: list[EncodedRecord] = []
+    padded_length: int
+
+
+class EncodedRecords(Dataset):
+    """Records as token ids in memory, without those that cannot be trained on; ``skipped`` counts them by reason.
+
+    Responses that no loss reads are not kept, so nothing computes them: those without a score and, with ``only_best``,
+    all but the best one (Eq. 3).
+    """
+
+    def __init__(
+        self, rows: Iterable[Record | Mapping[str, Any]], format: TextFormat, max_length: int, only_best: bool = False
+    ) -> None:
+        self.records: list[TrainingRecord] = []
         self.skipped: Counter[str] = Counter()
         self.unranked = 0
         for number, row in enumerate(rows):
@@ -29,14 +43,13 @@ class EncodedRecords(Dataset):
                 self.skipped[reason] += 1
                 continue
             self.unranked += sum(score is not None for score in encoded.scores) < 2
-            responses: list[Sequence[int]] = [array("i", response) for response in encoded.responses]
-            self.records.append(EncodedRecord(encoded.id, array("i", encoded.query), responses, encoded.scores))
+            self.records.append(_as_trained(encoded, only_best))
         self.queries_cut, self.responses_cut = format.queries_cut, format.responses_cut
 
     def __len__(self) -> int:
         return len(self.records)
 
-    def __getitem__(self, index: int) -> EncodedRecord:
+    def __getitem__(self, index: int) -> TrainingRecord:
         return self.records[index]
 
     def summary(self) -> str:
@@ -62,6 +75,16 @@ def _as_record(row: dict[str, Any], where: str) -> Record:
             raise UserError(f"{where}: no record can be made of this preference row")
         row = converted
     return record_from_row(row, where, require="scores")
+
+
+def _as_trained(record: EncodedRecord, only_best: bool) -> TrainingRecord:
+    read = [i for i, score in enumerate(record.scores) if score is not None]
+    if only_best:
+        read = [max(read, key=lambda i: record.scores[i] or 0.0)]  # the first of equals
+    responses: list[Sequence[int]] = [array("i", record.responses[i]) for i in read]
+    padded = len(record.query) + max(map(len, record.responses))
+    scores = [record.scores[i] for i in read]
+    return TrainingRecord(record.id, array("i", record.query), responses, scores, padded)
 
 
 def _unusable(record: EncodedRecord, max_length: int) -> str | None:

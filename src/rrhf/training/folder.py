@@ -31,7 +31,8 @@ SETTINGS = "training-settings.json"
 
 # What a resumed run may change without becoming another run.
 FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "disable_tqdm", "report_to", "run_name",
-        "logging_dir", "overwrite", "eval_steps", "eval_strategy", "max_tokens_per_forward"}  # fmt: skip
+        "logging_dir", "overwrite", "eval_steps", "eval_strategy", "max_tokens_per_forward",
+        "keep_logits"}  # fmt: skip
 
 
 @contextmanager
@@ -90,6 +91,6 @@ def last_checkpoint(folder: Path) -> str | None:
             return False
         return True
 
-    found = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
-    found.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
-    return next((str(path) for path in found if whole(path)), None)
+    checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
+    checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)
+    return next((str(path) for path in checkpoints if whole(path)), None)

@@ -6,11 +6,13 @@ fp32. A step of 2e-5 is below bfloat16's resolution, so without masters most upd
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+BUCKET = 1 << 26  # numbers whose gradients are in fp32 at once: 256 MiB
 
 
 class MasterWeights(torch.optim.Optimizer):
@@ -41,13 +43,36 @@ class MasterWeights(torch.optim.Optimizer):
         """One step of the inner optimiser, with this one's learning rates."""
         for group, inner in zip(self.param_groups, self.inner.param_groups, strict=True):
             inner.update({name: value for name, value in group.items() if name != "params"})
-        low = [(p, m) for p, m in zip(self.parameters, self.masters, strict=True) if p is not m]
-        for parameter, master in low:
-            master.grad = None if parameter.grad is None else parameter.grad.float()
-        self.inner.step()
-        for parameter, master in low:
-            parameter.copy_(master)
+        # A bucket at a time, so that few gradients are in fp32 at once. The inner optimiser passes over parameters
+        # without a gradient and treats each by itself, so the result is that of one step.
+        gradients = [parameter.grad for parameter in self.parameters]
+        for master in self.masters:
             master.grad = None
+        for bucket in self._buckets():
+            for index in bucket:
+                gradient = gradients[index]
+                self.masters[index].grad = None if gradient is None else gradient.float()
+            self.inner.step()
+            for index in bucket:
+                parameter, master = self.parameters[index], self.masters[index]
+                master.grad = None
+                if parameter is not master:
+                    parameter.copy_(master)
+        for parameter, gradient in zip(self.parameters, gradients, strict=True):
+            parameter.grad = gradient
+
+    def _buckets(self) -> Iterator[list[int]]:
+        """Indices of parameters in order, together at most ``BUCKET`` numbers, or one parameter that is larger."""
+        bucket: list[int] = []
+        size = 0
+        for index, parameter in enumerate(self.parameters):
+            if bucket and size + parameter.numel() > BUCKET:
+                yield bucket
+                bucket, size = [], 0
+            bucket.append(index)
+            size += parameter.numel()
+        if bucket:
+            yield bucket
 
     def state_dict(self) -> dict[str, Any]:
         """The inner optimiser's state, and the masters."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +26,15 @@ from rrhf.models.adapters import (
 from rrhf.models.load import ModelSettings
 from rrhf.models.locate import locate
 from rrhf.records.files import read_records
+from rrhf.records.record import Record
 from rrhf.records.sources import source_shares
-from rrhf.training.alarms import WatchSettings
 from rrhf.training.callbacks import ShowProgress, StopOnSignal, Stopped
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.folder import FREE, SETTINGS, TRAINED, claimed, is_trained, last_checkpoint, naming_full_disk
 from rrhf.training.master_weights import has_low_precision
 from rrhf.training.trainer import RRHFTrainer
-from rrhf.training.watching import watch_training
+from rrhf.training.watch_settings import WatchSettings
+from rrhf.training.watching import Watch, watch_training
 
 log = logging.getLogger("rrhf")
 
@@ -75,37 +76,68 @@ def train_model(
                 f"--merge_adapter false: {model.model} is an adapter itself, and its sum with its base, on which the "
                 "new one would stand, is saved nowhere: leave --merge_adapter true"
             )
+    job = Job(folder, data, eval_data, model, config, adapter, watch or WatchSettings(), callbacks or [])
     with claimed(folder, config, overwrite):
-        return _train(folder, data, model, config, adapter, eval_data, callbacks, watch or WatchSettings(), saved)
+        with config.main_process_first(local=False):
+            if is_trained(folder):
+                raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
+            settings = _remember_settings(job)
+        training = _build(job, *_load(job))
+        loss = _run(job, training)
+        return _save(job, training, settings, loss, saved)
 
 
-def _train(
-    folder: Path,
-    data: Path,
-    model: ModelSettings,
-    config: RRHFConfig,
-    adapter: AdapterSettings,
-    eval_data: Path | None,
-    callbacks: list[TrainerCallback] | None,
-    watch: WatchSettings,
-    saved: Saved | None,
-) -> dict[str, Any]:
-    with config.main_process_first(local=False):
-        if is_trained(folder):
-            raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
-        settings = _remember_settings(folder, data, model, config, adapter)
-    if adapter.peft == "qlora":
-        policy, tokenizer = load_quantised(model)
-    else:
-        policy, tokenizer = load_policy_or_adapter(model, training=True)
+@dataclass(frozen=True)
+class Job:
+    """What is asked for."""
+
+    folder: Path
+    data: Path
+    eval_data: Path | None
+    model: ModelSettings
+    config: RRHFConfig
+    adapter: AdapterSettings
+    watch: WatchSettings
+    callbacks: Sequence[TrainerCallback]
+
+    @property
+    def merges(self) -> bool:
+        """Whether the adapter is added to the weights at the end."""
+        return self.adapter.peft is not None and self.adapter.merge_adapter
+
+
+@dataclass(frozen=True)
+class Training:
+    """What was built for it. ``precision`` says in words what computes in what."""
+
+    trainer: RRHFTrainer
+    precision: str
+    watch: Watch | None
+    stop: StopOnSignal
+
+
+def _load(job: Job) -> tuple[Any, Any]:
+    """The policy and its tokenizer."""
+    if job.adapter.peft == "qlora":
+        return load_quantised(job.model)
+    return load_policy_or_adapter(job.model, training=True)
+
+
+def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
+    """The trainer with its records and callbacks."""
+    config = job.config
+
+    def records(file: Path) -> Iterator[Record]:
+        return read_records(file, require="scores", empty_responses="drop")
+
     trainer = RRHFTrainer(
         model=policy,
         args=config,
-        train_dataset=read_records(data, require="scores", empty_responses="drop"),
-        eval_dataset=None if eval_data is None else read_records(eval_data, require="scores", empty_responses="drop"),
+        train_dataset=records(job.data),
+        eval_dataset=None if job.eval_data is None else records(job.eval_data),
         processing_class=tokenizer,
-        peft_config=peft_config(adapter),
-        callbacks=callbacks,
+        peft_config=peft_config(job.adapter),
+        callbacks=list(job.callbacks),
     )
     precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "no autocast"
     if has_low_precision(trainer.model):
@@ -113,69 +145,83 @@ def _train(
     log.info(f"train: {trainer.train_dataset.summary()}")
     log.info(f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, {config.world_size} process(es)")
     warn_of_whole_weights(str(trainer.accelerator.distributed_type))
-    checkpoint = last_checkpoint(folder)
-    if checkpoint is not None:
-        log.info(f"train: going on from {checkpoint}")
-    if adapter.peft is not None and adapter.merge_adapter and trainer.is_fsdp_enabled:
+    if job.merges and trainer.is_fsdp_enabled:
         raise UserError("an adapter cannot be merged into sharded weights: give --merge_adapter false")
-    for theirs in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(theirs)
+    for replaced in (ProgressCallback, PrinterCallback):  # by ShowProgress
+        trainer.remove_callback(replaced)
     trainer.add_callback(ShowProgress)
-    watching = watch_training(trainer, watch, model)
-    if watching is not None:
-        trainer.add_callback(watching)
+    watch = watch_training(trainer, job.watch, job.model)
+    if watch is not None:
+        trainer.add_callback(watch)
     stop = StopOnSignal()
     trainer.add_callback(stop)
-    with stop.listening(), naming_full_disk(folder):
+    return Training(trainer, precision, watch, stop)
+
+
+def _run(job: Job, training: Training) -> float:
+    """Train, from the last checkpoint if there is one; returns the mean loss."""
+    trainer, stop, watch = training.trainer, training.stop, training.watch
+    checkpoint = last_checkpoint(job.folder)
+    if checkpoint is not None:
+        log.info(f"train: going on from {checkpoint}")
+    with stop.listening(), naming_full_disk(job.folder):
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(128 + stop.signal)
-    if watching is not None and watching.stopped is not None:
-        raise UserError(watching.stopped)
-    if adapter.peft is not None and adapter.merge_adapter:
-        trainer.model = merged(trainer.model, model, quantised=adapter.peft == "qlora")
+    if watch is not None and watch.stopped is not None:
+        raise UserError(watch.stopped)
+    return float(result.training_loss)
+
+
+def _save(
+    job: Job, training: Training, settings: dict[str, Any], train_loss: float, saved: Saved | None
+) -> dict[str, Any]:
+    """Write the weights, then the summary, which makes the folder complete."""
+    trainer, folder = training.trainer, job.folder
+    if job.merges:
+        trainer.model = merged(trainer.model, job.model, quantised=job.adapter.peft == "qlora")
     if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the result is one folder of whole weights
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
     with naming_full_disk(folder):
         trainer.save_model(str(folder))
+    records = trainer.train_dataset
     summary = {
         "settings": settings,
-        "records": len(trainer.train_dataset),
-        "data": source_shares(data),
-        "skipped": dict(trainer.train_dataset.skipped),
-        "unranked": trainer.train_dataset.unranked,
-        "queries_cut": trainer.train_dataset.queries_cut,
-        "responses_cut": trainer.train_dataset.responses_cut,
+        "records": len(records),
+        "data": source_shares(job.data),
+        "skipped": dict(records.skipped),
+        "unranked": records.unranked,
+        "queries_cut": records.queries_cut,
+        "responses_cut": records.responses_cut,
         "path": trainer.path,
-        "precision": precision,
+        "precision": training.precision,
         "steps": trainer.state.global_step,
-        "train_loss": result.training_loss,
+        "train_loss": train_loss,
     }
     if trainer.is_world_process_zero():
         trainer.save_state()
         if saved is not None:
-            saved(folder, summary, trainer.hub_model_id if config.push_to_hub else None)
+            saved(folder, summary, trainer.hub_model_id if job.config.push_to_hub else None)
         write_text(folder / TRAINED, json.dumps(summary, indent=2) + "\n")
-        if config.save_total_limit is None:
+        if job.config.save_total_limit is None:
             for old in folder.glob("checkpoint-*"):
                 shutil.rmtree(old)
     return summary
 
 
-def _remember_settings(
-    folder: Path, data: Path, model: ModelSettings, config: RRHFConfig, adapter: AdapterSettings
-) -> dict[str, Any]:
+def _remember_settings(job: Job) -> dict[str, Any]:
     """Write down what this run is; refuse to go on with a run that was another."""
-    everything = {**json.loads(config.to_json_string()), **asdict(adapter), "model": model.model, "data": str(data)}
-    everything["dtype"] = model.dtype
-    if config.bf16_by_default:
+    everything = {**json.loads(job.config.to_json_string()), **asdict(job.adapter)}
+    everything.update(model=job.model.model, data=str(job.data))
+    everything["dtype"] = job.model.dtype
+    if job.config.bf16_by_default:
         del everything["bf16"]
     settings = {name: value for name, value in sorted(everything.items()) if name not in FREE and value is not None}
-    place = folder / SETTINGS
+    place = job.folder / SETTINGS
     if place.exists():
-        found = json.loads(place.read_text(encoding="utf-8"))
+        before = json.loads(place.read_text(encoding="utf-8"))
         cure = "run with those to go on, or give --overwrite to train anew"
-        refuse_other_settings(found, settings, f"{folder} holds a training run with other settings", cure)
+        refuse_other_settings(before, settings, f"{job.folder} holds a training run with other settings", cure)
     else:
         write_text(place, json.dumps(settings, indent=1) + "\n")
     return settings

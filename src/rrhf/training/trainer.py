@@ -3,31 +3,40 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
 import time
-import types
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
+from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 
 from rrhf.common.errors import UserError
-from rrhf.losses import best_response, ordered_pairs, rrhf_loss
+from rrhf.losses import Loss, best_response, needed_by, ordered_pairs, ranking_loss, rrhf_loss
 from rrhf.models.adapters import load_policy_or_adapter, with_adapter
 from rrhf.models.attention import our_attention, takes_layouts
-from rrhf.models.batching import Forward, plan_forwards, tree_tokens
+from rrhf.models.batching import SIZES, Forward, plan_forwards, tree_tokens
 from rrhf.models.load import ModelSettings
-from rrhf.models.shared_prefix import causal_lm, response_logprobs, usable_path
+from rrhf.models.shared_prefix import causal_lm, usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.training.batching import StepSampler
-from rrhf.training.config import ADAPTER_LEARNING_RATE, ROOMY, RRHFConfig
-from rrhf.training.dataset import EncodedRecords
+from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
+from rrhf.training.dataset import EncodedRecords, TrainingRecord
+from rrhf.training.forward import IDLE, ForwardOutputs, accept_records, forward_records
 from rrhf.training.master_weights import MasterWeights, has_low_precision
+from rrhf.training.two_pass import Compute, SecondPass, first_pass
+
+log = logging.getLogger("rrhf")
+
+PROVIDED: frozenset[str] = frozenset()  # of the optional fields of RecordTensors, those that training can give a loss
+NAMED = 20  # a message names at most so many records
 
 
 class RRHFTrainer(Trainer):
@@ -56,6 +65,8 @@ class RRHFTrainer(Trainer):
         **options: Any,
     ) -> None:
         args = args or RRHFConfig()
+        _use_one_gpu(args)
+        _refuse_unmet_needs(args.ranking_loss)
         if isinstance(model, str):
             device = "cpu" if args.use_cpu else "auto"
             model, tokenizer = load_policy_or_adapter(ModelSettings(model=model, device=device), training=True)
@@ -69,12 +80,13 @@ class RRHFTrainer(Trainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
 
-        def encode(rows: Iterable[Any] | None) -> EncodedRecords | None:
+        def encode(rows: Iterable[Any] | None, only_best: bool = False) -> EncodedRecords | None:
             if rows is None or isinstance(rows, EncodedRecords):
                 return rows
-            return EncodedRecords(rows, TextFormat(processing_class, args.text), args.max_length)
+            return EncodedRecords(rows, TextFormat(processing_class, args.text), args.max_length, only_best)
 
-        train, held_out = encode(train_dataset), encode(eval_dataset)
+        # Held-out records keep all their scored responses: how they are ranked is measured whatever the loss.
+        train, held_out = encode(train_dataset, args.ranking_loss == "none"), encode(eval_dataset)
         if train is not None and not len(train):
             raise UserError(f"no record is left to train on: {train.summary()}")
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
@@ -84,8 +96,9 @@ class RRHFTrainer(Trainer):
             args.bf16, args.mixed_precision = False, "no"
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
-        _take_records(model)
-        with _missing_tracker_said(args):
+        self._step_ids: list[str] = []  # of the records of the step at hand
+        accept_records(model)
+        with _naming_missing_tracker(args):
             super().__init__(
                 model=model,
                 args=args,
@@ -95,6 +108,7 @@ class RRHFTrainer(Trainer):
                 data_collator=list,
                 **options,
             )
+        _keep_sums_exact(self.accelerator)
 
     # -- batches
 
@@ -102,8 +116,14 @@ class RRHFTrainer(Trainer):
         """This process's micro-batches, as lists of encoded records; see ``StepSampler``."""
         args = self.args
         seed = args.data_seed if args.data_seed is not None else args.seed
+        tokens = [SIZES[self.path](record) for record in self.train_dataset.records]
         sampler = StepSampler(
-            len(self.train_dataset), self._train_batch_size, args.world_size, args.process_index, seed
+            tokens,
+            self._train_batch_size,
+            args.gradient_accumulation_steps,
+            world=args.world_size,
+            rank=args.process_index,
+            seed=seed,
         )
         return DataLoader(
             self.train_dataset,
@@ -121,29 +141,27 @@ class RRHFTrainer(Trainer):
         """
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         merged = [record for batch in batches for record in batch]
-        queries = self._sum_over_processes(float(len(merged)))
+        self._step_ids = [record.id for record in merged]
+        queries = self._over_processes(len(merged)).sum()
         return [[] for _ in batches[:-1]] + [merged] * bool(batches), int(queries)
 
     def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> None:
         return None
 
-    def _sum_over_processes(self, value: float) -> float:
+    def _over_processes(self, *values: float) -> Tensor:
+        """The values of every process, on the CPU. Tensor of shape (processes, values)."""
         if self.args.world_size == 1:
-            return value
-        return float(self.accelerator.gather(torch.tensor([value], device=self.args.device)).sum())
-
-    def _max_over_processes(self, value: int) -> int:
-        if self.args.world_size == 1:
-            return value
-        return int(self.accelerator.gather(torch.tensor([value], device=self.args.device)).max())
+            return torch.tensor([values], dtype=torch.float64)
+        mine = torch.tensor([values], dtype=torch.float32, device=self.args.device)
+        gathered: Tensor = self.accelerator.gather(mine)
+        return gathered.cpu()
 
     # -- one optimiser step
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser asked for; bfloat16 weights get fp32 masters in it (see ``rrhf.training.master_weights``)."""
-        # FSDP and DeepSpeed exchange the parameters later and keep their own masters.
-        apart = self.is_fsdp_enabled or self.is_deepspeed_enabled
-        if self.optimizer is None and not apart and has_low_precision(self.model):
+        # FSDP exchanges the parameters later and keeps its own masters.
+        if self.optimizer is None and not self.is_fsdp_enabled and has_low_precision(self.model):
             asked: Any = self.__dict__.get("optimizer_cls_and_kwargs")
             kind, options = asked or self.get_optimizer_cls_and_kwargs(self.args, self.model)
             self.optimizer_cls_and_kwargs: Any = (MasterWeights, {"optimiser": kind, **options})
@@ -159,140 +177,126 @@ class RRHFTrainer(Trainer):
         self, model: nn.Module, inputs: list[EncodedRecord], num_items_in_batch: Tensor | int | None = None
     ) -> Tensor:
         """Forward and backward over the records of a step, a token budget at a time; returns its share of the loss."""
-        device = self.args.device
         if not self.accelerator.sync_gradients and not inputs:
-            return torch.zeros((), device=device)  # merged into the last micro-batch of the step
+            return torch.zeros((), device=self.args.device)  # merged into the last micro-batch of the step
         began = time.perf_counter()
         model.train()
         # Gradients are averaged over processes, the loss is a mean over all their queries.
         weight = self.args.world_size / max(int(num_items_in_batch or 1), 1)
+        compute = partial(self._compute, model)
         forwards = plan_forwards(inputs, self.args.max_tokens_per_forward, self.path)
-        total = torch.zeros((), device=device)
         # Where weights are sharded every pass is a collective operation: all processes make equally many without a
         # graph, and then equally many with one. How many is settled before the first of them.
-        first = sum(len(forward.slices) for forward in forwards)
-        idle_first = self._max_over_processes(first) - first
-        second = sum(len(forward.slices) or 1 for forward in forwards)
-        idle_second = self._max_over_processes(second) - second
+        without = sum(len(forward.slices) for forward in forwards)
+        graphs = sum(len(forward.slices) or 1 for forward in forwards)
+        most_without, most_graphs = map(int, self._over_processes(without, graphs).amax(0))
+        total = torch.zeros(())
         backward: list[Callable[[], Tensor]] = []
         for forward in forwards:
             if forward.slices:
-                share, slices = self._first_pass(model, forward, weight)
-                total += share
-                backward += [partial(self._second_pass, model, *part) for part in slices]
+                share, slices = self._first_pass(compute, forward, weight)
+                total = total + share
+                backward += [partial(self._second_pass, compute, part) for part in slices]
             else:
-                backward.append(partial(self._one_pass, model, forward, weight))
+                backward.append(partial(self._one_pass, compute, forward, weight))
         with torch.no_grad():
-            for _ in range(idle_first):
-                self._logprobs(model, [_IDLE])
-        backward += [partial(self._idle_pass, model)] * idle_second
+            for _ in range(most_without - without):
+                compute([IDLE])
+        backward += [partial(self._idle_pass, compute)] * (most_graphs - graphs)
         for left, run in zip(range(len(backward) - 1, -1, -1), backward, strict=True):
             with self._gradients_shared(model, left == 0):
-                total += run()
+                total = total + run()
         self._tokens += sum(tree_tokens(record) for record in inputs)
         self._seconds += time.perf_counter() - began
-        return total.detach()
+        return total.to(self.args.device)
 
-    def _logprobs(self, model: nn.Module, records: Sequence[EncodedRecord]) -> dict[str, Any]:
-        roomy = self.args.max_tokens_per_forward >= ROOMY
-        outputs: dict[str, Any] = model(rrhf_records=records, rrhf_path=self.path, rrhf_keep_logits=roomy)
-        return outputs
+    def _compute(self, model: nn.Module, records: Sequence[EncodedRecord]) -> ForwardOutputs:
+        return forward_records(model, records, self.path, self.args.keep_logits)
 
     def _gradients_shared(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         if last or self.args.world_size == 1:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(model)
 
-    def _one_pass(self, model: nn.Module, forward: Forward, weight: float) -> Tensor:
-        outputs = self._logprobs(model, forward.records)
-        loss = self._loss(forward.records, outputs["sums"], outputs["lengths"], outputs["router_loss"]) * weight
+    def _one_pass(self, compute: Compute, forward: Forward, weight: float) -> Tensor:
+        outputs = compute(forward.records)
+        loss = self._loss(forward.records, outputs.sums, outputs.router_loss) * weight
         self._check_finite(loss, forward)
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _first_pass(self, model: nn.Module, forward: Forward, weight: float) -> tuple[Tensor, list[tuple[Any, ...]]]:
-        """The first of two passes that give the gradient of ``_one_pass`` with one slice of responses in memory.
-
-        The loss sees a response through its log-probability alone, so ∂L/∂θ = Σ_i ∂L/∂s_i · ∂s_i/∂θ: the sums s_i are
-        computed without a graph, ∂L/∂s_i is taken, and each slice runs again with its weights. Random states are kept,
-        so that dropout draws the same masks in both passes. Returns the loss and the arguments of ``_second_pass``.
-        """
-        states, sums, lengths, router = [], [], [], 0.0
-        with torch.no_grad():
-            for part in forward.slices:
-                states.append(_random_state(self.args.device))
-                outputs = self._logprobs(model, [part])
-                sums.append(outputs["sums"])
-                lengths.append(outputs["lengths"])
-                if outputs["router_loss"] is not None:
-                    router += float(outputs["router_loss"]) / len(forward.slices)
-        leaf = torch.cat(sums).detach().requires_grad_()
-        loss = self._loss(forward.records, leaf, torch.cat(lengths), None) * weight
+    def _first_pass(self, compute: Compute, forward: Forward, weight: float) -> tuple[Tensor, list[SecondPass]]:
+        """The loss of a record in slices, and what is to be run again for its gradient (``rrhf.training.two_pass``)."""
+        first = first_pass(forward.slices, compute, self.args.device)
+        loss = self._loss(forward.records, first.sums, None) * weight
         self._check_finite(loss, forward)
-        (gradient,) = torch.autograd.grad(loss, leaf)
-        self._sums["router_loss"] += router
-        gradients = gradient.split([len(part.responses) for part in forward.slices])
-        router_weights = [weight / len(forward.slices)] * len(forward.slices)
-        slices = list(zip(forward.slices, states, gradients, router_weights, strict=True))
-        return loss.detach() + router * weight, slices
+        self._sums["router_loss"] += first.router_loss
+        return loss.detach() + first.router_loss * weight, first.second_passes(loss, weight)
 
-    def _second_pass(
-        self, model: nn.Module, part: EncodedRecord, state: Any, gradient: Tensor, router_weight: float
-    ) -> Tensor:
-        after = _random_state(self.args.device)
-        _set_random_state(state, self.args.device)
-        outputs = self._logprobs(model, [part])
-        objective = (outputs["sums"] * gradient).sum()
-        if outputs["router_loss"] is not None:
-            objective = objective + outputs["router_loss"] * router_weight
-        self.accelerator.backward(objective)
-        _set_random_state(after, self.args.device)
-        return torch.zeros_like(objective.detach())  # the first pass counted it
+    def _second_pass(self, compute: Compute, part: SecondPass) -> Tensor:
+        part.run(compute, self.accelerator.backward, self.args.device)
+        return torch.zeros(())  # the first pass counted it
 
-    def _idle_pass(self, model: nn.Module) -> Tensor:
-        """Other processes compute: collective operations must match."""
-        nothing = self._logprobs(model, [_IDLE])["sums"].sum() * 0
-        self.accelerator.backward(nothing)
-        return nothing.detach()
+    def _idle_pass(self, compute: Compute) -> Tensor:
+        self.accelerator.backward(compute([IDLE]).sums.sum() * 0)
+        return torch.zeros(())
 
-    def _loss(self, records: Sequence[EncodedRecord], sums: Tensor, lengths: Tensor, router: Tensor | None) -> Tensor:
-        """The sum of the records' losses; their metrics are added up on the way."""
+    def _loss(self, records: Sequence[EncodedRecord], sums: Tensor, router: Tensor | None) -> Tensor:
+        """The sum of the records' losses; their metrics are added up on the way. All of it on the CPU."""
         total = sums.new_zeros(())
-        sizes = [len(record.responses) for record in records]
-        for record, part, length in zip(records, sums.split(sizes), lengths.split(sizes), strict=True):
+        parts = sums.split([len(record.responses) for record in records])
+        for record, part in zip(cast("Sequence[TrainingRecord]", records), parts, strict=True):
             scores = torch.tensor(
                 [math.nan if score is None else score for score in record.scores], dtype=torch.float64
-            ).to(sums.device)
-            padded = len(record.query) + max(len(response) for response in record.responses)
-            loss = rrhf_loss(part, length, scores, self.loss_settings, padded)
+            )
+            lengths = torch.tensor([len(response) for response in record.responses])
+            loss = rrhf_loss(part, lengths, scores, self.loss_settings, record.padded_length)
             total = total + loss.total
-            self._measure(loss.rank, loss.sft, loss.logprobs, scores)
+            self._measure(loss, scores)
         if router is not None:
             total = total + router * len(records)
             self._sums["router_loss"] += float(router.detach()) * len(records)
         return total
 
     @torch.no_grad()
-    def _measure(self, rank: Tensor, fit: Tensor, logprobs: Tensor, scores: Tensor) -> None:
+    def _measure(self, loss: Loss, scores: Tensor) -> None:
         worse, better = ordered_pairs(scores)
         best = best_response(scores)
+        p = loss.logprobs
         self._sums["queries"] += 1
-        self._sums["rank_loss"] += float(rank)
-        self._sums["sft_loss"] += float(fit)
+        self._sums["rank_loss"] += float(loss.rank)
+        self._sums["sft_loss"] += float(loss.sft)
         self._sums["pairs"] += len(worse)
-        self._sums["ordered"] += float((logprobs[worse] < logprobs[better]).sum())
-        self._sums["violated_pairs"] += float((logprobs[worse] > logprobs[better]).sum())
+        self._sums["ordered"] += float((p[worse] < p[better]).sum())
+        self._sums["violated_pairs"] += float((p[worse] > p[better]).sum())
         if best is not None:
-            self._sums["best_logprob"] += float(logprobs[best])
+            self._sums["best_logprob"] += float(p[best])
 
     def _check_finite(self, loss: Tensor, forward: Forward) -> None:
         if not bool(torch.isfinite(loss)):
-            ids = ", ".join(record.id for record in forward.records)
+            ids = [record.id for record in forward.records]
+            raise UserError(self._not_finite(f"the loss is {loss.item()} on the records", ids))
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm over all parameters, which must be finite: it is asked for before every update.
+
+        All processes see the same norm, that of the gradients they share, so all of them stop here.
+        """
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(float(norm)) and self.accelerator.scaler is None:  # a scaler (fp16) skips such a step
+            ids = gather_object(self._step_ids)
             raise UserError(
-                f"step {self.state.global_step + 1}: the loss is {loss.item()} on the records {ids}. "
-                "Nothing was updated; the last checkpoint is whole. "
-                "Lower --learning_rate, or look at these records with `rrhf inspect`"
+                self._not_finite(f"the loss is finite, but its gradient's norm is {norm} on the records", ids)
             )
+        return norm
+
+    def _not_finite(self, what: str, ids: Sequence[str]) -> str:
+        more = f" and {len(ids) - NAMED} more" if len(ids) > NAMED else ""
+        return (
+            f"step {self.state.global_step + 1}: {what} {', '.join(ids[:NAMED])}{more}. "
+            "Nothing was updated; the last checkpoint is whole. "
+            "Lower --learning_rate, or look at these records with `rrhf inspect`"
+        )
 
     # -- metrics
 
@@ -300,7 +304,8 @@ class RRHFTrainer(Trainer):
         """Means since the last call, over all processes; the sums start anew."""
         means = ("rank_loss", "sft_loss", "violated_pairs", "best_logprob")
         names = ("queries", "pairs", "ordered", "router_loss", *means)
-        totals = {name: self._sum_over_processes(self._sums[name]) for name in names}
+        sums = self._over_processes(*(self._sums[name] for name in names)).sum(0)
+        totals = dict(zip(names, sums.tolist(), strict=True))
         self._sums.clear()
         queries = totals["queries"]
         if not queries:
@@ -308,6 +313,8 @@ class RRHFTrainer(Trainer):
         metrics = {name: totals[name] / queries for name in means}
         if totals["pairs"]:
             metrics["rank_accuracy"] = totals["ordered"] / totals["pairs"]
+        elif self.loss_settings.ranking_loss == "none":  # pairs are not computed then
+            del metrics["violated_pairs"]
         if totals["router_loss"]:
             metrics["router_loss"] = totals["router_loss"] / queries
         return metrics
@@ -316,7 +323,7 @@ class RRHFTrainer(Trainer):
         """Add the means of the steps since the last line to what the trainer logs."""
         if "loss" in logs:
             logs.update(self._metrics())
-            tokens = self._sum_over_processes(float(self._tokens))
+            tokens = float(self._over_processes(self._tokens).sum())
             logs["tokens_per_second"] = round(tokens / max(self._seconds, 1e-9), 2)
             self._tokens, self._seconds = 0, 0.0
         super().log(logs, start_time)
@@ -334,20 +341,23 @@ class RRHFTrainer(Trainer):
         was_training = model.training
         model.eval()
         share = data.records[self.args.process_index :: self.args.world_size]
-        for forward in plan_forwards(share, self.args.max_tokens_per_forward, self.path):
-            parts = forward.slices or forward.records
-            outputs = [self._logprobs(model, [part]) for part in parts]
-            sums, lengths = torch.cat([o["sums"] for o in outputs]), torch.cat([o["lengths"] for o in outputs])
-            self._loss(forward.records, sums, lengths, None)
+        forwards = plan_forwards(share, self.args.max_tokens_per_forward, self.path)
+        # As in training: where weights are sharded, all processes make equally many passes.
+        passes = sum(len(forward.slices) or 1 for forward in forwards)
+        idle = int(self._over_processes(passes).max()) - passes
+        for forward in forwards:
+            parts: list[Sequence[EncodedRecord]] = [[part] for part in forward.slices] or [forward.records]
+            sums = torch.cat([self._compute(model, part).sums for part in parts])
+            self._loss(forward.records, sums, None)
+        for _ in range(idle):
+            self._compute(model, [IDLE])
         model.train(was_training)
-        found, self._sums = self._metrics(), kept
-        if not found:
+        metrics, self._sums = self._metrics(), kept
+        if not metrics:
             raise UserError(f"no record is left to evaluate on: {data.summary()}")
         settings = self.loss_settings
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in found.items()}
-        metrics[f"{metric_key_prefix}_loss"] = (
-            settings.rank_weight * found["rank_loss"] + settings.sft_weight * found["sft_loss"]
-        )
+        metrics["loss"] = settings.rank_weight * metrics["rank_loss"] + settings.sft_weight * metrics["sft_loss"]
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in metrics.items()}
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
@@ -361,8 +371,36 @@ class RRHFTrainer(Trainer):
         return 6 * parameters * sum(tree_tokens(record) for record in inputs)
 
 
+def _use_one_gpu(args: RRHFConfig) -> None:
+    """Keep one process to one GPU: transformers would split its batches over all of them (``nn.DataParallel``)."""
+    if args.n_gpu > 1:
+        log.warning(
+            f"{args.n_gpu} GPUs are here and one process uses one of them. To train on all: "
+            f"torchrun --nproc_per_node {args.n_gpu} -m rrhf.cli train … (docs/distributed.md)"
+        )
+        args._n_gpu = 1
+
+
+def _refuse_unmet_needs(name: str) -> None:
+    if unmet := needed_by(ranking_loss(name)) - PROVIDED:
+        raise UserError(f"--ranking_loss {name}: it needs {' and '.join(sorted(unmet))}, which training does not give")
+
+
+def _keep_sums_exact(accelerator: Any) -> None:
+    """FSDP2: leave the log-probability sums in fp32, and add gradients up in fp32.
+
+    accelerate makes both of the type of the computation: in bfloat16 two sums near −100 are equal where they are less
+    than 0.5 apart, so a violated pair would be a tie. ``output_dtype=None`` casts nothing, so layers hand on bfloat16.
+    """
+    plugin = getattr(accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and plugin.fsdp_version == 2 and plugin.mixed_precision_policy is not None:
+        plugin.mixed_precision_policy = replace(
+            plugin.mixed_precision_policy, output_dtype=None, reduce_dtype=torch.float32
+        )
+
+
 @contextlib.contextmanager
-def _missing_tracker_said(args: RRHFConfig) -> Iterator[None]:
+def _naming_missing_tracker(args: RRHFConfig) -> Iterator[None]:
     """Turn what transformers raises for a tracker that it does not know or that is not installed into a message."""
     try:
         yield
@@ -370,41 +408,3 @@ def _missing_tracker_said(args: RRHFConfig) -> Iterator[None]:
         if not any(sign in str(error) for sign in ("to be installed", "is not supported, only")):
             raise
         raise UserError(f"--report_to {' '.join(args.report_to)}: {error}") from error
-
-
-_IDLE = EncodedRecord("idle", [0], [[0]], [None])
-
-
-def _take_records(model: PreTrainedModel) -> None:
-    """Teach this model's ``forward`` the keyword ``rrhf_records``.
-
-    Wrappers for several processes (DDP, FSDP) and autocast act on calls of the model, so the ranking pass must be one.
-    """
-    # A function of the model, not bound to this one: a copy's forward pass must be that of the copy.
-    bound = model.forward
-    plain = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
-
-    def forward(
-        self: PreTrainedModel,
-        *args: Any,
-        rrhf_records: Any = None,
-        rrhf_path: str = "tree",
-        rrhf_keep_logits: bool = False,
-        **kwargs: Any,
-    ) -> Any:
-        if rrhf_records is None:
-            return plain(self, *args, **kwargs)
-        found = response_logprobs(self, rrhf_records, rrhf_path, rrhf_keep_logits)
-        return {"sums": found.sums, "lengths": found.lengths, "router_loss": found.router_loss}
-
-    model.forward = types.MethodType(forward, model)
-
-
-def _random_state(device: torch.device) -> tuple[Tensor, Tensor | None]:
-    return torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-
-
-def _set_random_state(state: tuple[Tensor, Tensor | None], device: torch.device) -> None:
-    torch.set_rng_state(state[0])
-    if state[1] is not None:
-        torch.cuda.set_rng_state(state[1], device)

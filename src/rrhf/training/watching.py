@@ -5,7 +5,7 @@ same seed, and logs reward, perplexity, length and variety of the answers as Fig
 (arXiv 2304.05302). Training does not notice: random states and module modes are put back, so the weights are bit for
 bit those of a run that is not watched.
 
-``RULES`` are the alarms: pure functions of the first measurement, the present one and the limits.
+The alarms are ``rrhf.training.alarms.RULES``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,8 @@ from rrhf.records.record import Record
 from rrhf.rewards.functions import RewardFunction
 from rrhf.rewards.scoring import make_scorer, reward_name
 from rrhf.sampling.sampler import Sampler
-from rrhf.training.alarms import Measurement, WatchSettings, _is_provided, alarms, measurements, pearson
+from rrhf.training.alarms import Measurement, alarms, measurements, pearson
+from rrhf.training.watch_settings import WatchSettings, is_provided
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -46,12 +47,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("rrhf")
 
 FOLDER = "watch"  # in the model's folder: what the policy wrote, one file a measurement
-
-
-# --- alarms
-
-
-# --- measuring
 
 
 @contextmanager
@@ -81,8 +76,8 @@ class Watch(TrainerCallback):
     ``eval_length_mean``, ``eval_distinct_2``, ``eval_score_length_correlation``, ``eval_prompts``. The answers stand in
     ``output_dir/watch/step-N.jsonl`` with the keys of ``generations.jsonl``.
 
-    Process 0 alone measures; the others wait for it at the next exchange of gradients. Sharded weights (FSDP,
-    DeepSpeed) cannot be read by one process, so there nothing is measured and a warning says so. After a resume the
+    Process 0 alone measures; the others wait for it at the next exchange of gradients. Sharded weights
+    (FSDP) cannot be read by one process, so there nothing is measured and a warning says so. After a resume the
     start is the one in the log.
 
     Args:
@@ -107,10 +102,10 @@ class Watch(TrainerCallback):
         perplexity: Perplexity | None = None,
     ) -> None:
         self.trainer, self.records, self.rewards, self.settings = trainer, list(records), list(rewards), settings
-        self.found: list[Measurement] = []
-        self.ringing: set[str] = set()
+        self.measured: list[Measurement] = []
+        self.firing: set[str] = set()
         self.stopped: str | None = None
-        self.active = not (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled)
+        self.active = not trainer.is_fsdp_enabled
         if not self.active:
             why = "the policy cannot be watched while its weights are sharded over processes"
             if settings.alarm == "stop":
@@ -122,7 +117,7 @@ class Watch(TrainerCallback):
         if not self.rewards:
             raise UserError("--watch_steps needs a reward: give --watch_reward pkg.module:function")
         for reward in self.rewards:
-            if _is_provided(reward):
+            if is_provided(reward):
                 raise UserError(f"--watch_reward {reward}: cannot score new texts; give pkg.module:function")
             make_scorer(reward)  # an unknown one is refused before any work
         if not trainer.is_world_process_zero():
@@ -149,20 +144,20 @@ class Watch(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take up the log of a resumed run, or measure the start."""
-        self.found = measurements(state.log_history)
-        if self.found and self.settings.alarm != "off":
-            fired = alarms(self.found[0], self.found[-1], self.settings)
-            self.ringing = set(fired)
+        self.measured = measurements(state.log_history)
+        if self.measured and self.settings.alarm != "off":
+            fired = alarms(self.measured[0], self.measured[-1], self.settings)
+            self.firing = set(fired)
             if fired and self.settings.alarm == "stop":
-                raise UserError(self._why(self.found[-1], fired))
-        if not self.found:
-            self._look(state, control)
+                raise UserError(self._why(self.measured[-1], fired))
+        if not self.measured:
+            self._measure_now(state, control)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.settings.watch_steps == 0 or state.global_step >= state.max_steps:
-            self._look(state, control)
+            self._measure_now(state, control)
 
-    def _look(self, state: Any, control: Any) -> None:
+    def _measure_now(self, state: Any, control: Any) -> None:
         if not self.active:
             return
         if self.trainer.is_world_process_zero():
@@ -173,8 +168,8 @@ class Watch(TrainerCallback):
             self.trainer.log({**now.logs(), **more})
             control.should_log = should_log  # logging takes it back, and this step's own line is still to come
             self._write(now.step, rows)
-            self.found.append(now)
-            self._judge(now)
+            self.measured.append(now)
+            self._check_alarms(now)
         if self._any_process(self.stopped is not None):
             self.stopped = self.stopped or "training was stopped by an alarm; process 0 says which"
             control.should_save = control.should_training_stop = True
@@ -185,13 +180,13 @@ class Watch(TrainerCallback):
         mine = torch.tensor([float(here)], device=self.trainer.args.device)
         return bool(self.trainer.accelerator.gather(mine).sum() > 0)
 
-    def _judge(self, now: Measurement) -> None:
+    def _check_alarms(self, now: Measurement) -> None:
         if self.settings.alarm == "off":
             return
-        fired = alarms(self.found[0], now, self.settings)
-        for name in fired.keys() - self.ringing:  # once, until it was silent in between
+        fired = alarms(self.measured[0], now, self.settings)
+        for name in fired.keys() - self.firing:  # once, until it was silent in between
             log.warning(f"alarm ({name}), step {now.step}: {fired[name]}. {self._where(now.step)}")
-        self.ringing = set(fired)
+        self.firing = set(fired)
         if fired and self.settings.alarm == "stop":
             self.stopped = self._why(now, fired)
 
@@ -271,7 +266,7 @@ def watch_training(trainer: RRHFTrainer, settings: WatchSettings, model: ModelSe
     named = settings.watch_perplexity_model
     adapted = hasattr(trainer.model, "disable_adapter")
     perplexity = None
-    sharded = trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled
+    sharded = trainer.is_fsdp_enabled
     if named != "none" and not (named is None and adapted) and not sharded and trainer.is_world_process_zero():
         perplexity = _frozen(replace(model, model=named or model.model), trainer)
     return Watch(trainer, records, settings.watch_reward, settings, perplexity=perplexity)

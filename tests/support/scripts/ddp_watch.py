@@ -19,8 +19,8 @@ def main(folder: Path) -> None:
     trainer = trainer_of(model, folder / "model", collapsing(), max_steps=60, learning_rate=2e-2)
     watch = watched(trainer, [share_of_a], watch_steps=5, alarm="stop", alarm_correlation=0.999)
     trainer.train()
-    found = {"step": trainer.state.global_step, "stopped": watch.stopped, "measured": [m.step for m in watch.found]}
-    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(found))
+    result = {"step": trainer.state.global_step, "stopped": watch.stopped, "measured": [m.step for m in watch.measured]}
+    (folder / f"{os.environ['RANK']}.json").write_text(json.dumps(result))
 
 
 if __name__ == "__main__":

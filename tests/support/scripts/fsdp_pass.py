@@ -55,14 +55,16 @@ def main(folder: Path) -> None:
         mine = [trainer.train_dataset[i] for i in shares[args.process_index]]
         with our_attention(model):
             loss = trainer.training_step(model, mine, num_items_in_batch=sum(map(len, shares)))
-        mean = trainer._sum_over_processes(float(loss)) / 2  # as the trainer logs it
+        mean = float(trainer._over_processes(float(loss)).mean())  # as the trainer logs it
         gradients = {}
         for name, parameter in model.named_parameters():
             assert isinstance(parameter, DTensor), name  # sharded again after the step
             assert isinstance(parameter.grad, DTensor), name
             gradients[name] = parameter.grad.full_tensor()
+        evaluated = trainer.evaluate(records()[:1])["eval_loss"]  # process 1 has no record, and takes part
+        losses = {"loss": torch.tensor(mean), "eval_loss": torch.tensor(evaluated)}
         if args.process_index == 0:
-            torch.save({"loss": torch.tensor(mean), **gradients}, folder / f"{case}.pt")
+            torch.save({**losses, **gradients}, folder / f"{case}.pt")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,107 @@
+"""The gradient of a record that is too large for one forward pass, with one slice of its responses in memory.
+
+The loss L sees a response y_i through its log-probability sum s_i alone, so
+
+    ∂L/∂θ = Σ_i ∂L/∂s_i · ∂s_i/∂θ
+
+First pass: every s_i, slice by slice, without a graph; ∂L/∂s_i then costs the loss of k numbers.
+Second pass: each slice again with a graph, and backward from Σ_i ∂L/∂s_i · s_i over its responses.
+Both passes start a slice from the same random states, so that dropout draws the same masks.
+
+The auxiliary loss of a mixture of experts is a mean over the n slices of a record: each weighs 1/n of the record.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rrhf.models.tokenization import EncodedRecord
+from rrhf.training.forward import ForwardOutputs
+
+Compute = Callable[[Sequence[EncodedRecord]], ForwardOutputs]
+
+
+@dataclass(frozen=True)
+class RandomState:
+    """The random states that a forward pass on a device draws from."""
+
+    cpu: Tensor
+    cuda: Tensor | None
+
+    @classmethod
+    def now(cls, device: torch.device) -> RandomState:
+        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+
+    def restore(self, device: torch.device) -> None:
+        torch.set_rng_state(self.cpu)
+        if self.cuda is not None:
+            torch.cuda.set_rng_state(self.cuda, device)
+
+    @contextmanager
+    def replayed(self, device: torch.device) -> Iterator[None]:
+        """Draw from this state inside, and go on afterwards as if nothing had been drawn."""
+        after = RandomState.now(device)
+        self.restore(device)
+        yield
+        after.restore(device)
+
+
+@dataclass(frozen=True)
+class FirstPass:
+    """A record of k responses after its first pass.
+
+    ``slices``: records of the same query with some of the responses each. ``states``: the random state before each of
+    them. ``sums``: s, Tensor of shape (k,), a leaf that wants a gradient. ``router_loss``: the mean over slices.
+    """
+
+    slices: tuple[EncodedRecord, ...]
+    states: tuple[RandomState, ...]
+    sums: Tensor
+    router_loss: float
+
+    def second_passes(self, loss: Tensor, weight: float) -> list[SecondPass]:
+        """What is to be run again for the gradient of ``loss``, made of ``sums``, and of the router loss · weight."""
+        (gradient,) = torch.autograd.grad(loss, self.sums)
+        gradients = gradient.split([len(part.responses) for part in self.slices])
+        router_weight = weight / len(self.slices)
+        return [
+            SecondPass(part, state, of_sums, router_weight)
+            for part, state, of_sums in zip(self.slices, self.states, gradients, strict=True)
+        ]
+
+
+@dataclass(frozen=True)
+class SecondPass:
+    """A slice that is to be run with a graph: ``gradient`` is ∂L/∂s_i of its responses, Tensor of shape (k_slice,)."""
+
+    part: EncodedRecord
+    state: RandomState
+    gradient: Tensor
+    router_weight: float
+
+    def run(self, compute: Compute, backward: Callable[[Tensor], None], device: torch.device) -> None:
+        """Forward and backward: adds this slice's part of ∂L/∂θ to the gradients."""
+        with self.state.replayed(device):
+            outputs = compute([self.part])
+            objective = (outputs.sums * self.gradient).sum()
+            if outputs.router_loss is not None:
+                objective = objective + outputs.router_loss * self.router_weight
+            backward(objective)
+
+
+@torch.no_grad()
+def first_pass(slices: Sequence[EncodedRecord], compute: Compute, device: torch.device) -> FirstPass:
+    """Run every slice without a graph."""
+    states, sums, router = [], [], 0.0
+    for part in slices:
+        states.append(RandomState.now(device))
+        outputs = compute([part])
+        sums.append(outputs.sums)
+        if outputs.router_loss is not None:
+            router += float(outputs.router_loss) / len(slices)
+    return FirstPass(tuple(slices), tuple(states), torch.cat(sums).detach().requires_grad_(), router)
