@@ -209,7 +209,7 @@ def test_waits_as_long_as_retry_after_says(make: Any, server: bad.Misbehaving) -
 
 def test_retry_after_may_be_a_date(make: Any, server: bad.Misbehaving) -> None:
     endpoint = make(concurrency=1)
-    date = email.utils.format_datetime(datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1))
+    date = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1))
     server.plan = [bad.status(429, headers={"Retry-After": date})]
     got, error = collect(endpoint, RECORDS[:1])
     assert got == {} and "come back in 3" in str(error)  # 3,600 seconds or a few less: too long, said so
