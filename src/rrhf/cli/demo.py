@@ -16,9 +16,11 @@ ADAPTER = ["train.learning_rate=5e-4"]
 
 def main(arguments: list[str]) -> int:
     parser = PlainParser("demo", __doc__)
-    parser.add_argument("overrides", nargs="*", help="section.key=value, laid over the demo's configuration")
-    parser.add_argument("--output", help="the run folder; default: runs/demo, or runs/demo-quick")
-    parser.add_argument("--quick", action="store_true", help="the shape of it in 2 minutes")
+    files = parser.add_argument_group("files")
+    files.add_argument("--output", help="the run folder; default: runs/demo, or runs/demo-quick")
+    settings = parser.add_argument_group("settings")
+    settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the demo's configuration")
+    settings.add_argument("--quick", action="store_true", help="the shape of it in 2 minutes")
     options = parser.parse_intermixed_args(arguments)
     output = options.output or ("runs/demo-quick" if options.quick else "runs/demo")
     adapted = any(override.startswith("train.peft=") for override in options.overrides)

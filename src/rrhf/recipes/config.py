@@ -151,8 +151,8 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
         "evaluate": [RewardSettings, SamplingSettings, EvaluationSettings],
     }
     shared_classes: list[type] = [ModelSettings, TextSettings]
-    flags = {name: Flags(kinds, f"run, section {name}", "") for name, kinds in classes.items()}
-    shared_flags = Flags(shared_classes, "run", "")
+    flags = {name: Flags(kinds, f"run, section {name}") for name, kinds in classes.items()}
+    shared_flags = Flags(shared_classes, "run")
     shared = {key: value for key, value in config.items() if key not in SECTIONS}
     known = {name: {flag.removeprefix("--") for flag in parser.known()} for name, parser in flags.items()}
     known_shared = {flag.removeprefix("--") for flag in shared_flags.known()}
