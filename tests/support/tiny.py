@@ -331,6 +331,12 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     }
 
 
+def heed_signals() -> None:
+    """Give a child its signals' default effects (as ``preexec_fn``): a test run in the background ignores some."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def cold(
     *arguments: str,
     cwd: Path,
@@ -353,6 +359,7 @@ def cold(
             text=True,
             check=False,
             timeout=2 * HANGS_AFTER,
+            preexec_fn=heed_signals,
             **options,
         )
     return Result(found.returncode, found.stdout, found.stderr)
@@ -375,6 +382,7 @@ class Forks:
             stdout=subprocess.PIPE,
             text=True,
             env=environment(),
+            preexec_fn=heed_signals,
         )
         self.folder = tempfile.TemporaryDirectory()
         self.number = 0

@@ -31,6 +31,7 @@ from rrhf.records.record import Record
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.server import BudgetReached, Endpoint, EndpointSettings, request_seed
 from support import misbehaving as bad
+from support import tiny
 from support.models import tiny_model
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
@@ -513,8 +514,8 @@ def test_runs_where_an_event_loop_is_running(make: Any) -> None:
 
 INTERRUPTED = """
 import sys, threading
-from rrhf.records import Record
-from rrhf.sampling.endpoint import Endpoint, EndpointSettings
+from rrhf.records.record import Record
+from rrhf.sampling.sources.server import Endpoint, EndpointSettings
 endpoint = Endpoint(EndpointSettings(sys.argv[1], model="m", num_responses=1, concurrency=4))
 try:
     for result in endpoint.respond([Record(query=f"q{i}") for i in range(8)]):
@@ -529,7 +530,11 @@ def test_ctrl_c_ends_it_and_keeps_what_was_done(server: bad.Misbehaving) -> None
     server.plan = [bad.well, bad.well]  # the check and a record
     server.default = bad.hang
     child = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTERRUPTED, server.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=tiny.heed_signals,
     )
     try:
         assert server.wait_for_posts(1 + 1 + 4)  # the check, the record, four that hang
@@ -677,17 +682,30 @@ def test_many_at_once_at_a_real_server(real_server: RealServer) -> None:
     assert error is None and sorted(got) == list(range(6)) and all(len(texts) == 2 for texts, _ in got.values())
 
 
-def test_what_a_real_server_refuses(real_server: RealServer) -> None:
-    with pytest.raises(UserError, match="requested 'other'"):
-        Endpoint(EndpointSettings(real_server.url, model="other")).check()
+def test_what_a_server_lists_and_refuses_is_said(server: bad.Misbehaving) -> None:
+    server.models = []
     with pytest.raises(UserError, match="lists no model: give the model's name"):
-        Endpoint(EndpointSettings(real_server.url)).check()
+        Endpoint(EndpointSettings(server.url)).check()
+    server.default = bad.status(422, "Unexpected fields in the request: {'top_k'}")
     with pytest.raises(UserError, match=r"HTTP 422: Unexpected fields in the request: .'top_k'"):
-        Endpoint(
-            EndpointSettings(real_server.url, model=real_server.model), SamplingSettings(policy="top-k", top_k=5)
-        ).check()
+        Endpoint(EndpointSettings(server.url, model="m"), SamplingSettings(policy="top-k", top_k=5)).check()
+
+
+def test_what_a_real_server_refuses(real_server: RealServer) -> None:
+    """Only what its documentation and HTTP promise: it has the one model, lists models, and has no other paths."""
+    with pytest.raises(UserError, match=f"^{re.escape(real_server.url)}: .*other"):
+        Endpoint(EndpointSettings(real_server.url, model="other")).check()
     with pytest.raises(UserError, match=r"HTTP 404.*ends in /v1"):
-        Endpoint(EndpointSettings(real_server.url.removesuffix("/v1"), model=real_server.model)).check()
+        Endpoint(EndpointSettings(f"{real_server.url}/nowhere", model=real_server.model)).check()
+    unnamed = Endpoint(EndpointSettings(real_server.url))
+    with urllib.request.urlopen(f"{real_server.url}/models", timeout=60) as answer:
+        listed = [entry["id"] for entry in json.load(answer)["data"]]
+    if len(listed) == 1:
+        unnamed.check()
+        assert unnamed.model == listed[0]
+    else:
+        with pytest.raises(UserError, match="give the model's name"):
+            unnamed.check()
 
 
 def test_a_mixture_with_a_real_server_in_one_command(
