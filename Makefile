@@ -49,7 +49,8 @@ test-latest: browser
 # The lower bounds of pyproject.toml: the same tests with the oldest it allows of everything but torch.
 test-lowest: browser .venv-lock/bin/uv
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
-	echo '$(TORCH)' | $(COMPILE) --resolution lowest-direct --extra dev -o .venv-lowest/lowest.txt pyproject.toml -
+	echo '$(TORCH)' | $(COMPILE) -p .venv-lowest/bin/python --resolution lowest-direct --extra dev \
+	  -o .venv-lowest/lowest.txt --upgrade pyproject.toml -
 	grep -vE '$(CUDA)' .venv-lowest/lowest.txt > .venv-lowest/requirements.txt
 	.venv-lowest/bin/pip $(PIP_FLAGS) install '$(TORCH)'
 	.venv-lowest/bin/pip $(PIP_FLAGS) install --no-deps -r .venv-lowest/requirements.txt $(CARRIED) -e .
@@ -69,12 +70,13 @@ lint: setup
 	.venv-lock/bin/pip $(PIP_FLAGS) install uv
 
 # constraints.txt: what is in it stays as it is while pyproject.toml allows it; ARGS=--upgrade takes the newest.
-COMPILE := .venv-lock/bin/uv pip compile -q --universal --fork-strategy fewest --python-version 3.11 --no-annotate --no-header
+COMPILE := .venv-lock/bin/uv pip compile -q --no-annotate --no-header
+EVERYWHERE := --universal --fork-strategy fewest --python-version 3.11
 CUDA := ^(cuda|nvidia|triton)
 lock: .venv-lock/bin/uv
 	cp constraints.txt .venv-lock/all.txt && cp constraints.txt .venv-lock/carried.txt
-	printf '%s\n' '$(TORCH)' setuptools | $(COMPILE) $(ARGS) --extra dev -o .venv-lock/all.txt pyproject.toml -
-	printf '%s\n' $(CARRIED) | $(COMPILE) $(ARGS) --no-deps -o .venv-lock/carried.txt -
+	printf '%s\n' '$(TORCH)' setuptools | $(COMPILE) $(EVERYWHERE) $(ARGS) --extra dev -o .venv-lock/all.txt pyproject.toml -
+	printf '%s\n' $(CARRIED) | $(COMPILE) $(EVERYWHERE) $(ARGS) --no-deps -o .venv-lock/carried.txt -
 	{ echo '# Every package of `make setup`, written by `make lock` (docs/dependencies.md).'; \
 	  cat .venv-lock/all.txt .venv-lock/carried.txt | grep -vE '$(CUDA)' | LC_ALL=C sort; } > .venv-lock/constraints.txt
 	mv .venv-lock/constraints.txt constraints.txt
