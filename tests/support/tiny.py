@@ -1,6 +1,6 @@
 """A whole tiny world for end-to-end tests: a random model with a real tokenizer, rewards, data, and a command line.
 
-Faults are planted in real processes: a process kills itself (or counts) at the n-th call of a named function, so a test
+Faults are put into real processes: a process kills itself (or counts) at the n-th call of a named function, so a test
 needs neither sleeps nor luck. ``cold`` starts ``python -m rrhf.cli``, which takes them through ``sitecustomize``;
 ``warm`` runs the same ``main`` in a child of a process that has imported the libraries already, which saves their
 import at every call.
@@ -206,8 +206,8 @@ def fill(at: str, call: int, limit: int) -> dict[str, Any]:
     return {"at": at, "call": call, "limit": limit}
 
 
-def plant(faults: Sequence[dict[str, Any]]) -> None:
-    """Plant faults in this process: in modules that are loaded now, in the others when they are."""
+def install_faults(faults: Sequence[dict[str, Any]]) -> None:
+    """Install faults in this process: in modules that are loaded now, in the others when they are."""
     waiting: dict[str, list[dict[str, Any]]] = {}
     for fault in faults:
         if "line" in fault or "lines" in fault:
@@ -215,15 +215,15 @@ def plant(faults: Sequence[dict[str, Any]]) -> None:
             continue
         module = fault["at"].partition(":")[0]
         if module in sys.modules:
-            _plant(fault, sys.modules[module])
+            _install(fault, sys.modules[module])
         else:
             waiting.setdefault(module, []).append(fault)
     if waiting:
-        sys.meta_path.insert(0, _Planter(waiting))  # type: ignore[arg-type]
+        sys.meta_path.insert(0, _FaultImporter(waiting))  # type: ignore[arg-type]
 
 
-class _Planter:
-    """Finds modules as the others do and plants their faults once they are loaded."""
+class _FaultImporter:
+    """Finds modules as the others do and installs their faults once they are loaded."""
 
     def __init__(self, waiting: dict[str, list[dict[str, Any]]]) -> None:
         self.waiting = waiting
@@ -232,15 +232,15 @@ class _Planter:
         faults = self.waiting.get(name)
         if not faults:
             return None
-        found = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
-        spec = next((spec for spec in found if spec is not None), None)
+        specs = (finder.find_spec(name, path, target) for finder in sys.meta_path if finder is not self)
+        spec = next((spec for spec in specs if spec is not None), None)
         if spec is not None:
             load = spec.loader.exec_module
 
             def exec_module(module: Any) -> None:
                 load(module)
                 for fault in faults:
-                    _plant(fault, module)
+                    _install(fault, module)
 
             spec.loader.exec_module = exec_module
         return spec
@@ -275,7 +275,7 @@ def _watch_lines(fault: dict[str, Any]) -> None:
         summary.format_examples = noted
 
 
-def _plant(fault: dict[str, Any], module: Any) -> None:
+def _install(fault: dict[str, Any], module: Any) -> None:
     *path, name = fault["at"].partition(":")[2].split(".")
     owner = functools.reduce(getattr, path, module)
     if "value" in fault:
@@ -306,7 +306,7 @@ def _plant(fault: dict[str, Any], module: Any) -> None:
 
 @dataclass(frozen=True)
 class Result:
-    """How a process ended: its exit code (minus the signal that killed it) and what it said."""
+    """How a process ended: its exit code (minus the signal that killed it) and what it wrote."""
 
     code: int
     out: str
@@ -331,6 +331,12 @@ def environment(extra: dict[str, str] | None = None) -> dict[str, str]:
     }
 
 
+def heed_signals() -> None:
+    """Give a child its signals' default effects (as ``preexec_fn``): a test run in the background ignores some."""
+    for number in (signal.SIGINT, signal.SIGQUIT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def cold(
     *arguments: str,
     cwd: Path,
@@ -340,12 +346,19 @@ def cold(
     **options: Any,
 ) -> Result:
     """``python [launcher] -m rrhf.cli …`` in a process of its own."""
+    limits = options.pop("preexec_fn", None)
+
+    def prepare() -> None:
+        heed_signals()
+        if limits is not None:
+            limits()
+
     with tempfile.TemporaryDirectory() as folder:
-        site = "import sys\nsys.path.append({!r})\nfrom support import tiny\ntiny.plant_from_environment()\n"
+        site = "import sys\nsys.path.append({!r})\nfrom support import tiny\ntiny.install_faults_from_environment()\n"
         Path(folder, "sitecustomize.py").write_text(site.format(str(Path(__file__).parent.parent)), encoding="utf-8")
         paths = [folder, *filter(None, [os.environ.get("PYTHONPATH")])]
         extra = {**(env or {}), "PYTHONPATH": os.pathsep.join(paths), FAULTS: json.dumps(list(faults))}
-        found = subprocess.run(
+        done = subprocess.run(
             [sys.executable, *launcher, "-m", "rrhf.cli", *arguments],
             cwd=cwd,
             env=environment(extra),
@@ -353,13 +366,14 @@ def cold(
             text=True,
             check=False,
             timeout=2 * HANGS_AFTER,
+            preexec_fn=prepare,
             **options,
         )
-    return Result(found.returncode, found.stdout, found.stderr)
+    return Result(done.returncode, done.stdout, done.stderr)
 
 
-def plant_from_environment() -> None:
-    plant(json.loads(os.environ.get(FAULTS, "[]")))
+def install_faults_from_environment() -> None:
+    install_faults(json.loads(os.environ.get(FAULTS, "[]")))
 
 
 class Forks:
@@ -375,6 +389,7 @@ class Forks:
             stdout=subprocess.PIPE,
             text=True,
             env=environment(),
+            preexec_fn=heed_signals,
         )
         self.folder = tempfile.TemporaryDirectory()
         self.number = 0
@@ -395,14 +410,20 @@ class Forks:
     ) -> tuple[int, Path]:
         """Start ``module:function`` with arguments that JSON can carry; its process id, and where it writes."""
         self.number += 1
-        said = Path(self.folder.name, str(self.number))
-        question = {"call": call, "arguments": arguments, "faults": list(faults), "env": env or {}, "said": str(said)}
-        return self._ask({**question, "cwd": str(cwd or self.folder.name)}), said
+        output = Path(self.folder.name, str(self.number))
+        question = {
+            "call": call,
+            "arguments": arguments,
+            "faults": list(faults),
+            "env": env or {},
+            "output": str(output),
+        }
+        return self._ask({**question, "cwd": str(cwd or self.folder.name)}), output
 
     def wait(self, started: tuple[int, Path]) -> Result:
-        pid, said = started
+        pid, output = started
         code = self._ask({"wait": pid})
-        texts = [said.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err")]
+        texts = [output.with_suffix(suffix).read_text(encoding="utf-8") for suffix in (".out", ".err")]
         return Result(code, *texts)
 
     def __call__(self, call: str, *arguments: Any, **options: Any) -> Result:
@@ -461,11 +482,11 @@ def _child(question: dict[str, Any]) -> None:
     try:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for descriptor, suffix in ((1, ".out"), (2, ".err")):
-            os.dup2(os.open(question["said"] + suffix, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+            os.dup2(os.open(question["output"] + suffix, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
         faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)  # rather than a test run that never ends
         os.chdir(question["cwd"])
         os.environ.update(question["env"])
-        plant(question["faults"])
+        install_faults(question["faults"])
         module, _, name = question["call"].partition(":")
         code = getattr(importlib.import_module(module), name)(*question["arguments"]) or 0
     except SystemExit as ended:

@@ -14,12 +14,17 @@ ADAPTER = ["train.learning_rate=5e-4"]
 
 def main(arguments: list[str]) -> int:
     parser = PlainParser("demo", __doc__)
-    parser.add_argument("overrides", nargs="*", help="section.key=value, laid over the demo's configuration")
-    parser.add_argument("--output", help="the run folder; default: runs/demo, or runs/demo-quick")
-    sizes = parser.add_mutually_exclusive_group()
-    sizes.add_argument("--quick", dest="size", action="store_const", const="quick", help="its shape in a minute or two")
-    sizes.add_argument("--small", dest="size", action="store_const", const="small", help="a third of the whole demo")
-    sizes.add_argument("--full", dest="size", action="store_const", const="full", help="the whole demo")
+    files = parser.add_argument_group("files")
+    files.add_argument("--output", help="the run folder; default: runs/demo, or runs/demo-quick")
+    settings = parser.add_argument_group("settings")
+    settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the demo's configuration")
+    sizes = parser.add_argument_group("size; default: the largest that ends within ten minutes on this machine")
+    choice = sizes.add_mutually_exclusive_group()
+    choice.add_argument(
+        "--quick", dest="size", action="store_const", const="quick", help="its shape in a minute or two"
+    )
+    choice.add_argument("--small", dest="size", action="store_const", const="small", help="a third of the whole demo")
+    choice.add_argument("--full", dest="size", action="store_const", const="full", help="the whole demo")
     options = parser.parse_intermixed_args(arguments)
     output = Path(options.output or ("runs/demo-quick" if options.size == "quick" else "runs/demo"))
     adapted = any(override.startswith("train.peft=") for override in options.overrides)

@@ -5,7 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from rrhf.cli.parser import show_help
 from rrhf.common.files import refuse_existing
+from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.evaluation.stage import EvaluationSettings, evaluate_models
@@ -24,11 +26,25 @@ class Files:
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
 
 
+def short_help() -> Groups:
+    return {
+        "files": flags_of(Files),
+        "model": flags_of(ModelSettings),
+        "rewards": flags_of(RewardSettings),
+        "other measures": flags_of(EvaluationSettings),
+        "sampling": flags_of(SamplingSettings),
+        "text": flags_of(TextSettings),
+    }
+
+
+def flags() -> Flags:
+    kinds = [ModelSettings, Files, RewardSettings, SamplingSettings, TextSettings, EvaluationSettings]
+    return Flags(kinds, "evaluate")
+
+
 def main(arguments: list[str]) -> None:
-    flags = Flags(
-        [ModelSettings, Files, RewardSettings, SamplingSettings, TextSettings, EvaluationSettings], "evaluate", __doc__
-    )
-    model, files, reward, sampling, text, settings = flags.parse(arguments)
+    show_help(arguments, "evaluate", __doc__, short_help())
+    model, files, reward, sampling, text, settings = flags().parse(arguments)
     set_up_logging()
     refuse_existing(files.output, files.overwrite)
     models = {"pi": model}

@@ -11,9 +11,10 @@ from rrhf.records.inspection import format_inspection, inspect_records, inspecti
 
 def main(arguments: list[str]) -> None:
     parser = PlainParser("inspect", __doc__)
-    parser.add_argument("file", help="records (.jsonl, .jsonl.gz, .parquet)")
-    parser.add_argument("--html", help="write a page as well")
-    parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
+    files = parser.add_argument_group("files")
+    files.add_argument("file", help="records (.jsonl, .jsonl.gz, .parquet)")
+    files.add_argument("--html", help="write a page as well")
+    files.add_argument("--overwrite", action="store_true", help="replace a page that exists")
     options = parser.parse_args(arguments)
     if options.html:
         refuse_existing(options.html, options.overwrite)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import importlib
 import os
 import signal
@@ -10,7 +11,7 @@ from typing import Any
 
 from rrhf import __version__
 from rrhf.common.errors import UserError, nearest
-from rrhf.common.launch import leave
+from rrhf.common.launch import end_process_group
 from rrhf.models.kernels.cpu.memory import keep_freed_memory
 
 # name → what the overview says of it; each is a module of rrhf.cli
@@ -61,7 +62,7 @@ def main(argv: list[str] | None = None) -> int:
     keep_freed_memory()
     try:
         code = int(importlib.import_module(f"rrhf.cli.{name}").main(rest) or 0)
-        leave()
+        end_process_group()
         return code
     except UserError as error:
         print(f"rrhf {name}: {error}", file=sys.stderr)
@@ -72,7 +73,7 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     except OSError as error:
-        if error.errno in (28, 122):  # no space, quota
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
             print(f"rrhf {name}: {error}: free some space; what is finished is kept", file=sys.stderr)
             return 2
         raise

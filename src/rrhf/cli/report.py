@@ -11,9 +11,10 @@ from rrhf.report import write_report
 
 def main(arguments: list[str]) -> None:
     parser = PlainParser("report", __doc__)
-    parser.add_argument("runs", nargs="+", help="run folders")
-    parser.add_argument("--output", required=True, help="the page (.html)")
-    parser.add_argument("--overwrite", action="store_true", help="replace a page that exists")
+    files = parser.add_argument_group("files")
+    files.add_argument("runs", nargs="+", help="run folders")
+    files.add_argument("--output", required=True, help="the page (.html)")
+    files.add_argument("--overwrite", action="store_true", help="replace a page that exists")
     options = parser.parse_args(arguments)
     refuse_existing(options.output, options.overwrite)
     write_report([Path(run) for run in options.runs], Path(options.output))

@@ -10,9 +10,11 @@ from rrhf.cli.parser import PlainParser
 
 def main(arguments: list[str]) -> int:
     parser = PlainParser("run", __doc__)
-    parser.add_argument("config", help="a YAML file, or the name of a shipped configuration")
-    parser.add_argument("overrides", nargs="*", help="section.key=value, laid over the configuration")
-    parser.add_argument("--output", required=True, help="the run folder")
+    files = parser.add_argument_group("files")
+    files.add_argument("config", help="a YAML file, or the name of a shipped configuration")
+    files.add_argument("--output", required=True, help="the run folder")
+    settings = parser.add_argument_group("settings")
+    settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the configuration")
     options = parser.parse_intermixed_args(arguments)
     return execute(options.config, options.overrides, Path(options.output))
 

@@ -5,14 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rrhf.cli.parser import show_help
 from rrhf.common.endpoint_settings import EndpointLimits
+from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.recipes.config import SourceSettings
 from rrhf.sampling.settings import SamplingSettings
-from rrhf.sampling.stage import sample_file
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,25 @@ class SampledModel(ModelSettings):
     model: str = field(default="", metadata={"help": "hub id, local folder, GGUF file, or package:NAME/FILE"})
 
 
+def short_help() -> Groups:
+    return {
+        "files": flags_of(Files),
+        "model": flags_of(SampledModel),
+        "sampling": flags_of(SamplingSettings),
+        "text": flags_of(TextSettings),
+        "other sources, and what servers may cost": [*flags_of(SourceSettings), *flags_of(EndpointLimits)],
+    }
+
+
+def flags() -> Flags:
+    return Flags([SampledModel, Files, SourceSettings, SamplingSettings, TextSettings, EndpointLimits], "sample")
+
+
 def main(arguments: list[str]) -> None:
-    kinds = [SampledModel, Files, SourceSettings, SamplingSettings, TextSettings, EndpointLimits]
-    model, files, source, sampling, text, remote = Flags(kinds, "sample", __doc__).parse(arguments)
+    show_help(arguments, "sample", __doc__, short_help())
+    from rrhf.sampling.stage import sample_file
+
+    model, files, source, sampling, text, remote = flags().parse(arguments)
     set_up_logging()
     sample_file(
         Path(files.data),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rrhf.cli.parser import show_help
+from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.rewards.stage import RewardSettings, score_file
@@ -17,7 +19,16 @@ class Files:
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
 
 
+def short_help() -> Groups:
+    return {"files": flags_of(Files), "rewards": flags_of(RewardSettings)}
+
+
+def flags() -> Flags:
+    return Flags([RewardSettings, Files], "score")
+
+
 def main(arguments: list[str]) -> None:
-    reward, files = Flags([RewardSettings, Files], "score", __doc__).parse(arguments)
+    show_help(arguments, "score", __doc__, short_help())
+    reward, files = flags().parse(arguments)
     set_up_logging()
     score_file(Path(files.data), Path(files.output), reward, overwrite=files.overwrite)

@@ -6,35 +6,96 @@ from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 
-from rrhf.common.errors import UserError
+from rrhf.common.flag_help import (
+    Flag,
+    Groups,
+    chosen,
+    flags_of,
+    format_help,
+    help_wanted,
+    settings_in_source,
+    without,
+)
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
+from rrhf.training.watch_settings import WatchSettings
 
 
 @dataclass(frozen=True)
 class Files:
     data: str = field(metadata={"help": "scored records (.jsonl, .jsonl.gz, .parquet)"})
-    output: str | None = field(default=None, metadata={"help": "the folder of the trained model"})
+    output: str = field(metadata={"help": "the folder of the trained model"})
     eval_data: str | None = field(
         default=None, metadata={"help": "scored records that are measured every --eval_steps"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
 
 
+# RRHFConfig's own fields that are about text; its others are shown with the training arguments …
+TEXT = ("max_length", "max_query_length", "system_prompt", "chat_template_kwargs")
+# … but for those that nobody needs to change …
+SETTLED = ("remove_unused_columns", "logging_nan_inf_filter")
+# … and so are those of transformers' training arguments that people use, in our words.
+COMMON = [
+    Flag("max_steps", "int", -1, "optimiser steps in all, in place of --num_train_epochs"),
+    Flag("lr_scheduler_type", "str", "linear", "how the learning rate falls: linear, cosine, constant_with_warmup, …"),
+    Flag("weight_decay", "float", 0.0, "pull of the weights towards 0"),
+    Flag("max_grad_norm", "float", 1.0, "longer gradients are cut to this norm"),
+    Flag("gradient_checkpointing", "bool", None, "less memory for more time: activations are computed twice"),
+    Flag("optim", "str", "adamw_torch_fused", "the optimiser: adamw_torch_fused, adafactor, adamw_bnb_8bit, …"),
+    Flag("save_steps", "float", 500, "optimiser steps between two checkpoints, or below 1 their share of all steps"),
+    Flag("save_total_limit", "int", None, "older checkpoints than so many are deleted"),
+    Flag("eval_steps", "float", None, "optimiser steps between two measurements of --eval_data"),
+    Flag("report_to", "str", "none", "trackers that get the metrics: tensorboard, wandb, … (install them)"),
+    Flag("run_name", "str", None, "the run's name in the trackers"),
+    Flag("seed", "int", 42, "seed of every random choice"),
+    Flag("push_to_hub", "bool", False, "upload the trained model to the Hugging Face hub"),
+    Flag("hub_model_id", "str", None, "USER/NAME there"),
+]
+
+
+def short_help() -> Groups:
+    """The flags that are RRHF's own, and those of transformers' that people use."""
+    own = flags_of(settings_in_source("rrhf.training.config", "RRHFConfig"))
+    return {
+        "files": flags_of(Files),
+        "model": flags_of(ModelSettings),
+        "text": chosen(own, TEXT),
+        "loss": flags_of(settings_in_source("rrhf.losses", "LossSettings")),
+        "adapter": flags_of(AdapterSettings),
+        "training": [*without(own, (*TEXT, *SETTLED)), *COMMON],
+        "watching the training": flags_of(WatchSettings),
+    }
+
+
+def whole_help() -> Groups:
+    """``short_help`` and every other training argument of transformers."""
+    from rrhf.training.config import RRHFConfig
+
+    groups = short_help()
+    shown = [flag.name for flags in groups.values() for flag in flags]
+    return {**groups, "other training arguments of transformers": without(flags_of(RRHFConfig), shown)}
+
+
+def flags() -> Flags:
+    from rrhf.training.config import RRHFConfig
+
+    return Flags([ModelSettings, Files, AdapterSettings, RRHFConfig, WatchSettings], "train")
+
+
 def main(arguments: list[str]) -> int:
+    if wanted := help_wanted(arguments):
+        groups = whole_help() if wanted == "--help-all" else short_help()
+        print(format_help("train", str(__doc__), groups, "and every other training argument of transformers"), end="")
+        raise SystemExit(0)
     from rrhf.report.hub import card_of_training
     from rrhf.training.callbacks import Stopped
-    from rrhf.training.config import RRHFConfig
     from rrhf.training.stage import train_model
-    from rrhf.training.watch_settings import WatchSettings
 
-    flags = Flags([ModelSettings, Files, AdapterSettings, RRHFConfig, WatchSettings], "train", __doc__)
-    model, files, adapter, config, watch = flags.parse(with_output(arguments))
+    model, files, adapter, config, watch = flags().parse(with_output(arguments))
     set_up_logging()
-    if not files.output:
-        raise UserError("--output is missing: the folder of the trained model")
     try:
         eval_data = Path(files.eval_data) if files.eval_data else None
         train_model(

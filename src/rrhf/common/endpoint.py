@@ -381,7 +381,7 @@ class EndpointClient:
             else:
                 call = calls[self.settings.kind].with_raw_response.create(model=self.model, **body)
             answer = await asyncio.wait_for(call, self.settings.timeout)
-        except (asyncio.TimeoutError, TimeoutError, openai.APITimeoutError):
+        except (TimeoutError, openai.APITimeoutError):
             raise _Failed(f"no whole answer within {self.settings.timeout:g} seconds", run.patient) from None
         except openai.APIStatusError as error:
             raise self._status_failure(error) from None

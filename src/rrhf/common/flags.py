@@ -4,47 +4,53 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from typing import Any, NoReturn
-
-from transformers import HfArgumentParser
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from rrhf.common.errors import UserError, nearest
 
+if TYPE_CHECKING:
+    from transformers import HfArgumentParser
 
-class Flags(HfArgumentParser):
+
+class Flags:
     """transformers' parser of settings classes, strict: no abbreviations, unknown flags named with the nearest one."""
 
-    def __init__(self, settings: Sequence[type], command: str, description: str) -> None:
-        super().__init__(list(settings), prog=f"rrhf {command}", description=description, allow_abbrev=False)
-        for action in self._actions:
+    def __init__(self, settings: Sequence[type], command: str) -> None:
+        self.settings, self.command = list(settings), f"rrhf {command}"
+
+    @cached_property
+    def parser(self) -> HfArgumentParser:
+        # Imported on first use: a command's help must not wait for transformers.
+        from transformers import HfArgumentParser
+
+        class Parser(HfArgumentParser):
+            def error(self, message: str) -> NoReturn:
+                raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+
+        parser = Parser(self.settings, prog=self.command, allow_abbrev=False, add_help=False)
+        for action in parser._actions:
             if action.nargs == "+" and not action.required:
                 action.nargs = "*"  # an empty list is a value too
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+        return parser
 
     def known(self) -> list[str]:
         """Every flag in its spelling with underscores."""
-        return [
-            name
-            for action in self._actions
-            for name in action.option_strings
-            if "-" not in name[2:] and name not in ("-h", "--help")
-        ]
+        return [name for action in self.parser._actions for name in action.option_strings if "-" not in name[2:]]
 
     def parse(self, arguments: Sequence[str]) -> tuple[Any, ...]:
-        """One instance a settings class; positional arguments, if any were added, stand in a namespace at the end.
+        """One instance a settings class.
 
         Raises:
             UserError: an unknown flag, a missing one, or a value that does not fit.
         """
-        *found, rest = self.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
+        *parsed, rest = self.parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
         if rest:
             flag = rest[0].partition("=")[0]
             if flag.startswith("-"):
                 raise UserError(f"unknown flag {flag}: {_suggest(flag, self.known())}")
-            raise UserError(f"unexpected argument {rest[0]!r}; `{self.prog} --help` says what is taken")
-        return tuple(found)
+            raise UserError(f"unexpected argument {rest[0]!r}; `{self.command} --help` lists the flags")
+        return tuple(parsed)
 
 
 def _suggest(flag: str, known: list[str]) -> str:

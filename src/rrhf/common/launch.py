@@ -72,7 +72,7 @@ def warn_of_whole_weights(distributed_type: str, environment: Mapping[str, str] 
         )
 
 
-def leave() -> None:
+def end_process_group() -> None:
     """Take down the process group, if there is one, while the interpreter is whole.
 
     Left to the interpreter's end, a thread of the group can let go of a tensor, or be destroyed, when Python is half

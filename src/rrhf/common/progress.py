@@ -72,7 +72,7 @@ class Progress:
         line = f"{self.description}: {self.count}"
         if self.total is not None:
             line += f"/{self.total}"
-        line += f" {self.unit}, {rate:.3g} {self.unit}/s, {_clock(now - self.start)} gone"
+        line += f" {self.unit}, {rate:.3g} {self.unit}/s, {_clock(now - self.start)} elapsed"
         if self.total is not None and rate > 0 and self.count < self.total:
             line += f", {_clock((self.total - self.count) / rate)} left"
         print(line + (f", {note}" if note else ""), file=sys.stderr, flush=True)

@@ -141,7 +141,7 @@ class _Section:
 
     @cached_property
     def flags(self) -> Flags:
-        return Flags(list(self.fields.values()), f"run, section {self.name}", "")
+        return Flags(list(self.fields.values()), f"run, section {self.name}")
 
     @cached_property
     def keys(self) -> set[str]:

@@ -35,6 +35,7 @@ from rrhf.sampling.sources.build import source_seed
 from rrhf.sampling.sources.parsing import parse_source
 from rrhf.sampling.sources.server import Endpoint, request_seed
 from support import misbehaving as bad
+from support import tiny
 from support.models import tiny_model
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
@@ -226,7 +227,7 @@ def test_waits_as_long_as_retry_after_says(make: Any, server: bad.Misbehaving) -
 
 def test_retry_after_may_be_a_date(make: Any, server: bad.Misbehaving) -> None:
     endpoint = make(concurrency=1)
-    date = email.utils.format_datetime(datetime.datetime.now(datetime.timezone.utc) + datetime.timedelta(hours=1))
+    date = email.utils.format_datetime(datetime.datetime.now(datetime.UTC) + datetime.timedelta(hours=1))
     server.plan = [bad.status(429, headers={"Retry-After": date})]
     got, error = collect(endpoint, RECORDS[:1])
     assert got == {} and "come back in 3" in str(error)  # 3,600 seconds or a few less: too long, said so
@@ -554,7 +555,11 @@ def test_ctrl_c_ends_it_and_keeps_what_was_done(server: bad.Misbehaving) -> None
     server.plan = [bad.well, bad.well]  # the check and a record
     server.default = bad.hang
     child = subprocess.Popen(
-        [sys.executable, "-c", INTERRUPTED, server.url], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", INTERRUPTED, server.url],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=tiny.heed_signals,
     )
     try:
         assert server.wait_for_posts(1 + 1 + 4)  # the check, the record, four that hang
@@ -702,12 +707,30 @@ def test_many_at_once_at_a_real_server(real_server: RealServer) -> None:
     assert error is None and sorted(got) == list(range(6)) and all(len(texts) == 2 for texts, _ in got.values())
 
 
+def test_what_a_server_lists_and_refuses_is_said(server: bad.Misbehaving) -> None:
+    server.models = []
+    with pytest.raises(UserError, match="lists no model: give the model's name"):
+        Endpoint(EndpointSettings(server.url)).check()
+    server.default = bad.status(422, "Unexpected fields in the request: {'top_k'}")
+    with pytest.raises(UserError, match=r"HTTP 422: Unexpected fields in the request: .'top_k'"):
+        Endpoint(EndpointSettings(server.url, model="m"), SamplingSettings(policy="top-k", top_k=5)).check()
+
+
 def test_what_a_real_server_refuses(real_server: RealServer) -> None:
-    """The server's own words are its own and change; that it refuses, and what we say to that, does not."""
-    with pytest.raises(UserError, match=f"{re.escape(real_server.url)}.*HTTP 4.*other"):
+    """Only what its documentation and HTTP promise: it has the one model, lists models, and has no other paths."""
+    with pytest.raises(UserError, match=f"^{re.escape(real_server.url)}: .*other"):
         Endpoint(EndpointSettings(real_server.url, model="other")).check()
     with pytest.raises(UserError, match=r"HTTP 404.*ends in /v1"):
-        Endpoint(EndpointSettings(real_server.url.removesuffix("/v1"), model=real_server.model)).check()
+        Endpoint(EndpointSettings(f"{real_server.url}/nowhere", model=real_server.model)).check()
+    unnamed = Endpoint(EndpointSettings(real_server.url))
+    with urllib.request.urlopen(f"{real_server.url}/models", timeout=60) as answer:
+        listed = [entry["id"] for entry in json.load(answer)["data"]]
+    if len(listed) == 1:
+        unnamed.check()
+        assert unnamed.model == listed[0]
+    else:
+        with pytest.raises(UserError, match="give the model's name"):
+            unnamed.check()
 
 
 def test_a_mixture_with_a_real_server_in_one_command(

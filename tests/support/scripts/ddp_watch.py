@@ -10,7 +10,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
-from rrhf.common.launch import leave
+from rrhf.common.launch import end_process_group
 from training.test_watching import TOKENIZER, collapsing, share_of_a, tiny_model, trainer_of, watched
 
 
@@ -26,4 +26,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(280, exit=True)  # processes that wait for each other end with the place
     main(Path(sys.argv[1]))
-    leave()
+    end_process_group()

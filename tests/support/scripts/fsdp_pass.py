@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 import torch
 
-from rrhf.common.launch import leave
+from rrhf.common.launch import end_process_group
 from support.models import tiny_model, tiny_tokenizer, toy_records
 
 # name: (family, tokens a forward, the records of process 0 and of process 1). The processes make unequal numbers of
@@ -70,4 +70,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(180, exit=True)  # processes that wait for each other end with the place
     main(Path(sys.argv[1]))
-    leave()
+    end_process_group()
