@@ -21,8 +21,10 @@ from rrhf.losses import best_response, ordered_pairs, rrhf_loss
 from rrhf.models.adapters import load_policy_or_adapter, with_adapter
 from rrhf.models.attention import our_attention, takes_layouts
 from rrhf.models.batching import Forward, plan_forwards, tree_tokens
+from rrhf.models.forward import causal_lm
 from rrhf.models.load import ModelSettings
-from rrhf.models.shared_prefix import causal_lm, response_logprobs, usable_path
+from rrhf.models.passes import response_logprobs
+from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.training.batching import StepSampler
 from rrhf.training.config import ADAPTER_LEARNING_RATE, ROOMY, RRHFConfig
