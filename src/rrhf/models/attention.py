@@ -23,8 +23,19 @@ from rrhf.models.kernels.choice import kernels_for
 
 NAME = "rrhf"
 
-# What attention modules may pass beside the tensors that changes their result and that no layout implements.
-_UNSUPPORTED = ("s_aux", "position_bias", "indexer")
+# What attention modules may pass beside the tensors: these are part of an AttentionCall …
+_IMPLEMENTED = {"sliding_window", "softcap"}
+# … and these change nothing in a forward call with a layout. Any other option might, and is refused.
+_WITHOUT_EFFECT = {
+    "cache_position",
+    "output_attentions",
+    "output_hidden_states",
+    "output_router_logits",
+    "position_ids",
+    "return_dict",
+    "use_cache",
+}
+_KNOWN = _IMPLEMENTED | _WITHOUT_EFFECT
 
 
 class Layout(Protocol):
@@ -46,14 +57,18 @@ def attention(
     rrhf_layout: Layout | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
-    """The function registered with transformers' attention interface under the name ``rrhf``."""
+    """The function registered with transformers' attention interface under the name ``rrhf``.
+
+    Raises:
+        NotImplementedError: under a layout, an option whose effect on the result is not known here.
+    """
     if rrhf_layout is None:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options
         )
-    for name in _UNSUPPORTED:
-        if options.get(name) is not None:
-            raise NotImplementedError(f"attention option {name}")
+    unknown = [name for name, value in options.items() if value is not None and name not in _KNOWN]
+    if unknown and (unknown != ["is_causal"] or not options["is_causal"]):
+        raise NotImplementedError(f"attention option {', '.join(unknown)}")
     call = AttentionCall(
         query,
         key,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rrhf.models.attention import NO_MASK, our_attention
+from rrhf.models.attention import NO_MASK, Layout, our_attention
 from rrhf.models.forward import Logprobs, causal_lm, router_loss, router_options
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.choice import kernels_for
@@ -97,15 +97,20 @@ def lay_out(records: Sequence[EncodedRecord], device: torch.device | str = "cpu"
 def tree_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord], keep_logits: bool = False) -> Logprobs:
     """The tree pass; ``model`` must look its attention up in transformers' interface."""
     model = causal_lm(model)
-    device = model.get_input_embeddings().weight.device
-    forest = lay_out(records, device)
+    return forest_logprobs(model, lay_out(records, model.get_input_embeddings().weight.device), keep_logits)
+
+
+def forest_logprobs(
+    model: PreTrainedModel, forest: Forest, keep_logits: bool = False, layout: Layout | None = None
+) -> Logprobs:
+    """The tree pass over records laid out; ``layout`` may stand in for the forest itself."""
     with our_attention(model):
         outputs = model.base_model(
             input_ids=forest.input_ids,
             position_ids=forest.position_ids,
-            attention_mask=NO_MASK.to(device),
+            attention_mask=NO_MASK.to(forest.input_ids.device),
             use_cache=False,
-            rrhf_layout=forest,
+            rrhf_layout=forest if layout is None else layout,
             **router_options(model),
         )
     hidden = outputs.last_hidden_state[0]
