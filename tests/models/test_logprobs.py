@@ -11,8 +11,11 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rrhf.models.logprobs
+from rrhf.models.forward import causal_lm
+from rrhf.models.kernels.cpu import logits as cpu_logits
 from rrhf.models.logprobs import token_logprobs
-from rrhf.models.shared_prefix import causal_lm, padded_logprobs, tree_logprobs
+from rrhf.models.padded_rows import padded_logprobs
+from rrhf.models.shared_prefix import tree_logprobs
 from support.models import tiny_model
 from support.trees import RECORDS, VOCABULARY, random_record, silently
 
@@ -26,8 +29,8 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 def test_blocks_of_log_softmax_in_fp64(
     keep: bool, with_bias: bool, softcap: float | None, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(rrhf.models.logprobs, "LOGIT_ROWS", 3)  # 7 rows: two whole chunks and a rest
-    monkeypatch.setitem(rrhf.models.logprobs.LOGIT_ELEMENTS, "cpu", 12)  # 11 columns: two whole blocks and a rest
+    monkeypatch.setattr(cpu_logits, "LOGIT_ROWS", 3)  # 7 rows: two whole chunks and a rest
+    monkeypatch.setattr(cpu_logits, "LOGIT_ELEMENTS", 12)  # 11 columns: two whole blocks and a rest
     generator = torch.Generator().manual_seed(0)
 
     def leaf(*shape: int) -> Tensor:
@@ -99,7 +102,7 @@ def largest_tensor(compute: Any) -> int:
 @pytest.mark.parametrize("adapter", [False, True])
 def test_the_logits_of_all_tokens_never_exist_together(adapter: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     elements = 150_000
-    monkeypatch.setitem(rrhf.models.logprobs.LOGIT_ELEMENTS, "cpu", elements)
+    monkeypatch.setattr(cpu_logits, "LOGIT_ELEMENTS", elements)
     vocabulary, record = 6000, random_record((40, (100, 90, 80, 70, 60)), vocabulary=6000)
     model = tiny_model("llama", vocabulary)
     if adapter:  # an output layer that is no plain linear map takes the other way

@@ -11,19 +11,16 @@ import pytest
 import torch
 from torch import Tensor
 
-import rrhf.models.shared_prefix
 from oracles.logprobs import all_sums
-from rrhf.models.attention import masked_attention
-from rrhf.models.shared_prefix import (
-    Tree,
-    padded_logprobs,
-    plant,
-    response_logprobs,
-    tree_logprobs,
-    tree_mask,
-    usable_path,
-)
+from rrhf.models.kernels import reference
+from rrhf.models.kernels.choice import KERNELS
+from rrhf.models.kernels.cpu import device as cpu
+from rrhf.models.padded_rows import padded_logprobs
+from rrhf.models.passes import response_logprobs
+from rrhf.models.path_check import usable_path
+from rrhf.models.shared_prefix import lay_out, tree_logprobs
 from rrhf.models.tokenization import EncodedRecord, TextFormat
+from rrhf.models.trees import Tree, column_ends, visible
 from support.models import tiny_model
 from support.trees import RECORDS, random_record, silently
 
@@ -121,7 +118,7 @@ def test_bloom_falls_back_with_a_warning_to_the_same_numbers() -> None:
 def test_forest_by_hand() -> None:
     # one record: query 10 11, responses 20 21 22 | 30 | (empty) | 40 41; the last token of each is no input
     record = EncodedRecord("r", [10, 11], [[20, 21, 22], [30], [], [40, 41]], [None] * 4)
-    forest = plant([record, EncodedRecord("s", [50], [[60, 61]], [None])])
+    forest = lay_out([record, EncodedRecord("s", [50], [[60, 61]], [None])])
     assert forest.input_ids.tolist() == [[10, 11, 20, 21, 40, 50, 60]]
     assert forest.position_ids.tolist() == [[0, 1, 2, 3, 2, 0, 1]]
     # row 1 (the query's last) predicts 20, 30 and 40; row 5 predicts 60
@@ -129,17 +126,19 @@ def test_forest_by_hand() -> None:
     assert forest.rows.tolist() == [1, 2, 3, 1, 1, 4, 5, 6]
     assert forest.owners.tolist() == [0, 0, 0, 1, 3, 3, 4, 4]
     assert forest.lengths.tolist() == [3, 1, 0, 2, 2]
+    assert forest.ends.tolist() == [5, 5, 4, 4, 5, 7, 7]
     assert forest.trees == (Tree(0, 2, (2, 0, 0, 1)), Tree(5, 1, (1,)))
 
 
 def test_tree_mask_by_hand() -> None:
     tree = Tree(0, 2, (2, 1))
-    positions = torch.tensor([0, 1, 2, 3, 2])
+    ends, positions = torch.tensor(column_ends([tree])), torch.tensor([0, 1, 2, 3, 2])
+    assert ends.tolist() == [5, 5, 4, 4, 5]
     expected = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0], [1, 1, 1, 1, 0], [1, 1, 0, 0, 1]]
-    assert tree_mask(tree, positions).int().tolist() == expected
+    assert visible(ends, positions).int().tolist() == expected
     # window 2: the token itself and the one before it in its own line of positions
     narrow = [[1, 0, 0, 0, 0], [1, 1, 0, 0, 0], [0, 1, 1, 0, 0], [0, 0, 1, 1, 0], [0, 1, 0, 0, 1]]
-    assert tree_mask(tree, positions, window=2).int().tolist() == narrow
+    assert visible(ends, positions, window=2).int().tolist() == narrow
 
 
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
@@ -206,13 +205,14 @@ def test_one_call_a_tree_gives_what_branches_give(family: str, monkeypatch: pyte
 def dense_attention(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Make the CPU attend as a GPU does, by one masked call a tree; the list grows by an entry a call."""
     calls: list[Any] = []
+    plain = reference.masked_attention
 
-    def counted(*args: Any, **options: Any) -> Tensor:
+    def counted(*args: Any) -> Tensor:
         calls.append(args)
-        return masked_attention(*args, **options)
+        return plain(*args)
 
-    monkeypatch.setattr(rrhf.models.shared_prefix, "BRANCHED", ())
-    monkeypatch.setattr(rrhf.models.shared_prefix, "masked_attention", counted)
+    monkeypatch.setattr(reference, "masked_attention", counted)
+    monkeypatch.delitem(KERNELS, "cpu")
     return calls
 
 
@@ -229,18 +229,17 @@ def test_bfloat16_weights_take_the_tree(recwarn: pytest.WarningsRecorder) -> Non
 # --- the check at start-up --------------------------------------------------------------------------------------
 
 
-def ignore_window(tree: Tree, positions: Tensor, window: int | None = None) -> Tensor:
-    return tree_mask(tree, positions)
+def ignore_window(ends: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
+    return visible(ends, positions)
 
 
-def branches_see_each_other(tree: Tree, positions: Tensor, window: int | None = None) -> Tensor:
-    order = torch.arange(tree.size)
-    return order[:, None] >= order[None, :]
+def branches_see_each_other(ends: Tensor, positions: Tensor, window: int | None = None) -> Tensor:
+    return torch.ones(len(ends), len(ends), dtype=torch.bool).tril()
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2", "gemma2"])
 def test_a_broken_layout_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(rrhf.models.shared_prefix, "tree_mask", branches_see_each_other)
+    monkeypatch.setattr(reference, "visible", branches_see_each_other)
     dense_attention(monkeypatch)
     with pytest.warns(UserWarning, match="tree log-probabilities differ by"):
         assert usable_path(tiny_model(family), longest_row=40) == "padded"
@@ -249,7 +248,7 @@ def test_a_broken_layout_is_noticed(family: str, monkeypatch: pytest.MonkeyPatch
 @pytest.mark.parametrize("family", WINDOWED)
 def test_a_forgotten_window_is_noticed_where_rows_outgrow_it(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A mask without the window is wrong on long rows alone, so that the check must be as long as the data."""
-    monkeypatch.setattr(rrhf.models.shared_prefix, "tree_mask", ignore_window)
+    monkeypatch.setattr(reference, "visible", ignore_window)
     model = tiny_model(family)
     long = [random_record((13, (11, 4)), 1)]
     assert float((tree_logprobs(model, long).sums - all_sums(model, long)).abs().max()) > 1e-2
@@ -284,7 +283,7 @@ def test_a_model_that_raises_falls_back_and_keeps_its_mode(monkeypatch: pytest.M
     def refuse(*args: Any) -> Tensor:
         raise NotImplementedError("attention option s_aux")
 
-    monkeypatch.setattr(rrhf.models.shared_prefix, "branch_attention", refuse)
+    monkeypatch.setattr(cpu, "branch_attention", refuse)
     with pytest.warns(UserWarning, match="NotImplementedError: attention option s_aux"):
         assert usable_path(model) == "padded"
     assert model.training

@@ -16,13 +16,15 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from oracles.beam_search import Outcome, diverse_beam_search, model_logprobs
 from rrhf.common.errors import UserError
-from rrhf.models.kernels.cpu import products
-from rrhf.models.shared_prefix import usable_path
+from rrhf.models.kernels.cpu import blocked_cache, logits, products
+from rrhf.models.kernels.cpu import device as cpu
+from rrhf.models.path_check import usable_path
 from rrhf.sampling import decoding as decoding_module
-from rrhf.sampling import policies as policies_module
+from rrhf.sampling import shared_cache
 from rrhf.sampling.decoding import Response, decode
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import POLICIES, SamplingSettings
+from rrhf.sampling.stepping import Advance
 from support.models import in_fp64, tiny_model, tiny_tokenizer
 
 VOCABULARY = 97
@@ -303,7 +305,7 @@ def test_queries_prefilled_in_several_passes(monkeypatch: pytest.MonkeyPatch) ->
     model, queries = lively("llama", 9, 1.5).double(), some_queries(9, 9)
     options: dict[str, Any] = {"policy": "beam", "max_new_tokens": 8}
     whole = ours(model, queries, **options)
-    monkeypatch.setattr(decoding_module, "PREFILL_TOKENS", 10)  # shorter than the longest query, too
+    monkeypatch.setattr(shared_cache, "PREFILL_TOKENS", 10)  # shorter than the longest query, too
     assert ours(model, queries, **options) == whole
 
 
@@ -312,8 +314,8 @@ def test_buffers_are_packed_as_queries_finish(policy: str, monkeypatch: pytest.M
     """Queries finish at very different steps; the live ones move in the buffers, and nothing else changes."""
     sizes: list[int] = []
 
-    class Watched(decoding_module.SharedCache):
-        def step(self, advance: decoding_module.Advance) -> torch.Tensor:
+    class Watched(shared_cache.SharedCache):
+        def step(self, advance: Advance) -> torch.Tensor:
             logits = super().step(advance)
             sizes.append(len(self.visible))
             return logits
@@ -324,7 +326,7 @@ def test_buffers_are_packed_as_queries_finish(policy: str, monkeypatch: pytest.M
     packed = ours(model, queries, **options)
     assert len(set(sizes)) >= 4  # they shrank several times …
     assert sizes == sorted(sizes, reverse=True)
-    monkeypatch.setattr(decoding_module, "COMPACT_BELOW", 0.0)
+    monkeypatch.setattr(shared_cache, "COMPACT_BELOW", 0.0)
     assert ours(model, queries, **options) == packed  # … and not at all
 
 
@@ -438,13 +440,13 @@ def test_outputs_that_are_no_numbers_end_in_an_error(policy: str, place: str, pa
 
 def test_keys_that_lie_for_products_give_the_fused_kernels_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
     """What bfloat16 does on a CPU, run in fp64 with queries that finish early, buffers packed anew and many blocks."""
-    monkeypatch.setattr(decoding_module, "BLOCK", 7)  # two steps of three slots
+    monkeypatch.setattr(blocked_cache, "BLOCK", 7)  # two steps of three slots
     model = in_fp64(lively("llama"))
     queries = [[1, 2, 3], [4], [5, 6, 7, 8, 9], [10, 11]]
     ends = [set(range(20)), set(), set(range(40)), {96}]
     found = {}
     for plain in (False, True):
-        monkeypatch.setattr(decoding_module, "_plain_products", lambda x, plain=plain: plain)
+        monkeypatch.setattr(cpu, "products_beat_fused", lambda dtype, plain=plain: plain)
         for policy in ("top-p", "beam"):
             width = {"num_responses": 3} if policy == "top-p" else {"num_beams": 3}
             sampler = Sampler(model, tiny_tokenizer(), SamplingSettings(policy=policy, max_new_tokens=12, **width))
@@ -459,7 +461,7 @@ def test_the_best_tokens_are_found_in_blocks(vocabulary: int) -> None:
     scores[0, :12] = torch.arange(12) + 50.0  # all of the best in one block
     scores[1, ::300] = scores[1, ::300] + 60.0  # and each in one of its own
     scores[2, 5:] = -torch.inf
-    values, tokens = policies_module._top(scores, 12)
+    values, tokens = logits.top(scores, 12)
     expected = torch.topk(scores, 12)
     assert torch.equal(values, expected.values)
     assert torch.equal(scores.gather(1, tokens), values)
@@ -479,13 +481,13 @@ def test_weights_laid_out_for_a_batch_give_the_same_responses(policy: str, monke
     @contextlib.contextmanager
     def counted(model: Any, rows: int) -> Iterator[None]:
         with laying(model, rows):
-            laid_out.append(len(products._packed))
+            laid_out.append(sum(map(products.is_packed, model.parameters())))
             yield
 
-    monkeypatch.setattr(decoding_module, "packed", counted)
+    monkeypatch.setattr(products, "packed", counted)
     expected = ours(model, queries, policy=policy, max_new_tokens=31, **options)
     assert not laid_out
     assert ours(model, queries, policy=policy, max_new_tokens=32, **options) != [] and laid_out[0] > 10
-    monkeypatch.setattr(decoding_module, "PACK_TOKENS", 1)
+    monkeypatch.setattr(cpu, "PACK_STEPS", 1)
     assert ours(model, queries, policy=policy, max_new_tokens=31, **options) == expected
-    assert len(laid_out) == 2 and not products._packed
+    assert len(laid_out) == 2 and not any(map(products.is_packed, model.parameters()))

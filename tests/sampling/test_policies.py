@@ -18,7 +18,7 @@ from rrhf.common.errors import UserError
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.record import Record
 from rrhf.sampling.decoding import Response
-from rrhf.sampling.policies import BLOCK, NUCLEUS, draw, uniforms
+from rrhf.sampling.policies import NUCLEUS, PART, draw, uniforms
 from rrhf.sampling.sampler import Sampler, sample
 from rrhf.sampling.settings import POLICIES, SamplingPolicy, SamplingSettings
 from support.models import tiny_model, tiny_tokenizer
@@ -72,7 +72,7 @@ def test_draws_have_the_exact_distribution(top_k: int | None, top_p: float, temp
     assert_distribution(tokens, exact(logits.double().numpy(), top_k, top_p))
 
 
-@pytest.mark.parametrize("vocabulary", [BLOCK - 1, BLOCK, BLOCK + 1, 2 * BLOCK])
+@pytest.mark.parametrize("vocabulary", [PART - 1, PART, PART + 1, 2 * PART])
 def test_draws_over_the_bounds_of_blocks(vocabulary: int) -> None:
     logits = torch.randn(vocabulary, generator=torch.Generator().manual_seed(2))
     tokens = torch.cat(
@@ -108,7 +108,7 @@ ALMOST_ONE = 1.0 - 2.0**-53
 
 
 @pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (5, 1.0), (None, 0.999), (5, 0.7), (600, 1.0)])
-@pytest.mark.parametrize("vocabulary", [10, BLOCK, 3 * BLOCK + 1])
+@pytest.mark.parametrize("vocabulary", [10, PART, 3 * PART + 1])
 def test_what_has_no_probability_is_never_drawn(vocabulary: int, top_k: int | None, top_p: float) -> None:
     """At both ends of the uniforms, with tokens of probability 0 in front, behind, in whole blocks, by underflow."""
     for nothing in (float("-inf"), -500.0):
@@ -121,7 +121,7 @@ def test_what_has_no_probability_is_never_drawn(vocabulary: int, top_k: int | No
 
 
 def test_the_first_and_last_uniform_draw_the_first_and_last_token() -> None:
-    for vocabulary in (10, BLOCK, BLOCK + 1, 1000):
+    for vocabulary in (10, PART, PART + 1, 1000):
         logits = torch.zeros(2, vocabulary)
         tokens = draw(logits, torch.tensor([0.0, ALMOST_ONE], dtype=torch.float64), None, 1.0)
         assert tokens.tolist() == [0, vocabulary - 1]
@@ -131,15 +131,15 @@ def test_uniforms_at_the_bounds_of_blocks() -> None:
     """A block's probabilities summed in another order may miss its bound by a rounding: no impossible token comes."""
     generator = torch.Generator().manual_seed(4)
     for _ in range(20):
-        logits = torch.randn(4 * BLOCK, generator=generator) * 8
-        logits.view(4, BLOCK)[:, -5:] = float("-inf")  # what stands last in every block
-        mass = torch.exp(logits - logits.max()).double().view(4, BLOCK).sum(dim=1).cumsum(dim=0)
+        logits = torch.randn(4 * PART, generator=generator) * 8
+        logits.view(4, PART)[:, -5:] = float("-inf")  # what stands last in every block
+        mass = torch.exp(logits - logits.max()).double().view(4, PART).sum(dim=1).cumsum(dim=0)
         bounds = mass[:-1] / mass[-1]
         steps = [step * scale for scale in (2.0**-53, 2.0**-22) for step in range(-8, 9)]  # fp64's and fp32's roundings
         uniform = torch.cat([bounds * (1 + step) for step in steps])
         tokens = draw(logits.expand(len(uniform), -1), uniform, None, 1.0)
         assert torch.isfinite(logits[tokens]).all()
-        assert set((tokens // BLOCK).tolist()) == {0, 1, 2, 3}
+        assert set((tokens // PART).tolist()) == {0, 1, 2, 3}
 
 
 def test_streams_of_uniforms_depend_on_seed_record_and_response_alone() -> None:

@@ -8,9 +8,7 @@ from typing import Any
 
 import torch
 
-from rrhf.models.shared_prefix import (
-    usable_path,
-)
+from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord
 
 VOCABULARY = 97

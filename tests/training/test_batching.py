@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rrhf.models.batching import SIZES, Forward, padded_tokens, plan_forwards, slice_record, tree_tokens
-from rrhf.models.shared_prefix import plant
+from rrhf.models.shared_prefix import lay_out
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.training.batching import StepSampler, shares
 
@@ -32,7 +32,7 @@ def rows_of(forward: Forward | tuple[EncodedRecord, ...], path: str) -> int:
     """What a pass over the records costs, counted anew: nodes of the trees, or cells of the padded rectangle."""
     records = forward.records if isinstance(forward, Forward) else forward
     if path == "tree":
-        return int(plant(records).input_ids.shape[1])
+        return int(lay_out(records).input_ids.shape[1])
     rows = [len(r.query) + len(y) for r in records for y in r.responses]
     return len(rows) * max(rows)
 

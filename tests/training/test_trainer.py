@@ -27,7 +27,7 @@ from rrhf.common.errors import UserError
 from rrhf.losses import LossSettings, rrhf_loss
 from rrhf.models.attention import our_attention
 from rrhf.models.batching import plan_forwards
-from rrhf.models.shared_prefix import usable_path
+from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record
 from rrhf.training.config import RRHFConfig

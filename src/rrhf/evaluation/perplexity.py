@@ -34,7 +34,8 @@ def nll_under(
 
     from rrhf.common.progress import progress
     from rrhf.models.batching import plan_forwards
-    from rrhf.models.shared_prefix import response_logprobs, usable_path
+    from rrhf.models.passes import response_logprobs
+    from rrhf.models.path_check import usable_path
 
     format = TextFormat(tokenizer, text)
     path = usable_path(model)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -11,26 +9,9 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 
-from rrhf.models.kernels.cpu import products
+from rrhf.models.kernels.choice import kernels_for
 
-LOGIT_ROWS = 2048  # tokens that share one pass over the output layer's weights
-# Logits that exist at a time. On a CPU a block should stay in its caches; a GPU wants few, large products.
-LOGIT_ELEMENTS = {"cpu": 1 << 20}
-LOGIT_ELEMENTS_ELSEWHERE = 1 << 25
-EVEN_ROWS = 16  # a CPU's products of 779 rows take up to a quarter longer than those of 784
-LOG2_E = math.log2(math.e)
 KEPT_BYTES = 1 << 28  # logits larger than this are made again in the backward pass, whoever asks to keep them
-
-
-def _blocks(rows: int, vocabulary: int, device: torch.device) -> Iterator[slice]:
-    elements = LOGIT_ELEMENTS.get(device.type, LOGIT_ELEMENTS_ELSEWHERE)
-    size = max(1, elements // max(rows, 1))
-    size -= size % 256 if size > 256 else 0  # matrix products like round sizes
-    return (slice(start, min(start + size, vocabulary)) for start in range(0, vocabulary, size))
-
-
-def _row_chunks(rows: int) -> Iterator[slice]:
-    return (slice(start, min(start + LOGIT_ROWS, rows)) for start in range(0, rows, LOGIT_ROWS))
 
 
 class _TokenLogprobs(torch.autograd.Function):
@@ -47,22 +28,21 @@ class _TokenLogprobs(torch.autograd.Function):
         softcap: float | None,
         keep: bool,
     ) -> Tensor:
+        kernels = kernels_for(hidden.device)
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
         chosen = torch.zeros(len(targets), dtype=dtype, device=hidden.device)
-        partitions = torch.full_like(chosen, -torch.inf)  # log Σ exp(logits), over the blocks so far
+        partitions = torch.full_like(chosen, -torch.inf)  # log Σ exp(logits), over the columns so far
         kept: list[Tensor] = []
-        for rows in _row_chunks(len(targets)):
-            part, ids = hidden[rows], targets[rows]
-            for block in _blocks(len(ids), len(weight), hidden.device):
-                raw = products.linear(part, weight[block], None if bias is None else bias[block])
-                logits = _shaped(raw, scale, softcap, spare=not keep)
-                if keep:
-                    kept.append(raw)
-                inside, column = _columns(ids, block)
-                chosen[rows] += logits.gather(1, column).squeeze(1) * inside
-                highest = logits.amax(dim=-1, keepdim=True)
-                total = _exp_less_(logits, highest).sum(dim=-1, keepdim=True).log_().add_(highest)
-                torch.logaddexp(partitions[rows], total[:, 0], out=partitions[rows])
+        for rows, tokens in kernels.logit_tiles(len(targets), len(weight)):
+            raw = kernels.linear(hidden[rows], weight[tokens], None if bias is None else bias[tokens])
+            logits = _shaped(raw, scale, softcap, spare=not keep)
+            if keep:
+                kept.append(raw)
+            inside, column = _columns(targets[rows], tokens)
+            chosen[rows] += logits.gather(1, column).squeeze(1) * inside
+            highest = logits.amax(dim=-1, keepdim=True)
+            total = kernels.exp_less_(logits, highest).sum(dim=-1, keepdim=True).log_().add_(highest)
+            torch.logaddexp(partitions[rows], total[:, 0], out=partitions[rows])
         ctx.save_for_backward(hidden, weight, bias, targets, partitions)
         ctx.scale, ctx.softcap, ctx.kept = scale, softcap, kept
         return chosen - partitions
@@ -70,6 +50,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, targets, partitions = ctx.saved_tensors
+        kernels = kernels_for(hidden.device)
         need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]
         # ∂ log P(target) / ∂ logit = [is target] − P(token); a row's own factor can wait until the products are made
         outer = gradients[0].to(partitions.dtype).mul(-ctx.scale)[:, None]
@@ -78,29 +59,27 @@ class _TokenLogprobs(torch.autograd.Function):
         d_weight = (torch.empty_like if len(targets) else torch.zeros_like)(weight) if need_weight else None
         d_bias = torch.zeros_like(bias, dtype=partitions.dtype) if need_bias else None
         kept, ctx.kept = iter(ctx.kept), []  # a second backward pass over the same graph makes them again
-        for rows in _row_chunks(len(targets)):
-            part, ids = hidden[rows], targets[rows]
-            for block in _blocks(len(ids), len(weight), hidden.device):
-                raw = next(kept, None)
-                if raw is None:
-                    raw = products.linear(part, weight[block], None if bias is None else bias[block])
-                logits = _shaped(raw, ctx.scale, ctx.softcap, spare=True)
-                inside, column = _columns(ids, block)
-                slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
-                d_logits = _exp_less_(logits, partitions[rows, None])
-                d_logits.scatter_add_(1, column, -inside[:, None].to(d_logits.dtype))
-                if slope is not None:
-                    d_logits *= slope
-                if d_bias is not None:
-                    d_bias[block] += (d_logits * outer[rows]).sum(dim=0)
-                d_logits = d_logits.to(hidden.dtype)
-                if d_hidden is not None:
-                    d_hidden[rows] += products.matmul(d_logits, weight[block])
-                if d_weight is not None:
-                    if rows.start:
-                        d_weight[block] = products.addmm(d_weight[block], d_logits.t(), weighted[rows])
-                    else:
-                        products.matmul(d_logits.t(), weighted[rows], out=d_weight[block])
+        for rows, tokens in kernels.logit_tiles(len(targets), len(weight)):
+            raw = next(kept, None)
+            if raw is None:
+                raw = kernels.linear(hidden[rows], weight[tokens], None if bias is None else bias[tokens])
+            logits = _shaped(raw, ctx.scale, ctx.softcap, spare=True)
+            inside, column = _columns(targets[rows], tokens)
+            slope = None if ctx.softcap is None else 1 - (logits / ctx.softcap) ** 2
+            d_logits = kernels.exp_less_(logits, partitions[rows, None])
+            d_logits.scatter_add_(1, column, -inside[:, None].to(d_logits.dtype))
+            if slope is not None:
+                d_logits *= slope
+            if d_bias is not None:
+                d_bias[tokens] += (d_logits * outer[rows]).sum(dim=0)
+            d_logits = d_logits.to(hidden.dtype)
+            if d_hidden is not None:
+                d_hidden[rows] += kernels.matmul(d_logits, weight[tokens])
+            if d_weight is not None:
+                if rows.start:
+                    d_weight[tokens] = kernels.addmm(d_weight[tokens], d_logits.t(), weighted[rows])
+                else:
+                    kernels.matmul(d_logits.t(), weighted[rows], out=d_weight[tokens])
         return (
             None if d_hidden is None else d_hidden.mul_(outer).to(hidden.dtype),
             d_weight,
@@ -112,22 +91,10 @@ class _TokenLogprobs(torch.autograd.Function):
         )
 
 
-def exp_(x: Tensor) -> Tensor:
-    """e^x in place; on a CPU by 2^x, which is several times as fast there."""
-    return x.mul_(LOG2_E).exp2_() if x.device.type == "cpu" else x.exp_()
-
-
-def _exp_less_(x: Tensor, y: Tensor) -> Tensor:
-    """e^(x − y) in place of x."""
-    if x.device.type != "cpu":
-        return x.sub_(y).exp_()
-    return torch.add(y * -LOG2_E, x, alpha=LOG2_E, out=x).exp2_()
-
-
-def _columns(ids: Tensor, block: slice) -> tuple[Tensor, Tensor]:
-    """Which ids lie in the vocabulary's ``block`` [n], and in which of its columns (0 for the others) [n, 1]."""
-    inside = (ids >= block.start) & (ids < block.stop)
-    return inside, ((ids - block.start) * inside)[:, None]
+def _columns(ids: Tensor, tokens: slice) -> tuple[Tensor, Tensor]:
+    """Which ids lie in the vocabulary's part ``tokens`` [n], and in which of its columns (0 for the others) [n, 1]."""
+    inside = (ids >= tokens.start) & (ids < tokens.stop)
+    return inside, ((ids - tokens.start) * inside)[:, None]
 
 
 def _shaped(raw: Tensor, scale: float, softcap: float | None, spare: bool) -> Tensor:
@@ -176,7 +143,7 @@ def token_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor, keep
             hidden = hidden.to(weight.dtype)
         keep = keep_logits and torch.is_grad_enabled()
         keep = keep and len(targets) * weight.shape[0] * weight.element_size() <= KEPT_BYTES
-        rows, spare = len(targets), -len(targets) % EVEN_ROWS if hidden.device.type == "cpu" else 0
+        rows, spare = len(targets), kernels_for(hidden.device).spare_rows(len(targets))
         hidden, targets = nn.functional.pad(hidden, (0, 0, 0, spare)), nn.functional.pad(targets, (0, spare))
         logprobs: Tensor = _TokenLogprobs.apply(hidden, weight, bias, targets, *_logit_shape(model), keep)
         return logprobs[:rows]
@@ -185,6 +152,6 @@ def token_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor, keep
         return torch.log_softmax(output_logits(model, part).float(), dim=-1).gather(1, ids[:, None])[:, 0]
 
     vocabulary = model.config.get_text_config().vocab_size
-    rows = max(1, 4 * LOGIT_ELEMENTS.get(hidden.device.type, LOGIT_ELEMENTS_ELSEWHERE) // vocabulary)
+    rows = kernels_for(hidden.device).logit_rows(vocabulary)
     pieces = zip(hidden.split(rows), targets.split(rows), strict=True)
     return torch.cat([checkpoint(chunk, part, ids, use_reentrant=False) for part, ids in pieces])

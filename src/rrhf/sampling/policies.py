@@ -9,12 +9,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rrhf.models.logprobs import exp_
-from rrhf.sampling.decoding import Advance, Response
+from rrhf.models.kernels.choice import kernels_for
+from rrhf.sampling.decoding import Response
 from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.stepping import Advance
 
-ROWS = 16  # rows whose [rows, vocabulary] temporaries exist at a time: they stay in the processor's cache
-BLOCK = 256  # tokens whose probabilities are summed, or their maxima taken, before a search inside
+PART = 256  # tokens whose probabilities are summed in fp32, and those sums in fp64
 NUCLEUS = 1024  # likeliest tokens among which a nucleus is looked for before the whole vocabulary is sorted
 NEVER = -1.0e9  # the score of what cannot be
 
@@ -46,7 +46,7 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float) -> Te
     values, tokens = torch.topk(logits, kept, dim=-1)
     weights = torch.exp(values - values[:, :1]).double()
     if top_k is None:
-        total = exp_(logits - values[:, :1]).sum(dim=-1, dtype=torch.float64)
+        total = kernels_for(logits.device).exp_(logits - values[:, :1]).sum(dim=-1, dtype=torch.float64)
         if kept < vocabulary and bool((weights.sum(-1) < top_p * total).any()):
             values, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
             weights = torch.exp(values - values[:, :1]).double()
@@ -62,32 +62,19 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float) -> Te
 
 def _draw_from_all(logits: Tensor, uniform: Tensor) -> Tensor:
     rows, vocabulary = logits.shape
-    weights = exp_(logits - logits.amax(dim=-1, keepdim=True))
-    padding = -vocabulary % BLOCK
+    weights = kernels_for(logits.device).exp_(logits - logits.amax(dim=-1, keepdim=True))
+    padding = -vocabulary % PART
     if padding:
         weights = torch.nn.functional.pad(weights, (0, padding))
-    blocks = weights.view(rows, -1, BLOCK)
-    mass = blocks.sum(dim=-1).double().cumsum(dim=-1)
+    parts = weights.view(rows, -1, PART)
+    mass = parts.sum(dim=-1).double().cumsum(dim=-1)
     target = uniform[:, None] * mass[:, -1:]
-    block = torch.searchsorted(mass, target, right=True).clamp(max=mass.shape[1] - 1)
-    before = torch.where(block > 0, mass.gather(1, (block - 1).clamp(min=0)), 0.0)
-    inside = blocks[torch.arange(rows, device=logits.device), block[:, 0]].double()
+    part = torch.searchsorted(mass, target, right=True).clamp(max=mass.shape[1] - 1)
+    before = torch.where(part > 0, mass.gather(1, (part - 1).clamp(min=0)), 0.0)
+    inside = parts[torch.arange(rows, device=logits.device), part[:, 0]].double()
     index = torch.searchsorted(inside.cumsum(dim=-1), target - before, right=True)
-    last = BLOCK - 1 - inside.flip(-1).gt(0).to(torch.uint8).argmax(dim=-1, keepdim=True)  # never a token of no weight
-    return block[:, 0] * BLOCK + torch.minimum(index, last)[:, 0]
-
-
-def _top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    """``torch.topk`` of [R, V]: on a CPU looked for in the ``count`` blocks with the largest maxima, which hold it."""
-    rows, vocabulary = scores.shape
-    if scores.device.type != "cpu" or vocabulary % BLOCK or count * BLOCK >= vocabulary:
-        found = torch.topk(scores, count, dim=-1)
-        return found.values, found.indices
-    blocks = scores.view(rows, -1, BLOCK)
-    best = torch.topk(blocks.amax(dim=-1), count, dim=-1).indices
-    inside = blocks.gather(1, best[:, :, None].expand(-1, -1, BLOCK)).flatten(1)
-    found = torch.topk(inside, count, dim=-1)
-    return found.values, best.gather(1, found.indices // BLOCK) * BLOCK + found.indices % BLOCK
+    last = PART - 1 - inside.flip(-1).gt(0).to(torch.uint8).argmax(dim=-1, keepdim=True)  # never a token of no weight
+    return part[:, 0] * PART + torch.minimum(index, last)[:, 0]
 
 
 class Draws:
@@ -121,8 +108,9 @@ class Draws:
         if self.step == 0:  # a query's slots share its one row of logits
             slots = torch.arange(len(self.tokens), device=self.device)
             rows = slots // self.width
+        size = kernels_for(logits.device).sampling_rows(logits.shape[-1])
         choices = torch.cat(
-            [self._choose(logits[r], s) for r, s in zip(rows.split(ROWS), slots.split(ROWS), strict=True)]
+            [self._choose(logits[r], s) for r, s in zip(rows.split(size), slots.split(size), strict=True)]
         )
         self.step += 1
         live = []
@@ -215,15 +203,16 @@ class Beams:
 
     def _candidates(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """The best log-probabilities and tokens a row: those kept and as many as penalties could push out."""
+        kernels = kernels_for(logits.device)
         count = min(self.keep + self.width - self.size, logits.shape[-1])
         values, tokens = [], []
-        for part in logits.split(ROWS):
+        for part in logits.split(kernels.sampling_rows(logits.shape[-1])):
             scores = part.double() if part.dtype == torch.float64 else part.float()
             if self.settings.temperature != 1.0:
                 scores = scores / self.settings.temperature
-            best, indices = _top(scores, count)
+            best, indices = kernels.top(scores, count)
             highest = best[:, :1]
-            rest = exp_(scores - highest).sum(dim=-1, keepdim=True).log()
+            rest = kernels.exp_(scores - highest).sum(dim=-1, keepdim=True).log()
             values.append(best - highest - rest)
             tokens.append(indices)
         if values[0].dtype == torch.float64 and self.running.dtype != torch.float64:

@@ -28,7 +28,7 @@ class Sampler:
         source: str | None = None,
     ) -> None:
         from rrhf.models.load import context_length
-        from rrhf.models.shared_prefix import usable_path
+        from rrhf.models.path_check import usable_path
         from rrhf.models.tokenization import TextFormat
 
         self.model, self.settings = model, settings

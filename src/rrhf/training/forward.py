@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rrhf.models.shared_prefix import response_logprobs
+from rrhf.models.passes import response_logprobs
 from rrhf.models.tokenization import EncodedRecord
 
 # What a process computes while others are still busy: where weights are sharded, every pass is a collective operation.

@@ -23,8 +23,9 @@ from rrhf.losses import Loss, best_response, needed_by, ordered_pairs, ranking_l
 from rrhf.models.adapters import load_policy_or_adapter, with_adapter
 from rrhf.models.attention import our_attention, takes_layouts
 from rrhf.models.batching import SIZES, Forward, plan_forwards, tree_tokens
+from rrhf.models.forward import causal_lm
 from rrhf.models.load import ModelSettings
-from rrhf.models.shared_prefix import causal_lm, usable_path
+from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.training.batching import StepSampler
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from rrhf.models.load import ModelSettings, load_policy
-from rrhf.models.shared_prefix import response_logprobs, usable_path
+from rrhf.models.passes import response_logprobs
+from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.recipes.config import read_config
 from rrhf.sampling.sampler import Sampler

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import rrhf.models.kernels.cpu.branch_attention
 from rrhf.models.kernels.cpu.branch_attention import branch_attention, branches
-from rrhf.models.shared_prefix import Tree, tree_mask
+from rrhf.models.trees import Tree, column_ends, visible
 
 # (query, responses' input lengths); ragged, empty, of like and unlike length, a query of one token
 FORESTS = [
@@ -20,30 +20,25 @@ FORESTS = [
 ]
 
 
-def laid_out(shapes: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, int, Sequence[int]]]:
-    trees, start = [], 0
+def laid_out(shapes: Sequence[tuple[int, Sequence[int]]]) -> list[Tree]:
+    trees: list[Tree] = []
     for query, responses in shapes:
-        trees.append((start, query, responses))
-        start += query + sum(responses)
+        trees.append(Tree(trees[-1].start + trees[-1].size if trees else 0, query, tuple(responses)))
     return trees
 
 
-def naive(query: Tensor, key: Tensor, value: Tensor, scaling: float, trees: Sequence[tuple[int, int, Sequence[int]]]):
+def naive(query: Tensor, key: Tensor, value: Tensor, scaling: float, trees: Sequence[Tree]):
     """softmax over the visible columns of the whole row, [1, T, H, D]."""
     tokens = query.shape[2]
-    visible = torch.zeros(tokens, tokens, dtype=torch.bool)
-    for start, size, responses in trees:
-        tree = Tree(start, size, tuple(responses))
-        here = slice(start, start + tree.size)
-        visible[here, here] = tree_mask(tree, torch.arange(tree.size))
+    seen = visible(torch.tensor(column_ends(trees)), torch.arange(tokens))
     groups = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
-    scores = (scaling * query @ key.transpose(2, 3)).masked_fill(~visible, -torch.inf)
+    scores = (scaling * query @ key.transpose(2, 3)).masked_fill(~seen, -torch.inf)
     return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2)
 
 
-def leaves(trees: Sequence[tuple[int, int, Sequence[int]]], heads: int, kv_heads: int) -> list[Tensor]:
-    tokens = sum(query + sum(responses) for _, query, responses in trees)
+def leaves(trees: Sequence[Tree], heads: int, kv_heads: int) -> list[Tensor]:
+    tokens = sum(tree.size for tree in trees)
     generator = torch.Generator().manual_seed(0)
 
     def leaf(count: int, size: int) -> Tensor:  # as a model hands them over: a transposed view
@@ -79,7 +74,7 @@ def test_low_precision_is_rounding_away() -> None:
 def test_scores_far_above_the_first_tokens_do_not_overflow() -> None:
     trees = laid_out(FORESTS[2])
     query, key, value = (x.detach().float() for x in leaves(trees, 6, 2))
-    key[:, :, [start for start, _, _ in trees]] = -200.0  # sinks that most rows dislike
+    key[:, :, [tree.start for tree in trees]] = -200.0  # sinks that most rows dislike
     query = query.abs() + 1.0
     inputs = [x.requires_grad_() for x in (query, key, value)]
     exact = [x.detach().double().requires_grad_() for x in inputs]
@@ -90,7 +85,7 @@ def test_scores_far_above_the_first_tokens_do_not_overflow() -> None:
     for a, b in zip(mine, plain, strict=True):
         assert torch.allclose(a.double(), b, atol=1e-3)
     # the sums would overflow: relative to the first token's score the others' weights are no fp32 numbers
-    gaps = 0.7 * (exact[0][0, 0, -1] @ (exact[1][0, 0] - exact[1][0, 0, trees[-1][0]]).t())
+    gaps = 0.7 * (exact[0][0, 0, -1] @ (exact[1][0, 0] - exact[1][0, 0, trees[-1].start]).t())
     assert float(gaps.max()) > 128
 
 

@@ -133,6 +133,36 @@ def test_a_norm_made_again_serves_all_its_users_and_a_second_backward_pass() -> 
         assert torch.equal(torch.autograd.grad(graph, x)[0], first)
 
 
+def test_a_result_changed_in_place_is_kept_as_it_is() -> None:
+    model = tiny_model("llama")
+    norm = model.model.layers[0].input_layernorm
+    x = torch.randn(7, 32, requires_grad=True)
+
+    def changed_in_place() -> Tensor:
+        return (norm(x).mul_(3.0) ** 3).sum()  # squares of a row would sum to a constant
+
+    stock = torch.autograd.grad(changed_in_place(), x)[0]
+    with lean(model):
+        assert torch.allclose(torch.autograd.grad(changed_in_place(), x)[0], stock, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("part", [slice(3), slice(2, 5)])
+def test_a_part_of_a_result_does_not_keep_the_whole(part: slice) -> None:
+    """A view is made again from its place in the whole, wherever it begins."""
+    model = tiny_model("llama")
+    norm = model.model.layers[0].input_layernorm
+    x, weights = torch.randn(50, 32, requires_grad=True), torch.linspace(-1, 1, 32)
+
+    def of_a_part() -> Tensor:
+        view = norm(x)[part]
+        return (view * view * weights).sum()
+
+    stock = torch.autograd.grad(of_a_part(), x)[0]
+    with lean(model):
+        assert bytes_kept(of_a_part) == 0
+        assert torch.allclose(torch.autograd.grad(of_a_part(), x)[0], stock, rtol=1e-4, atol=1e-5)
+
+
 def test_adapters_hooks_and_autocast_keep_transformers_forward() -> None:
     peft = pytest.importorskip("peft")
     model = tiny_model("llama")

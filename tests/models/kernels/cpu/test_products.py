@@ -150,11 +150,18 @@ def test_packed_weights_give_the_model_its_numbers(monkeypatch: pytest.MonkeyPat
     assert torch.allclose(found, stock, atol=1e-5 if dtype == torch.float32 else 0.05)
 
 
+def laid_out(model: nn.Module) -> list[nn.Parameter]:
+    return [weight for weight in model.parameters() if products.is_packed(weight)]
+
+
 def test_what_is_not_packed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     model = tiny_model("llama")
     with products.packed(model.double(), 16):
-        assert not products._packed
+        assert not laid_out(model)
     monkeypatch.setattr(products, "PACKED_BYTES", 1000)
     with products.packed(model.float(), 16):
-        assert not products._packed
+        assert not laid_out(model)
+    monkeypatch.setattr(products, "PACKED_BYTES", 1 << 31)
+    with products.packed(model, 16):
+        assert len(laid_out(model)) == 15  # and in another way nothing would be

@@ -1,12 +1,28 @@
 """Attention over trees on a CPU: every row against its query's keys in one product, every response against itself.
 
-Nothing is computed that the tree mask hides between responses, the query's keys are read once for all of them, and
-the heads of a group share keys as rows of one product. A row's softmax runs over two parts, the query's columns
-(unpadded, a record at a time) and its own response's (responses of like length padded together). Both parts are taken
-relative to the row's score with the first token of its record, which every row sees, so that their sums simply add up
-and no maximum is sought; where that overflows, the row's highest score takes its place. The backward pass makes the
-weights again from the log of their sum (as FlashAttention, arXiv 2205.14135, does), so that autograd keeps neither
-them nor the many small operations. Scores carry a factor log2 e, because 2^x is several times as fast as e^x on a CPU.
+For row t of a record whose query has the columns X, in response i with the columns Y_i:
+
+    s_tj = scaling · q_t · k_j                             for j ∈ X ∪ Y_i, j ≤ t
+    o_t  = (Σ_{j∈X} e^(s_tj − m_t) v_j + Σ_{j∈Y_i} e^(s_tj − m_t) v_j) / z_t,   z_t the same sums without v
+    m_t  = s_t1, the score with the record's first token, which every row sees; max_j s_tj where z_t overflows
+
+and backwards, with P_tj = e^(s_tj − m_t) / z_t made again from m_t + log z_t (FlashAttention, arXiv 2205.14135):
+
+    dv_j = Σ_t P_tj do_t,   ds_tj = P_tj (do_t · v_j − do_t · o_t),   dq_t = scaling Σ_j ds_tj k_j,   dk_j likewise
+
+Both parts are taken relative to the same m_t, so that their sums simply add up. Nothing is computed that the tree
+hides between responses, and autograd keeps neither weights nor the many small operations. Scores carry a factor
+log2 e, because 2^x is several times as fast as e^x on a CPU.
+
+Shapes, in the names of this file:
+
+    T         tokens of the row, all records behind each other
+    H_kv, G   key heads, and query heads that share one (H = H_kv · G)
+    q         [H_kv, T, G, D]    queries: the G rows of a token that share keys stand together
+    k, v      [H_kv, T, D]       keys (times scaling · log2 e), values
+    record    t tokens, of which x are the query's: scores [H_kv, t · G, x]; unpadded, a record at a time
+    group     n responses of like length, padded to L tokens: scores [H_kv · n, L · G, L]
+    reference, partition         [H_kv, T, G, 1]: m_t, and m_t + log z_t, both in units of log 2
 """
 
 from __future__ import annotations
@@ -19,6 +35,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from rrhf.models.trees import Tree
 
 SPARE_CELLS = 1 << 14  # scores a head that padding may add to a group before another group is cheaper
 HIGHEST_SUM = 2.0**100  # of weights relative to the first token's; above it the output's sums might overflow
@@ -64,15 +82,15 @@ class Branches:
     keys: Tensor
 
 
-def branches(trees: Sequence[tuple[int, int, Sequence[int]]]) -> Branches:
-    """Cut ``trees``, each (start, query length, input lengths ‖y_i‖ − 1 of its responses)."""
+def branches(trees: Sequence[Tree]) -> Branches:
+    """Cut ``trees`` for attention."""
     records, spans = [], []
-    for start, query, responses in trees:
-        begin = start + query
-        for size in responses:
+    for tree in trees:
+        begin = tree.start + tree.query
+        for size in tree.responses:
             spans += [(size, begin)] * bool(size)
             begin += size
-        records.append(Rows(start, begin, query, _causal(query)))
+        records.append(Rows(tree.start, begin, tree.query, _causal(tree.query)))
     groups: list[list[tuple[int, int]]] = []
     spare = 0
     for span in sorted(spans, reverse=True):
@@ -124,8 +142,8 @@ def branch_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
     Returns:
         Tensor of shape (1, T, H, D).
     """
-    found: Tensor = _BranchAttention.apply(query, key, value, scaling, layout)
-    return found
+    output: Tensor = _BranchAttention.apply(query, key, value, scaling, layout)
+    return output
 
 
 class _BranchAttention(torch.autograd.Function):
@@ -152,16 +170,16 @@ class _BranchAttention(torch.autograd.Function):
         # through the softmax: dS = P · (dP − Σ P dP), and Σ P dP = Σ_d O dO over both parts
         shift = (gradients[0] * result).sum(dim=-1, dtype=partition.dtype)
         shift = shift[0].view(-1, heads, q.shape[2]).transpose(0, 1)[..., None].contiguous()
-        found: list[tuple[Tensor, ...]] = []
+        parts: list[tuple[Tensor, ...]] = []
         for rows in layout.records:
             seen, own, d_own = _seen(rows), _record(rows, q), _record(rows, d_output)
             weights = _record_weights(rows, q, k, partition)
-            found.append(_gradients(weights, own, scaled[:, seen], v[:, seen], d_own, _record(rows, shift)))
+            parts.append(_gradients(weights, own, scaled[:, seen], v[:, seen], d_own, _record(rows, shift)))
         for group in layout.groups:
             own, d_own, keys, values, shifts = (_to_grid(group, x) for x in (q, d_output, scaled, v, shift))
             weights = _group_weights(group, q, k, partition)
-            found.append(_gradients(weights, own, keys, values, d_own, shifts))
-        d_queries, d_keys, d_values = zip(*found, strict=True)
+            parts.append(_gradients(weights, own, keys, values, d_own, shifts))
+        d_queries, d_keys, d_values = zip(*parts, strict=True)
         d_query = _added(layout, d_queries, q.shape)
         d_key = _joined(len(k), k.shape[-1], d_keys).index_select(1, layout.keys).mul_(ctx.scaling)
         d_value = _joined(len(v), v.shape[-1], d_values).index_select(1, layout.keys)
@@ -193,8 +211,10 @@ def _highest_scores(layout: Branches, q: Tensor, k: Tensor) -> Tensor:
     nothing = torch.zeros(*q.shape[:3], 1, dtype=_exact(q.dtype))
     highest = [_record_scores(rows, q, k, nothing).amax(dim=-1, keepdim=True) for rows in layout.records]
     within = [_group_scores(group, q, k, nothing).amax(dim=-1, keepdim=True) for group in layout.groups]
-    found = torch.cat(highest, dim=1).view_as(nothing)
-    return torch.maximum(found, _placed(layout, within, nothing.shape, -torch.inf)) if within else found
+    over_query = torch.cat(highest, dim=1).view_as(nothing)
+    if not within:
+        return over_query
+    return torch.maximum(over_query, _placed(layout, within, nothing.shape, -torch.inf))
 
 
 def _gradients(

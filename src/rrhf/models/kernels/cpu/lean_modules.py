@@ -12,7 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import types
-import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -90,8 +89,9 @@ class _GatedMLP(torch.autograd.Function):
 class _Remade:
     """A norm's result that the graph need not keep: it is made again when the first of its users asks for it."""
 
-    def __init__(self, x: Tensor, weight: Tensor, epsilon: float) -> None:
+    def __init__(self, x: Tensor, weight: Tensor, epsilon: float, version: int) -> None:
         self.x, self.weight, self.epsilon = x.detach(), weight.detach(), epsilon
+        self.version = version  # of the result: what was changed in place since is not what would be made again
         self.users = 0
         self._made: Tensor | None = None
 
@@ -105,23 +105,24 @@ class _Remade:
         return made
 
 
-# The results of norms in the running forward pass, by address, while they live.
-_remade: weakref.WeakValueDictionary[int, _Remade] = weakref.WeakValueDictionary()
+_REMADE = "_rrhf_remade"  # the attribute in which a norm's result carries how it is made again
 
 
 def _pack(tensor: Tensor) -> Any:
-    found = _remade.get(tensor.data_ptr())
-    if found is None or found.x.numel() != tensor.numel() or found.x.dtype != tensor.dtype:
+    """What the graph keeps in place of ``tensor``, which is a norm's result, a view of one, or something else."""
+    whole = tensor if tensor._base is None else tensor._base
+    remade: _Remade | None = getattr(whole, _REMADE, None)
+    if remade is None or tensor.dtype != whole.dtype or tensor._version != remade.version:
         return tensor
-    found.users += 1
-    return found, tensor.shape, tensor.stride()
+    remade.users += 1
+    return remade, tensor.shape, tensor.stride(), tensor.storage_offset()
 
 
 def _unpack(kept: Any) -> Tensor:
     if isinstance(kept, Tensor):
         return kept
-    found, shape, stride = kept
-    return torch.as_strided(found.tensor(), shape, stride)
+    remade, *place = kept
+    return torch.as_strided(remade.tensor(), *place)
 
 
 def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
@@ -129,14 +130,10 @@ def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
         return type(self).forward(self, hidden_states)
     if not torch.is_grad_enabled():
         return _norm(hidden_states, self.weight, _epsilon(self))
-    found: Tensor = _RMSNorm.apply(hidden_states, self.weight, _epsilon(self))
-    if found.requires_grad and found.is_contiguous():
-        remade = _Remade(hidden_states, self.weight, _epsilon(self))
-        _remade[found.data_ptr()] = remade
-        # While the result lives, its address is its own; nothing is kept as a remade one after that.
-        weakref.finalize(found, _remade.pop, found.data_ptr(), None)
-        found._rrhf_remade = remade  # type: ignore[attr-defined]
-    return found
+    result: Tensor = _RMSNorm.apply(hidden_states, self.weight, _epsilon(self))
+    if result.requires_grad and result.is_contiguous():
+        setattr(result, _REMADE, _Remade(hidden_states, self.weight, _epsilon(self), result._version))
+    return result
 
 
 def _mlp_forward(self: Any, x: Tensor) -> Tensor:
@@ -148,8 +145,8 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         activated = nn.functional.silu(products.linear(x, gate), inplace=True)
         return products.linear(activated.mul_(products.linear(x, up)), down)
-    found: Tensor = _GatedMLP.apply(x, gate, up, down)
-    return found
+    result: Tensor = _GatedMLP.apply(x, gate, up, down)
+    return result
 
 
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
@@ -157,8 +154,8 @@ def _linear_forward(self: Any, x: Tensor) -> Tensor:
         return type(self).forward(self, x)
     if not torch.is_grad_enabled():
         return products.linear(x, self.weight, self.bias)
-    found: Tensor = products.Linear.apply(x, self.weight, self.bias)
-    return found
+    result: Tensor = products.Linear.apply(x, self.weight, self.bias)
+    return result
 
 
 def _plain(x: Tensor, *weights: Any) -> bool:
@@ -171,8 +168,8 @@ def _plain(x: Tensor, *weights: Any) -> bool:
 
 
 def _epsilon(norm: Any) -> float:
-    found = getattr(norm, "variance_epsilon", None)
-    return float(norm.eps if found is None else found)
+    epsilon = getattr(norm, "variance_epsilon", None)
+    return float(norm.eps if epsilon is None else epsilon)
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -201,14 +198,13 @@ def _is_linear(module: nn.Module) -> bool:
 _FORWARDS = {_is_norm: _norm_forward, _is_mlp: _mlp_forward, _is_linear: _linear_forward}
 
 
-# What a model's classes of modules were found to compute, by their first module.
-_found: weakref.WeakKeyDictionary[nn.Module, dict[type[nn.Module], Any]] = weakref.WeakKeyDictionary()
+_CHECKED = "_rrhf_checked"  # the attribute in which a model carries which forward pass fits its classes of modules
 
 
 @contextlib.contextmanager
 def lean(model: nn.Module) -> Iterator[None]:
     """Give ``model``'s RMSNorms and gated MLPs the forward passes of this file, and theirs back again."""
-    kinds = _found.setdefault(model, {})
+    kinds: dict[type[nn.Module], Any] = vars(model).setdefault(_CHECKED, {})  # by the first module of each
     changed: list[nn.Module] = []
     for module in model.modules():
         for fits, forward in _FORWARDS.items():

@@ -22,8 +22,7 @@ from torch.autograd.function import once_differentiable
 
 PACKED_BYTES = 1 << 31  # models whose linear layers take more are not laid out a second time
 
-# Weights laid out for oneDNN, by the address of the tensor they were made from.
-_packed: dict[int, Tensor] = {}
+_LAID_OUT = "_rrhf_laid_out"  # the attribute in which a weight carries its copy laid out for oneDNN
 
 
 @functools.cache
@@ -41,56 +40,57 @@ def _onednn_works() -> bool:
         x = torch.randn(3, 7, generator=torch.Generator().manual_seed(0))
         exact = x.t() @ x
         laid_out = torch.ops.mkldnn._reorder_linear_weight(x.t().contiguous(), 7)
-        found = [
+        products = [
             _onednn(x.t(), x.t(), None),
             _onednn(x.t().contiguous(), laid_out, None),
             _onednn_sum(exact, x.t(), x) / 2,
         ]
-        return all(torch.allclose(product, exact, atol=1e-5) for product in found)
+        return all(torch.allclose(product, exact, atol=1e-5) for product in products)
     except (AttributeError, RuntimeError):
         return False
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
-    return found
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return product
 
 
 def _onednn_sum(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    found: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a.contiguous(), c, b.t(), None, "add")
-    return found
+    total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(a.contiguous(), c, b.t(), None, "add")
+    return total
 
 
-def _taken(*tensors: Tensor | None) -> bool:
+def _by_onednn(*tensors: Tensor | None) -> bool:
+    """Whether a product of these goes to oneDNN."""
     given = [tensor for tensor in tensors if tensor is not None]
     return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in given) and onednn_is_faster()
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
     """a · b for matrices, without autograd."""
-    if not _taken(a, b):
+    if not _by_onednn(a, b):
         return torch.mm(a, b, out=out)
     # oneDNN reads a transposed second matrix as it lies; a transposed first one costs more than its copy.
-    found = _onednn(a.contiguous(), b.t(), None)
-    return found if out is None else out.copy_(found)
+    product = _onednn(a.contiguous(), b.t(), None)
+    return product if out is None else out.copy_(product)
 
 
 def addmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """c + a · b for matrices, without autograd."""
-    return _onednn_sum(c, a, b) if _taken(a, b, c) else torch.addmm(c, a, b)
+    return _onednn_sum(c, a, b) if _by_onednn(a, b, c) else torch.addmm(c, a, b)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, as ``torch.nn.functional.linear``, but without autograd."""
-    laid_out = _packed.get(weight.data_ptr()) if _packed else None
-    if laid_out is not None and x.numel() and laid_out.shape == weight.shape:
+    laid_out: Tensor | None = getattr(weight, _LAID_OUT, None)
+    if laid_out is not None and x.numel():
         return _onednn(x, laid_out, bias)
-    return _onednn(x, weight, bias) if _taken(x, weight, bias) else nn.functional.linear(x, weight, bias)
+    return _onednn(x, weight, bias) if _by_onednn(x, weight, bias) else nn.functional.linear(x, weight, bias)
 
 
 def is_packed(weight: Tensor) -> bool:
     """Whether ``linear`` has this weight laid out."""
-    return weight.data_ptr() in _packed
+    return hasattr(weight, _LAID_OUT)
 
 
 @contextlib.contextmanager
@@ -101,7 +101,7 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
     must not change meanwhile.
     """
     weights = [module.weight for module in model.modules() if type(module) is nn.Linear]
-    if _packed or not all(_packs(weight) for weight in weights):
+    if not all(_packs(weight) and not is_packed(weight) for weight in weights):
         yield
         return
     if sum(weight.nbytes for weight in weights) > PACKED_BYTES:
@@ -109,10 +109,11 @@ def packed(model: nn.Module, rows: int) -> Iterator[None]:
         return
     try:
         for weight in weights:
-            _packed[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows)
+            setattr(weight, _LAID_OUT, torch.ops.mkldnn._reorder_linear_weight(weight.detach(), rows))
         yield
     finally:
-        _packed.clear()
+        for weight in weights:
+            vars(weight).pop(_LAID_OUT, None)
 
 
 def _packs(weight: Tensor) -> bool:
@@ -120,7 +121,7 @@ def _packs(weight: Tensor) -> bool:
         return False
     if weight.dtype == torch.bfloat16:
         return _bfloat16_works()
-    return _taken(weight)
+    return _by_onednn(weight)
 
 
 @functools.cache

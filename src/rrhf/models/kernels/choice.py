@@ -1,0 +1,96 @@
+"""The functions that kernels have, and which device has which kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+
+from rrhf.models.kernels import reference
+from rrhf.models.kernels.attention_call import AttentionCall
+from rrhf.models.kernels.cpu import device as cpu
+from rrhf.models.kernels.key_cache import KeyCache
+from rrhf.models.trees import Tree
+
+
+class Kernels(Protocol):
+    """What a device computes in a way of its own. Products and in-place functions are without autograd."""
+
+    def matmul(self, a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+        """a · b for matrices."""
+        ...
+
+    def addmm(self, c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        """c + a · b for matrices."""
+        ...
+
+    def linear(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x · weightᵀ + bias."""
+        ...
+
+    def lean(self, model: nn.Module) -> AbstractContextManager[None]:
+        """While it lasts, modules of ``model`` compute the same in less memory or time."""
+        ...
+
+    def packed(self, model: nn.Module, rows: int, steps: int) -> AbstractContextManager[None]:
+        """While it lasts, weights are laid out for ``steps`` forward passes of ``rows`` rows, if that pays."""
+        ...
+
+    def masked_attention(self, call: AttentionCall, mask: Tensor) -> Tensor:
+        """``call`` under an additive ``mask`` [L, K] or [B, 1, L, K], which has the window in it; [B, H, L, D]."""
+        ...
+
+    def tree_attention(
+        self, trees: Sequence[Tree], ends: Tensor, positions: Tensor
+    ) -> Callable[[AttentionCall], Tensor]:
+        """The attention of all layers in a forward call over a row of ``trees``; its results are [1, T, H, D].
+
+        ``ends`` (``column_ends``) and ``positions`` are [T].
+        """
+        ...
+
+    def key_cache(self, key: Tensor, value: Tensor, count: int, prompt: int, width: int, columns: int) -> KeyCache:
+        """A layer's cache for ``count`` queries: ``prompt`` columns for a query, then ``width`` a step.
+
+        ``key`` and ``value`` [1, H_kv, T, D] are some that the layer made. The cache ends at ``columns`` columns.
+        """
+        ...
+
+    def logit_tiles(self, rows: int, vocabulary: int) -> Iterator[tuple[slice, slice]]:
+        """Rows and columns of logits [rows, vocabulary] that exist at a time; a row's columns come in order."""
+        ...
+
+    def logit_rows(self, vocabulary: int) -> int:
+        """How many rows of logits exist at a time where all columns of a row must."""
+        ...
+
+    def sampling_rows(self, vocabulary: int) -> int:
+        """How many rows of logits a sampling policy works on at a time."""
+        ...
+
+    def spare_rows(self, rows: int) -> int:
+        """Rows to add to ``rows`` so that products with them are fast."""
+        ...
+
+    def exp_(self, x: Tensor) -> Tensor:
+        """e^x in place."""
+        ...
+
+    def exp_less_(self, x: Tensor, y: Tensor) -> Tensor:
+        """e^(x − y) in place of x."""
+        ...
+
+    def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        """The ``count`` highest of each row of [R, V] and their columns, highest first; both [R, count]."""
+        ...
+
+
+KERNELS: dict[str, Kernels] = {"cpu": cpu}
+
+
+def kernels_for(device: torch.device) -> Kernels:
+    """The kernels of a device; plain torch where none are listed."""
+    return KERNELS.get(device.type, reference)

@@ -1,0 +1,193 @@
+"""The kernels in plain torch, for every device."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from rrhf.models.kernels.attention_call import AttentionCall
+from rrhf.models.kernels.key_cache import KeyBlock, KeyCache
+from rrhf.models.trees import Tree, visible
+
+LOGIT_ELEMENTS = 1 << 25  # logits that exist at a time: few, large products
+LOGIT_ROWS = 2048  # tokens that share one pass over the output layer's weights
+
+
+def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
+    return torch.mm(a, b, out=out)
+
+
+def addmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return torch.addmm(c, a, b)
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return nn.functional.linear(x, weight, bias)
+
+
+def lean(model: nn.Module) -> contextlib.nullcontext[None]:
+    return contextlib.nullcontext()
+
+
+def packed(model: nn.Module, rows: int, steps: int) -> contextlib.nullcontext[None]:
+    return contextlib.nullcontext()
+
+
+# -- attention
+
+
+def masked_attention(call: AttentionCall, mask: Tensor) -> Tensor:
+    """torch's fused kernel, which knows no soft cap: with one, ``product_attention``."""
+    if call.softcap is not None:
+        return product_attention(call, mask)
+    key, value = call.key, call.value
+    groups = call.query.shape[1] // key.shape[1]
+    if groups > 1:
+        key, value = key.repeat_interleave(groups, dim=1), value.repeat_interleave(groups, dim=1)
+    return nn.functional.scaled_dot_product_attention(
+        call.query, key, value, attn_mask=mask, dropout_p=call.dropout, scale=call.scaling
+    )
+
+
+def product_attention(call: AttentionCall, mask: Tensor) -> Tensor:
+    """``masked_attention`` by two products and a softmax in fp32."""
+    batch, heads, length, size = call.query.shape
+    groups, columns = heads // call.key.shape[1], call.key.shape[2]
+    # The heads of a group share keys: their rows stand below each other in one product.
+    rows = call.query.reshape(batch * call.key.shape[1], groups * length, size)
+    keys, values = call.key.flatten(0, 1), call.value.flatten(0, 1)
+    weights = torch.bmm(rows, keys.transpose(1, 2)).float().view(batch, -1, groups, length, columns) * call.scaling
+    if call.softcap is not None:
+        weights = call.softcap * torch.tanh(weights / call.softcap)
+    weights = weights + (mask if mask.dim() == 2 else mask[:, :, None])
+    weights = nn.functional.dropout(torch.softmax(weights, dim=-1).to(call.query.dtype), call.dropout)
+    return torch.bmm(weights.view(len(rows), groups * length, columns), values).view(batch, heads, length, -1)
+
+
+def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
+    """A bool mask as one to add to scores."""
+    mask = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
+    return mask.masked_fill_(~seen, torch.finfo(dtype).min)
+
+
+class MaskedTrees:
+    """Attention over trees by one masked call a tree: few launches, and all that attention can ask for."""
+
+    def __init__(
+        self,
+        trees: Sequence[Tree],
+        ends: Tensor,
+        positions: Tensor,
+        attention: Callable[[AttentionCall, Tensor], Tensor],
+    ) -> None:
+        self.trees, self.ends, self.positions, self.attention = trees, ends, positions, attention
+        self.masks: dict[tuple[Tree, int | None, torch.dtype], Tensor] = {}
+
+    def __call__(self, call: AttentionCall) -> Tensor:
+        # split, not slices: its backward is one concatenation instead of a zeroed row a tree
+        sizes = [tree.size for tree in self.trees]
+        pieces = zip(*(x.split(sizes, dim=2) for x in (call.query, call.key, call.value)), strict=True)
+        outputs = [
+            self.attention(call.over(*piece), self.mask(tree, call.window, call.query.dtype))
+            for tree, piece in zip(self.trees, pieces, strict=True)
+        ]
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
+    def mask(self, tree: Tree, window: int | None, dtype: torch.dtype) -> Tensor:
+        """The additive mask [t, t] of one tree; the same for all layers of a kind."""
+        if window is not None and tree.reach <= window:
+            window = None
+        mask = self.masks.get((tree, window, dtype))
+        if mask is None:
+            here = slice(tree.start, tree.start + tree.size)
+            mask = additive(visible(self.ends[here] - tree.start, self.positions[here], window), dtype)
+            self.masks[tree, window, dtype] = mask
+        return mask
+
+
+def tree_attention(trees: Sequence[Tree], ends: Tensor, positions: Tensor) -> MaskedTrees:
+    return MaskedTrees(trees, ends, positions, masked_attention)
+
+
+# -- the cache of a decode loop
+
+
+class WholeCache:
+    """A ``KeyCache`` of one block with all columns, read by ``masked_attention``."""
+
+    def __init__(
+        self,
+        key: Tensor,
+        value: Tensor,
+        count: int,
+        columns: int,
+        attention: Callable[[AttentionCall, Tensor], Tensor],
+    ) -> None:
+        keys, values = (x.new_zeros(count, x.shape[1], columns, x.shape[-1]) for x in (key, value))
+        self.whole = KeyBlock(0, keys, values)
+        self.attention = attention
+
+    def block(self, column: int) -> KeyBlock:
+        return self.whole
+
+    def columns_read(self, end: int) -> int:
+        return end
+
+    def mask_type(self, dtype: torch.dtype) -> torch.dtype:
+        return dtype
+
+    def attend(self, call: AttentionCall, queries: Tensor, mask: Tensor) -> Tensor:
+        end = mask.shape[-1]
+        return self.attention(call.over(queries, self.whole.keys[:, :, :end], self.whole.values[:, :, :end]), mask)
+
+    def select(self, rows: Tensor) -> None:
+        self.whole.keys, self.whole.values = self.whole.keys[rows], self.whole.values[rows]
+
+
+def key_cache(key: Tensor, value: Tensor, count: int, prompt: int, width: int, columns: int) -> KeyCache:
+    return WholeCache(key, value, count, columns, masked_attention)
+
+
+# -- the output layer and what is drawn from it
+
+
+def logit_tiles(rows: int, vocabulary: int) -> Iterator[tuple[slice, slice]]:
+    return tiles(rows, vocabulary, LOGIT_ROWS, LOGIT_ELEMENTS)
+
+
+def tiles(rows: int, columns: int, most_rows: int, elements: int) -> Iterator[tuple[slice, slice]]:
+    """Tiles of at most ``most_rows`` rows and about ``elements`` elements, the rows' columns in order."""
+    for top in range(0, rows, most_rows):
+        bottom = min(top + most_rows, rows)
+        size = max(1, elements // (bottom - top))
+        size -= size % 256 if size > 256 else 0  # matrix products like round sizes
+        for left in range(0, columns, size):
+            yield slice(top, bottom), slice(left, min(left + size, columns))
+
+
+def logit_rows(vocabulary: int) -> int:
+    return max(1, 4 * LOGIT_ELEMENTS // vocabulary)
+
+
+def sampling_rows(vocabulary: int) -> int:
+    return max(1, LOGIT_ELEMENTS // vocabulary)
+
+
+def spare_rows(rows: int) -> int:
+    return 0
+
+
+def exp_(x: Tensor) -> Tensor:
+    return x.exp_()
+
+
+def exp_less_(x: Tensor, y: Tensor) -> Tensor:
+    return x.sub_(y).exp_()
+
+
+def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values, columns = torch.topk(scores, count, dim=-1)
+    return values, columns

@@ -1,0 +1,195 @@
+"""Decoding on our attention: each query runs once, its responses read its keys together.
+
+Keys and values of a query and of all its responses lie in buffers that never move: first the query's columns, then,
+step by step, one column a slot. Which columns a slot may read is a mask that follows its ancestry, so beams
+that change places change a few booleans instead of copying caches. Slots that finished leave the forward pass;
+queries that finished leave the buffer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rrhf.models.attention import NO_MASK
+from rrhf.models.forward import causal_lm
+from rrhf.models.kernels.attention_call import AttentionCall
+from rrhf.models.kernels.choice import kernels_for
+from rrhf.models.kernels.key_cache import KeyCache
+from rrhf.models.kernels.reference import additive
+from rrhf.models.logprobs import output_logits
+from rrhf.sampling.stepping import Advance, check_finite, device_of
+
+PREFILL_TOKENS = 4096  # query tokens of one prefill forward
+COMPACT_BELOW = 0.75  # share of live queries under which the buffers are packed anew
+
+
+class SharedCache:
+    """The stepper on our attention, and the ``Layout`` of its forward calls.
+
+    A layer's cache has longest query + width · (max_new_tokens − 1) columns; how they lie is the device's choice.
+    """
+
+    def __init__(self, model: PreTrainedModel, queries: Sequence[list[int]], width: int, max_new_tokens: int) -> None:
+        self.model, self.width = causal_lm(model), width
+        self.device = device_of(model)
+        self.queries = list(queries)
+        self.lengths = torch.tensor([len(query) for query in queries], device=self.device)
+        self.prompt = max(len(query) for query in queries)
+        self.columns = self.prompt + width * (max_new_tokens - 1)
+        self.layers: dict[int, KeyCache] = {}
+        self.steps = 0
+        # Which row of the buffers holds each live query.
+        self.place = torch.arange(len(queries), device=self.device)
+        count = len(queries)
+        self.visible = torch.zeros(count, width, self.columns, dtype=torch.bool, device=self.device)
+        self.visible[:, :, : self.prompt] = (torch.arange(self.prompt, device=self.device) < self.lengths[:, None])[
+            :, None
+        ]
+        self.positions = torch.arange(self.columns, device=self.device).repeat(count, 1)
+        steps = torch.arange(self.columns - self.prompt, device=self.device) // width
+        self.positions[:, self.prompt :] = self.lengths[:, None] + steps
+
+    # -- the query pass
+
+    def prefill(self) -> Tensor:
+        logits, start = [], 0
+        while start < len(self.queries):
+            stop, tokens = start, 0
+            while stop < len(self.queries) and (stop == start or tokens + len(self.queries[stop]) <= PREFILL_TOKENS):
+                tokens += len(self.queries[stop])
+                stop += 1
+            logits.append(self._prefill(start, stop))
+            start = stop
+        whole = torch.cat(logits)
+        check_finite(
+            self.model, whole.amax(dim=-1)
+        )  # the output layer too, once: −inf for tokens that never come is sound
+        return whole
+
+    def _prefill(self, start: int, stop: int) -> Tensor:
+        queries = self.queries[start:stop]
+        layout = _QueryPass(self, start, [len(query) for query in queries])
+        ids = torch.tensor([token for query in queries for token in query], device=self.device)
+        positions = torch.cat([torch.arange(len(query), device=self.device) for query in queries])
+        hidden = self._forward(ids, positions, layout)
+        return output_logits(self.model, hidden[self.lengths[start:stop].cumsum(0) - 1])
+
+    def _forward(self, ids: Tensor, positions: Tensor, layout: object) -> Tensor:
+        outputs = self.model.base_model(
+            input_ids=ids[None],
+            position_ids=positions[None],
+            attention_mask=NO_MASK.to(self.device),
+            use_cache=False,
+            rrhf_layout=layout,
+        )
+        return outputs.last_hidden_state[0]
+
+    def layer(self, layer: int, key: Tensor, value: Tensor) -> KeyCache:
+        """A layer's cache, made when its first keys come (sizes differ between models)."""
+        if layer not in self.layers:
+            kernels = kernels_for(self.device)
+            self.layers[layer] = kernels.key_cache(key, value, len(self.queries), self.prompt, self.width, self.columns)
+        return self.layers[layer]
+
+    # -- one step
+
+    def step(self, advance: Advance) -> Tensor:
+        query, slot = advance.slots // self.width, advance.slots % self.width
+        self._compact(query)
+        row = self.place[query]
+        column = self.prompt + self.steps * self.width
+        # A slot reads what its parent read, and itself.
+        inherited = self.visible[row, advance.parents % self.width]
+        self.visible[row, slot] = inherited
+        self.visible[row, slot, column + slot] = True
+        self._row, self._slot, self._column = row, slot, column
+        self._everything = len(row) == len(self.visible) * self.width
+        self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
+        self.steps += 1
+        hidden = self._forward(advance.tokens, self.lengths[query] + self.steps - 1, self)
+        check_finite(self.model, hidden)
+        return output_logits(self.model, hidden)
+
+    def attend(self, layer: int, call: AttentionCall) -> Tensor:
+        cache = self.layer(layer, call.key, call.value)
+        block = cache.block(self._column)
+        heads, size = call.key.shape[1], call.query.shape[-1]
+        groups = call.query.shape[1] // heads
+        count, column = len(block.keys), self._column - block.start
+        if self._everything:  # all slots live, in order: plain views
+            here = slice(column, column + self.width)
+            block.keys[:, :, here] = call.key.view(heads, count, self.width, size).transpose(0, 1)
+            block.values[:, :, here] = call.value.view(heads, count, self.width, -1).transpose(0, 1)
+            queries = call.query.view(heads, groups, count, self.width, size).permute(2, 0, 1, 3, 4)
+            queries = queries.reshape(count, heads, groups * self.width, size)
+        else:
+            block.keys[self._row, :, column + self._slot] = call.key[0].transpose(0, 1)
+            block.values[self._row, :, column + self._slot] = call.value[0].transpose(0, 1)
+            full = call.query.new_zeros(count, heads, groups, self.width, size)
+            full[self._row, :, :, self._slot] = call.query.view(heads, groups, -1, size).permute(2, 0, 1, 3)
+            queries = full.view(count, heads, groups * self.width, size)
+        end = cache.columns_read(self._column + self.width)
+        mask = self._mask(call.window, cache.mask_type(queries.dtype), groups, end)
+        output = cache.attend(call, queries, mask).view(count, heads, groups, self.width, -1)
+        if self._everything:
+            return output.permute(0, 3, 1, 2, 4).reshape(1, count * self.width, heads * groups, -1)
+        return output[self._row, :, :, self._slot].reshape(1, len(self._row), heads * groups, -1)
+
+    def _mask(self, window: int | None, dtype: torch.dtype, groups: int, end: int) -> Tensor:
+        """Additive mask of this step, [N, 1, groups · width, end]; the same for all layers of a kind."""
+        mask = self._masks.get((window, dtype, groups))
+        if mask is None:
+            seen = self.visible[:, :, :end]
+            if window is not None:
+                now = self.positions[:, self._column : self._column + self.width]
+                seen = seen & (now[:, :, None] - self.positions[:, None, :end] < window)
+            mask = additive(seen, dtype)[:, None].repeat(1, 1, groups, 1)
+            self._masks[window, dtype, groups] = mask
+        return mask
+
+    def _compact(self, query: Tensor) -> None:
+        """Drop finished queries from the buffers once enough of them are."""
+        live = torch.unique(query)
+        if len(live) > COMPACT_BELOW * len(self.visible):
+            return
+        rows = self.place[live]
+        for cache in self.layers.values():
+            cache.select(rows)
+        self.visible, self.positions = self.visible[rows], self.positions[rows]
+        self.place = torch.full_like(self.place, -1)
+        self.place[live] = torch.arange(len(live), device=self.device)
+
+
+class _QueryPass:
+    """The ``Layout`` of the pass over queries [start, start + n): causal inside each, keys kept in the cache."""
+
+    def __init__(self, cache: SharedCache, start: int, lengths: list[int]) -> None:
+        self.cache, self.start, self.lengths = cache, start, lengths
+        self.masks: dict[tuple[int, int | None], Tensor] = {}
+
+    def attend(self, layer: int, call: AttentionCall) -> Tensor:
+        block = self.cache.layer(layer, call.key, call.value).block(0)
+        attention = kernels_for(self.cache.device).masked_attention
+        outputs, begin = [], 0
+        for i, length in enumerate(self.lengths):
+            here = slice(begin, begin + length)
+            query, key, value = (x[:, :, here] for x in (call.query, call.key, call.value))
+            block.keys[self.start + i, :, :length] = key[0]
+            block.values[self.start + i, :, :length] = value[0]
+            outputs.append(attention(call.over(query, key, value), self._mask(length, call.window, query)))
+            begin += length
+        return torch.cat(outputs, dim=2).transpose(1, 2)
+
+    def _mask(self, length: int, window: int | None, like: Tensor) -> Tensor:
+        mask = self.masks.get((length, window))
+        if mask is None:
+            order = torch.arange(length, device=like.device)
+            distance = order[:, None] - order[None, :]
+            hidden = (distance < 0) | (distance >= (window or length))
+            mask = like.new_zeros(length, length).masked_fill_(hidden, torch.finfo(like.dtype).min)
+            self.masks[length, window] = mask
+        return mask

@@ -1,0 +1,55 @@
+"""Decoding with transformers' own cache: for models that do not take our attention."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers import DynamicCache, PreTrainedModel
+
+from rrhf.sampling.stepping import Advance, check_finite, device_of
+
+
+class TransformersCache:
+    """The stepper for models that do not take our attention: transformers' cache, queries padded on the left."""
+
+    def __init__(self, model: PreTrainedModel, queries: Sequence[list[int]], width: int, max_new_tokens: int) -> None:
+        self.model, self.width, self.queries = model, width, list(queries)
+        self.device = device_of(model)
+        self.cache = DynamicCache(config=model.config)
+        longest = max(len(query) for query in queries)
+        self.mask = torch.zeros(len(queries), longest, dtype=torch.long, device=self.device)
+        for i, query in enumerate(queries):
+            self.mask[i, longest - len(query) :] = 1
+        self.rows = torch.arange(len(queries), device=self.device) * width  # the slot each row of the cache holds
+        self.stepped = False
+
+    def prefill(self) -> Tensor:
+        ids = torch.zeros_like(self.mask)
+        for i, query in enumerate(self.queries):
+            ids[i, -len(query) :] = torch.tensor(query, device=self.device)
+        return self._forward(ids, (self.mask.cumsum(1) - 1).clamp(min=0))
+
+    def step(self, advance: Advance) -> Tensor:
+        row_of = {int(slot): row for row, slot in enumerate(self.rows)}
+        # After the prefill a query has one row, which all its slots continue.
+        parents = advance.parents if self.stepped else advance.parents // self.width * self.width
+        self.stepped = True
+        rows = torch.tensor([row_of[int(parent)] for parent in parents], device=self.device)
+        self.cache.reorder_cache(rows)
+        self.mask = torch.cat([self.mask[rows], self.mask.new_ones(len(rows), 1)], dim=1)
+        self.rows = advance.slots
+        return self._forward(advance.tokens[:, None], self.mask.sum(1, keepdim=True) - 1)
+
+    def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
+        options = {"position_ids": positions}
+        if "position_ids" not in inspect.signature(self.model.forward).parameters:
+            options = {}  # ALiBi models count positions from the mask
+        outputs = self.model(
+            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
+        )
+        logits: Tensor = outputs.logits[:, -1]
+        check_finite(self.model, logits.amax(dim=-1))  # −inf for tokens that never come is sound
+        return logits
