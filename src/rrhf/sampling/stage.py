@@ -1,7 +1,8 @@
 """Responses from several sources into one file: local models, servers, vLLM, and files of earlier or human responses.
 
 A source is written ``MODEL@POLICY:N`` (a local model), ``URL@chat:N`` or ``URL@completions:N`` (an OpenAI-compatible
-server; ``URL#NAME`` where it offers several models), ``vllm:MODEL@POLICY:N``, or the path of a record file.
+server; ``URL#NAME`` where it offers several models), ``vllm:MODEL@POLICY:N``, or the path
+of a record file.
 """
 
 from __future__ import annotations
@@ -23,11 +24,13 @@ from rrhf.records.files import WRITERS, file_suffix, read_records
 from rrhf.records.parts import Work, in_parts, nothing_left
 from rrhf.records.record import Record
 from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.sources.engine import EngineModel
 from rrhf.sampling.sources.file import ResponseFile
 from rrhf.sampling.sources.local import LocalModel
 from rrhf.sampling.sources.parsing import Source, parse_source, shown_source
 from rrhf.sampling.sources.remote import Remote, RemoteSettings
 from rrhf.sampling.sources.server import Endpoint, EndpointSettings
+from rrhf.sampling.sources.vllm import VLLM
 
 if TYPE_CHECKING:
     from rrhf.models.cache import PolicyCache
@@ -36,6 +39,7 @@ log = logging.getLogger("rrhf")
 
 SAMPLING_PART = 4  # batches in a part: what a stopped run can lose, and what is sorted by length
 ENDPOINT_PART = 256  # records in a part where no local model answers; an endpoint's answers are kept one by one too
+ENGINES = {"vllm": VLLM}
 
 
 def sample_file(
@@ -205,11 +209,9 @@ def _make(
         num_beams=max(sampling.num_beams, source.count) if "beam" in source.policy else sampling.num_beams,
         num_beam_groups=sampling.num_beam_groups if source.policy == "diverse-beam" else None,
     )
-    if source.kind == "vllm":
-        from rrhf.sampling.sources.vllm import VLLM
-
-        described = {"vllm": source.name, **asdict(drawn), **asdict(text), "tag": tag}
-        return Remote(VLLM(source.name, drawn, text), tag, described, folder)
+    if source.kind in ENGINES:
+        described = {source.kind: source.name, "dtype": model.dtype, **asdict(drawn), **asdict(text), "tag": tag}
+        return EngineModel(ENGINES[source.kind](source.name, drawn, text, model.dtype), tag, described)
     return LocalModel(replace(model, model=source.name), drawn, text, tag, policies)
 
 
