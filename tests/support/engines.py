@@ -47,3 +47,27 @@ def answers(source: Any, records: Sequence[Record]) -> dict[str, list[tuple[str,
 def differences(one: dict[str, list[tuple[str, str]]], other: dict[str, list[tuple[str, str]]]) -> int:
     """How many responses of ``other`` are not those of ``one``."""
     return sum(a != b for key in other for a, b in zip(one[key], other[key], strict=True))
+
+
+def local_answers(loaded: tuple[Any, Any], settings: Any, text: Any, records: Sequence[Record]) -> dict[str, Any]:
+    """``answers`` of a loaded model itself."""
+    from rrhf.sampling.sampler import Sampler
+
+    drawn = dict(Sampler(*loaded, settings, text).extend(list(records)))
+    return {r.id: list(zip(r.responses, r.finish, strict=True)) for r in drawn.values()}
+
+
+def first_gap(loaded: tuple[Any, Any], text: Any, record: Record, ours: Any, theirs: Any) -> float:
+    """The difference of the two log-probabilities, under the model, where two greedy responses part."""
+    import torch
+
+    from rrhf.models.tokenization import TextFormat
+
+    model, tokenizer = loaded
+    form = TextFormat(tokenizer, text)
+    one, other = (form.encode_response(record.query, *side[record.id][0]) for side in (ours, theirs))
+    place = next(i for i, (a, b) in enumerate(zip(one, other)) if a != b)
+    row = torch.tensor([form.encode_query(record.query) + one[:place]])
+    with torch.no_grad():
+        logits = model(input_ids=row).logits[0, -1].log_softmax(dim=-1)
+    return float((logits[one[place]] - logits[other[place]]).abs())

@@ -1,7 +1,7 @@
 """Responses from several sources into one file: local models, servers, vLLM, and files of earlier or human responses.
 
 A source is written ``MODEL@POLICY:N`` (a local model), ``URL@chat:N`` or ``URL@completions:N`` (an OpenAI-compatible
-server; ``URL#NAME`` where it offers several models), ``vllm:MODEL@POLICY:N``, or the path
+server; ``URL#NAME`` where it offers several models), ``vllm:MODEL@POLICY:N``, ``openvino:FOLDER@POLICY:N``, or the path
 of a record file.
 """
 
@@ -27,6 +27,7 @@ from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.engine import EngineModel
 from rrhf.sampling.sources.file import ResponseFile
 from rrhf.sampling.sources.local import LocalModel
+from rrhf.sampling.sources.openvino import OpenVINO
 from rrhf.sampling.sources.parsing import Source, parse_source, shown_source
 from rrhf.sampling.sources.remote import Remote, RemoteSettings
 from rrhf.sampling.sources.server import Endpoint, EndpointSettings
@@ -39,7 +40,7 @@ log = logging.getLogger("rrhf")
 
 SAMPLING_PART = 4  # batches in a part: what a stopped run can lose, and what is sorted by length
 ENDPOINT_PART = 256  # records in a part where no local model answers; an endpoint's answers are kept one by one too
-ENGINES = {"vllm": VLLM}
+ENGINES = {"vllm": VLLM, "openvino": OpenVINO}
 
 
 def sample_file(

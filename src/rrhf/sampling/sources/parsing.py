@@ -10,7 +10,7 @@ from rrhf.common.errors import UserError, nearest
 from rrhf.sampling.settings import POLICY_NAMES
 from rrhf.sampling.sources.server import KINDS
 
-ENGINES = ("vllm",)  # written before the name of the model they load
+ENGINES = ("vllm", "openvino")  # written before the name of the model they load
 
 
 @dataclass(frozen=True)
