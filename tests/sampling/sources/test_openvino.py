@@ -129,11 +129,13 @@ def test_greedy_and_a_cut_nucleus_are_those_of_the_model_itself(source: Source, 
 @needs_openvino
 @pytest.mark.parametrize("policy", ["beam", "diverse-beam"])
 def test_beams_are_those_of_the_model_itself(source: Source, model: Path, policy: str) -> None:
-    """Where no beam ends early: how ended ones are weighed is another matter (docs/sources.md)."""
-    records = river_records(8)
+    """Of queries none of whose beams ends early: how ended ones are weighed is another matter (docs/sources.md)."""
+    records = river_records(12)
     expected = answers(local(model, policy=policy, num_responses=3), records)
-    assert {why for responses in expected.values() for _, why in responses} == {"length"}
-    assert answers(source(policy=policy, num_responses=3), records) == expected
+    found = answers(source(policy=policy, num_responses=3), records)
+    to_the_end = [key for key in expected if all(finish == "length" for _, finish in expected[key] + found[key])]
+    assert len(to_the_end) >= 6
+    assert [found[key] for key in to_the_end] == [expected[key] for key in to_the_end]
 
 
 @needs_openvino
