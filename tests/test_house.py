@@ -175,6 +175,9 @@ def test_the_checks_see_what_is_wrong(case: str, tmp_path: Path) -> None:
 # --- the lock --------------------------------------------------------------------------------------------------------
 
 
+ENGINES = ("openvino", "vllm")  # extras with environments of their own
+
+
 def lock_faults(project: dict[str, object], lock: str, others: list[str]) -> Iterator[str]:
     """What ``make setup`` installs of ``project`` and ``lock`` lacks, or holds twice or in a version not allowed."""
     locked: dict[str, str] = {}
@@ -187,7 +190,7 @@ def lock_faults(project: dict[str, object], lock: str, others: list[str]) -> Ite
             locked[name] = str(requirement.specifier).removeprefix("==")
     extras = project["optional-dependencies"]
     assert isinstance(extras, dict) and isinstance(project["dependencies"], list)
-    installed = [line for extra, lines in extras.items() if extra != "vllm" for line in lines]
+    installed = [line for extra, lines in extras.items() if extra not in ENGINES for line in lines]
     for line in [*project["dependencies"], *installed, *others]:
         requirement = Requirement(line)
         name = canonicalize_name(requirement.name)

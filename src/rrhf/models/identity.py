@@ -15,7 +15,7 @@ from rrhf.records.checksums import checksum_of_file
 # Of a model folder: weights, configurations and tokenizer. A card or a trainer's state changes no answer.
 PARTS = (
     "*.safetensors", "*config.json", "tokenizer*", "special_tokens_map.json", "added_tokens.json", "vocab.*",
-    "merges.txt", "*.model", "chat_template*",
+    "merges.txt", "*.model", "chat_template*", "openvino_*",
 )  # fmt: skip
 
 

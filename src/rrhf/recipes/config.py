@@ -48,7 +48,8 @@ class SourceSettings:
 
     source: list[str] = field(
         default_factory=list,
-        metadata={"help": "MODEL@POLICY:N, URL@chat:N, URL@completions:N, vllm:MODEL@POLICY:N or a file; repeatable",
+        metadata={"help": "MODEL@POLICY:N, URL@chat:N, URL@completions:N, vllm:MODEL@POLICY:N, "
+                          "openvino:FOLDER@POLICY:N or a file; repeatable",
                   "nargs": "+", "action": "extend"},
     )  # fmt: skip
 

@@ -1,7 +1,8 @@
 """The stage queries → responses: responses from one source or several, a file in, a file out.
 
 A source is written ``MODEL@POLICY:N`` (a local model), ``URL@chat:N`` or ``URL@completions:N`` (an OpenAI-compatible
-server; ``URL#NAME`` where it offers several models), ``vllm:MODEL@POLICY:N``, or the path of a record file.
+server; ``URL#NAME`` where it offers several models), ``vllm:MODEL@POLICY:N``, ``openvino:FOLDER@POLICY:N``, or the path
+of a record file.
 """
 
 from __future__ import annotations

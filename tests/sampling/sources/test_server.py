@@ -580,16 +580,6 @@ def test_without_the_package_the_cure_is_named(make: Any, monkeypatch: pytest.Mo
         make(check=False).check()
 
 
-@pytest.mark.skipif(importlib.util.find_spec("vllm") is not None, reason="vLLM is installed")
-def test_without_vllm_the_cure_is_named() -> None:
-    from rrhf.sampling.sources.vllm import VLLM
-
-    with pytest.raises(UserError, match=r"pip install 'rrhf\[vllm\]'"):
-        VLLM("anything")
-    with pytest.raises(UserError, match="vLLM has no diverse beam search"):
-        VLLM("anything", SamplingSettings(policy="diverse-beam"))
-
-
 # --- a real server: transformers serve, with a tiny random chat model
 
 
@@ -727,7 +717,7 @@ def test_what_a_real_server_refuses(real_server: RealServer) -> None:
         listed = [entry["id"] for entry in json.load(answer)["data"]]
     if len(listed) == 1:
         unnamed.check()
-        assert unnamed.model == listed[0]
+        assert unnamed.client.model == listed[0]
     else:
         with pytest.raises(UserError, match="give the model's name"):
             unnamed.check()

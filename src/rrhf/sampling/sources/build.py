@@ -10,7 +10,9 @@ from pathlib import Path
 
 from rrhf.common.endpoint_settings import EndpointSettings, share_of_process
 from rrhf.common.errors import UserError
+from rrhf.models.identity import model_digest
 from rrhf.sampling.settings import SamplingSettings, policy_named
+from rrhf.sampling.sources.engine import Engine, EngineModel
 from rrhf.sampling.sources.file import ResponseFile
 from rrhf.sampling.sources.local import LocalModel
 from rrhf.sampling.sources.paid import PaidSource
@@ -69,9 +71,20 @@ def _local(spec: SourceSpec, tag: str, shared: Shared) -> Source:
 def _vllm(spec: SourceSpec, tag: str, shared: Shared) -> Source:
     from rrhf.sampling.sources.vllm import VLLM
 
-    drawn = _drawn(spec, shared.sampling)
-    settings = {"vllm": spec.name, **asdict(drawn), **asdict(shared.text), "tag": tag}
-    return PaidSource(VLLM(spec.name, drawn, shared.text), tag, settings, shared.journals)
+    return _engine(VLLM, spec, tag, shared)
+
+
+def _openvino(spec: SourceSpec, tag: str, shared: Shared) -> Source:
+    from rrhf.sampling.sources.openvino import OpenVINO
+
+    return _engine(OpenVINO, spec, tag, shared)
+
+
+def _engine(kind: Callable[..., Engine], spec: SourceSpec, tag: str, shared: Shared) -> Source:
+    drawn, dtype = _drawn(spec, shared.sampling), shared.model.dtype
+    made_of = {spec.kind: spec.name, "weights": model_digest(spec.name), "dtype": dtype}
+    settings = {**made_of, **asdict(drawn), **asdict(shared.text), "tag": tag}
+    return EngineModel(kind(spec.name, drawn, shared.text, dtype), tag, settings)
 
 
 def _endpoint(spec: SourceSpec, tag: str, shared: Shared) -> Source:
@@ -88,6 +101,7 @@ KINDS: dict[str, Callable[[SourceSpec, str, Shared], Source]] = {
     "file": _file,
     "local": _local,
     "vllm": _vllm,
+    "openvino": _openvino,
     "endpoint": _endpoint,
 }
 

@@ -1,4 +1,4 @@
-"""How a source is written: MODEL@POLICY:N, URL@chat:N, vllm:MODEL@POLICY:N, or a file."""
+"""How a source is written: MODEL@POLICY:N, URL@chat:N, vllm:MODEL@POLICY:N, openvino:FOLDER@POLICY:N, or a file."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from rrhf.common.endpoint_settings import KINDS
 from rrhf.common.errors import UserError, nearest
 from rrhf.sampling.settings import policy_named
 
+ENGINES = ("vllm", "openvino")  # written before the name of the model they load
+
 
 @dataclass(frozen=True)
 class SourceSpec:
-    """A source as it is written. ``kind`` is "local", "endpoint", "vllm" or "file"; ``tag`` names it in ``sources``.
+    """A source as it is written. ``kind`` is "local", "endpoint", "file" or of ``ENGINES``.
 
-    ``policy`` is an endpoint's kind, chat or completions, where it is one.
+    ``tag`` names it in ``sources``; ``policy`` is an endpoint's kind, chat or completions, where it is one.
     """
 
     kind: str
@@ -40,7 +42,10 @@ def parse_source(text: str) -> SourceSpec:
     policy, _, number = rest.rpartition(":")  # a policy may be pkg.module:function
     if not number.isdigit():
         policy, number = rest.removesuffix(":"), ""
-    kind = "endpoint" if re.match(r"https?://", name) else "vllm" if name.startswith("vllm:") else "local"
+    kind = "endpoint" if re.match(r"https?://", name) else "local"
+    for engine in ENGINES:
+        if name.startswith(f"{engine}:"):
+            kind, name = engine, name.removeprefix(f"{engine}:")
     try:
         if kind != "endpoint":
             policy_named(policy)
@@ -50,9 +55,9 @@ def parse_source(text: str) -> SourceSpec:
         raise UserError(f"--source {shown}: unknown policy {policy!r}: {error}") from error
     if not number or int(number) < 1:
         raise UserError(f"--source {shown}: how many responses? write {shown.rpartition('@')[0]}@{policy}:4")
-    short = re.sub(r"^https?://|^vllm:|^package:", "", name).rstrip("/")
+    short = re.sub(r"^https?://|^package:", "", name).rstrip("/")
     short = short.rpartition("/")[2].removesuffix(".gguf") if kind != "endpoint" else short.replace("/", "-")
-    return SourceSpec(kind, name.removeprefix("vllm:"), policy, int(number), f"{short}@{policy}")
+    return SourceSpec(kind, name, policy, int(number), f"{short}@{policy}")
 
 
 def shown_source(source: str) -> str:

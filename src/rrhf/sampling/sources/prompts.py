@@ -1,0 +1,115 @@
+"""Queries as the tokens of a model that may not be loaded yet: what can be checked, and what ends a response.
+
+A local model, vLLM and OpenVINO read the same tokens and end at the same ones, so their responses can be compared.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from rrhf.common.errors import UserError
+from rrhf.common.texts import cut_at_first
+from rrhf.models.load import context_length
+from rrhf.models.locate import Location
+from rrhf.models.tokenization import TextFormat, TextSettings
+from rrhf.records.record import Query, Record
+from rrhf.sampling.settings import SamplingSettings
+
+MESSAGE_TOKENS = 32  # that a chat template may put around a message, and
+TEMPLATE_TOKENS = 1024  # around all of them: queries that may be too long are tokenised before any work, others not
+
+
+class Prompts:
+    """The tokenizer, the context and the end tokens of a model, without its weights.
+
+    Args:
+        location: where its tokenizer and configuration are.
+        shown: the model's name in messages.
+
+    Raises:
+        UserError: they cannot be loaded, or ``--max_query_length`` and ``--max_new_tokens`` exceed the context.
+    """
+
+    def __init__(self, location: Location, shown: str, sampling: SamplingSettings, text: TextSettings) -> None:
+        from transformers import AutoConfig, AutoTokenizer
+
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(location.tokenizer)
+            config = AutoConfig.from_pretrained(location.source)
+        except (OSError, ValueError, ImportError, KeyError) as error:
+            raise UserError(f"--model {shown}: cannot be loaded: {error}") from error
+        self.folder, self.shown, self.sampling, self.text = location.source, shown, sampling, text
+        self.format = TextFormat(tokenizer, text)
+        self.context = context_length(config) or sys.maxsize
+        self._checked: set[type] = set()
+        self._config = config.get_text_config()
+        self._model_ends: set[int] | None = None
+        least = (text.max_query_length or 1) + sampling.max_new_tokens
+        if least > self.context:
+            raise UserError(
+                f"--max_query_length and --max_new_tokens are {least} tokens together, more than the context of "
+                f"{self.context} of {shown}: lower one of them"
+            )
+
+    def check_query(self, record: Record) -> None:
+        """Refuse a query that the model cannot take. The first text and the first messages are encoded, of the others
+        those that may be too long."""
+        query = record.query
+        room = self.context - self.sampling.max_new_tokens
+        if type(query) in self._checked and (self.text.max_query_length or _most_tokens(query, self.text) <= room):
+            return
+        self._checked.add(type(query))
+        self._refuse_longer(record, len(self.format.encode_query(query)))
+
+    def encode(self, record: Record) -> list[int]:
+        """The token ids of a record's query.
+
+        Raises:
+            UserError: they and the response do not fit the model's context.
+        """
+        ids = self.format.encode_query(record.query)
+        self._refuse_longer(record, len(ids))
+        return ids
+
+    def _refuse_longer(self, record: Record, length: int) -> None:
+        room = self.context - self.sampling.max_new_tokens
+        if length > room:
+            raise UserError(
+                f"record {record.id}: a query of {length} tokens and --max_new_tokens {self.sampling.max_new_tokens} "
+                f"are more than the context of {self.context} of {self.shown}: give --max_query_length {room}"
+            )
+
+    def end_tokens(self, query: Query) -> set[int]:
+        """Every token that ends a response to ``query``: the template's, the tokenizer's, the model's own."""
+        if self._model_ends is None:
+            self._model_ends = _ids(self.format.tokenizer.eos_token_id) | _ids(self._generation_eos())
+        return {self.format.end_token(query), *self._model_ends}
+
+    def _generation_eos(self) -> Any:
+        from transformers import GenerationConfig
+
+        try:
+            return GenerationConfig.from_pretrained(self.folder).eos_token_id
+        except OSError:  # a folder without generation_config.json: its model's is made of its configuration
+            return getattr(self._config, "eos_token_id", None)
+
+    def response(self, tokens: Sequence[int], query: Query) -> tuple[str, str]:
+        """(text, finish reason "stop" or "length") of what an engine decoded, its end token included or not."""
+        ids = list(tokens)
+        ended = bool(ids) and ids[-1] in self.end_tokens(query)
+        text, stopped = cut_at_first(self.format.decode(ids[:-1] if ended else ids), self.sampling.stop)
+        return text, "stop" if ended or stopped else "length"
+
+
+def _ids(value: Any) -> set[int]:
+    return {int(token) for token in (value if isinstance(value, list) else [value]) if token is not None}
+
+
+def _most_tokens(query: Query, text: TextSettings) -> int:
+    """More tokens than a query is likely to have: a token has at least a byte."""
+    if isinstance(query, str):
+        return len(query.encode("utf-8", "replace")) + 1
+    content = sum(len(str(message).encode("utf-8", "replace")) + MESSAGE_TOKENS for message in query)
+    return content + len((text.system_prompt or "").encode()) + TEMPLATE_TOKENS
