@@ -19,8 +19,8 @@ from rrhf.models.shared_prefix import Forest, forest_logprobs, lay_out, tree_log
 from rrhf.models.tokenization import EncodedRecord
 
 COPIED_PARAMETERS = 2_000_000_000  # a low-precision model up to this size is checked on a copy in fp32
-# Settings of attention that tell no difference on rows they are longer than: windows, chunks, chosen keys.
-LIMITS = ("sliding_window", "attention_chunk_size", "index_topk")
+# Settings of attention that change nothing in rows up to their length: windows, chunks, chosen keys, Llama 4's scale.
+LIMITS = ("sliding_window", "attention_chunk_size", "index_topk", "floor_scale")
 # Settings that give the number of experts. Their matrices have as many rows as tokens were sent to them, so that
 # another response may change how a product is summed; in a dense model every number stays what it is.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
@@ -64,6 +64,7 @@ class _Counted:
 
     def __init__(self, forest: Forest) -> None:
         self.forest, self.calls = forest, Counter[int]()
+        self.position_ids = forest.position_ids
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
         self.calls[layer] += 1
