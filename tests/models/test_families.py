@@ -5,7 +5,6 @@ Rows outgrow windows, chunks, chosen keys and Llama 4's scale, all of which the 
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,23 +15,15 @@ from torch import Tensor
 from oracles.logprobs import all_sums
 from rrhf.models.attention import our_attention
 from rrhf.models.passes import response_logprobs
-from rrhf.models.path_check import usable_path
 from rrhf.sampling.decoding import decode
 from rrhf.sampling.settings import POLICIES, SamplingSettings
 from support.families import FAMILIES
-from support.trees import random_record
+from support.trees import path_and_reason, random_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECORDS = [random_record((13, (11, 4, 1, 7)), 1), random_record((3, (2, 5)), 2)]
 QUERIES = [[5], list(range(20, 31)), [7, 60, 2, 33]]
-
-
-def path_and_reason(model: Any, longest_row: int = 40) -> tuple[str, str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        path = usable_path(model, longest_row)
-    return path, " ".join(str(w.message) for w in caught if "shared-prefix" in str(w.message))
 
 
 def flat_gradient(model: Any, sums: Tensor) -> Tensor:
