@@ -6,6 +6,7 @@ Rows outgrow windows, chunks, chosen keys and Llama 4's scale, all of which the 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from rrhf.models.attention import our_attention
 from rrhf.models.passes import response_logprobs
 from rrhf.sampling.decoding import decode
 from rrhf.sampling.settings import POLICIES, SamplingSettings
-from support.families import FAMILIES
+from support.families import FAMILIES, table
 from support.trees import path_and_reason, random_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -113,3 +114,9 @@ def test_plain_calls_under_our_attention_keep_sinks_and_soft_caps(name: str) -> 
                 logits = model(input_ids=ids, attention_mask=mask).logits
         seen = slice(None) if mask is None else mask.bool()
         assert torch.allclose(logits[seen], expected[seen], atol=1e-5)
+
+
+def test_the_document_has_this_table() -> None:
+    document = (Path(__file__).parents[2] / "docs" / "families.md").read_text(encoding="utf-8")
+    rows = [line for line in document.splitlines() if line.startswith("|")]
+    assert rows == table().splitlines(), "python tests/support/families.py prints the table that belongs there"

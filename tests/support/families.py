@@ -161,7 +161,7 @@ FAMILIES: dict[str, Family] = {
         "its code has an attention of its own",
     ),
     "qwen3.5": _padded(
-        "Qwen 3.5, Qwen 3 Next",
+        "Qwen 3.5",
         "Qwen3_5",
         "1 of its 2 layers attended by the tree once, 1 calls in all",
         {
@@ -224,3 +224,17 @@ FAMILIES: dict[str, Family] = {
         "its code has an attention of its own",
     ),
 }
+
+
+def table() -> str:
+    """The table of docs/families.md."""
+    rows = [["family", "class in transformers", "training", "sampling", "test", "remark"]]
+    paths = {"tree": ("tree", "shared cache"), "padded": ("padded rows", "transformers' cache")}
+    for name, family in FAMILIES.items():
+        rows.append([family.title, f"`{family.model}`", *paths[family.path], f"`[{name}]`", family.remark])
+    rows.insert(1, ["---"] * len(rows[0]))
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+
+
+if __name__ == "__main__":
+    print(table())
