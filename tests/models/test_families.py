@@ -16,15 +16,12 @@ from torch import Tensor
 from oracles.logprobs import all_sums
 from rrhf.models.attention import our_attention
 from rrhf.models.passes import response_logprobs
-from rrhf.sampling.decoding import decode
-from rrhf.sampling.settings import POLICIES, SamplingSettings
-from support.families import FAMILIES, table
+from support.families import FAMILIES, QUERIES, draw, table
 from support.trees import path_and_reason, random_record
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 RECORDS = [random_record((13, (11, 4, 1, 7)), 1), random_record((3, (2, 5)), 2)]
-QUERIES = [[5], list(range(20, 31)), [7, 60, 2, 33]]
 
 
 def flat_gradient(model: Any, sums: Tensor) -> Tensor:
@@ -57,25 +54,15 @@ def greedily(model: Any, query: Sequence[int], count: int) -> list[int]:
     return ids[len(query) :]
 
 
-def draw(model: Any, path: str, **options: Any) -> list[list[int]]:
-    """All responses of QUERIES, 12 tokens or up to one of two end tokens where there are several."""
-    settings = SamplingSettings(max_new_tokens=12, **options)
-    ends = [set() if settings.policy == "greedy" else {3, 40}] * 3
-    policy = POLICIES[settings.policy](settings, ["a", "b", "c"], ends, None, torch.device("cpu"))
-    drawn = decode(model, QUERIES, policy, 12, path)
-    return [response.tokens for responses in drawn for response in responses]
+PATHS = [(name, path) for name, family in FAMILIES.items() for path in dict.fromkeys((family.path, "padded"))]
 
 
-@pytest.mark.parametrize("path", ["taken", "padded"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(("name", "path"), PATHS)
 def test_greedy_decoding(name: str, path: str) -> None:
     """Three queries of unlike length in one batch; by the path it takes, and by transformers' cache."""
-    family = FAMILIES[name]
-    if path == "padded" == family.path:
-        pytest.skip("the path it takes")
-    model = family.make()
+    model = FAMILIES[name].make()
     with torch.no_grad():
-        drawn = draw(model, family.path if path == "taken" else path, policy="greedy")
+        drawn = draw(model, path, policy="greedy")
         expected = [greedily(model, query, 12) for query in QUERIES]
     assert drawn == expected
 

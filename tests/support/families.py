@@ -226,6 +226,23 @@ FAMILIES: dict[str, Family] = {
 }
 
 
+QUERIES = [[5], list(range(20, 31)), [7, 60, 2, 33]]
+
+
+def draw(model: Any, path: str, **options: Any) -> list[list[int]]:
+    """All responses of QUERIES, 12 tokens or up to one of two end tokens where there are several."""
+    import torch
+
+    from rrhf.sampling.decoding import decode
+    from rrhf.sampling.settings import POLICIES, SamplingSettings
+
+    settings = SamplingSettings(max_new_tokens=12, **options)
+    ends = [set() if settings.policy == "greedy" else {3, 40}] * 3
+    policy = POLICIES[settings.policy](settings, ["a", "b", "c"], ends, None, torch.device("cpu"))
+    drawn = decode(model, QUERIES, policy, 12, path)
+    return [response.tokens for responses in drawn for response in responses]
+
+
 def table() -> str:
     """The table of docs/families.md."""
     rows = [["family", "class in transformers", "training", "sampling", "test", "remark"]]
