@@ -89,18 +89,19 @@ def precisions() -> tuple[Any, ...]:
 
 
 @pytest.fixture
-def low_precision() -> Iterator[None]:
-    """TF32 on GPUs, which three switches turn on, and bfloat16 in oneDNN."""
-    torch.set_float32_matmul_precision("medium")
-    yield
+def matmul_precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """``medium`` is TF32 on GPUs, which three switches turn on, and bfloat16 in oneDNN; or what torch starts with."""
+    if request.param != "highest":
+        torch.set_float32_matmul_precision(request.param)
+    yield request.param
     torch.set_float32_matmul_precision("highest")
     for device in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
         device.fp32_precision = "none"
 
 
-@pytest.mark.usefixtures("low_precision")
+@pytest.mark.parametrize("matmul_precision", ["highest", "medium"], indirect=True)
 @pytest.mark.parametrize("outcome", ["tree", "padded"])
-def test_the_check_multiplies_in_full_precision_and_puts_back_what_was(outcome: str) -> None:
+def test_the_check_multiplies_in_full_precision_and_puts_back_what_was(outcome: str, matmul_precision: str) -> None:
     model, before, within = tiny_model("llama"), precisions(), []
 
     def note(*_: Any) -> None:
@@ -110,7 +111,7 @@ def test_the_check_multiplies_in_full_precision_and_puts_back_what_was(outcome: 
 
     model.model.layers[0].register_forward_hook(note)
     assert path_and_reason(model)[0] == outcome
-    assert before == ("medium", True, ["tf32", "bf16"])
+    assert before[:2] == (matmul_precision, matmul_precision == "medium")
     assert {str(seen) for seen in within} == {str(("highest", False, ["ieee", "ieee"]))}
     assert precisions() == before
 
@@ -119,9 +120,20 @@ def out_of_memory(*_: Any) -> None:
     raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 
-def test_running_out_of_memory_is_no_reason_for_padded_rows() -> None:
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 2.00 GB)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_running_out_of_memory_is_no_reason_for_padded_rows(error: Exception) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
     model = tiny_model("llama").train()
-    model.model.layers[1].register_forward_hook(out_of_memory)
+    model.model.layers[1].register_forward_hook(refuse)
     with pytest.raises(UserError, match=r"torch.float32 on cpu: out of memory.* --dtype .*--max_tokens_per_forward"):
         usable_path(model)
     assert model.training

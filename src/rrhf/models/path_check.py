@@ -98,7 +98,9 @@ def _full_precision() -> Iterator[None]:
 
 
 def _out_of_memory(error: Exception) -> bool:
-    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "can't allocate memory" in str(error)
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))  # of MPS; of CPUs
 
 
 def _without_memory(model: PreTrainedModel, longest_row: int, error: Exception) -> str:
