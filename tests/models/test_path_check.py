@@ -2,101 +2,38 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Callable
+import logging
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import transformers as t
 from torch import Tensor, nn
 
-from oracles.logprobs import all_sums
+from rrhf.common.errors import UserError
+from rrhf.common.logging import set_up_logging
 from rrhf.models import path_check
 from rrhf.models.kernels import reference
 from rrhf.models.kernels.choice import KERNELS
 from rrhf.models.path_check import usable_path
-from rrhf.models.shared_prefix import tree_logprobs
+from support.families import FAMILIES
 from support.models import tiny_model
-from support.trees import random_record, silently
+from support.trees import path_and_reason, silently
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 4,
-    "max_position_embeddings": 512,
-}
-LATENT = {"q_lora_rank": 16, "kv_lora_rank": 16, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8, "v_head_dim": 8}
-ROUTED = {
-    "n_routed_experts": 4,
-    "num_experts_per_tok": 2,
-    "n_group": 1,
-    "topk_group": 1,
-    "first_k_dense_replace": 1,
-    "moe_intermediate_size": 16,
-}
-
-
-def lfm2() -> Any:
-    return t.Lfm2ForCausalLM(t.Lfm2Config(**SIZES, layer_types=["conv", "full_attention"]))
-
-
-def qwen3_5() -> Any:
-    heads = {"head_dim": 8, "linear_key_head_dim": 8, "linear_value_head_dim": 8}
-    layers = ["linear_attention", "full_attention"]
-    return t.Qwen3_5ForCausalLM(
-        t.Qwen3_5TextConfig(**SIZES, **heads, layer_types=layers, linear_num_key_heads=2, linear_num_value_heads=4)
-    )
-
-
-def stablelm() -> Any:
-    return t.StableLmForCausalLM(t.StableLmConfig(**SIZES))
-
-
-def deepseek_v32() -> Any:
-    sparse = {"index_topk": 8, "index_n_heads": 2, "index_head_dim": 8}
-    return t.DeepseekV32ForCausalLM(t.DeepseekV32Config(**SIZES, **LATENT, **ROUTED, **sparse))
-
-
-def deepseek_v3() -> Any:
-    return t.DeepseekV3ForCausalLM(t.DeepseekV3Config(**SIZES, **LATENT, **ROUTED))
-
-
-def made(make: Callable[[], Any]) -> Any:
-    torch.manual_seed(0)
-    return make().eval()
-
-
-def path_and_reason(model: Any, longest_row: int = 40) -> tuple[str, str]:
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        path = usable_path(model, longest_row)
-    return path, " ".join(str(w.message) for w in caught if "shared-prefix" in str(w.message))
-
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize(
-    ("make", "reason"),
-    [
-        (lfm2, "1 of its 2 layers attended by the tree once, 1 calls in all"),
-        (qwen3_5, "1 of its 2 layers attended by the tree once, 1 calls in all"),
-        (stablelm, "0 of its 2 layers"),
-        (deepseek_v32, "attention option indices"),
-    ],
-)
+@pytest.mark.parametrize("family", ["lfm2", "qwen3.5", "stablelm", "deepseek-v3.2"])
 def test_models_that_mix_tokens_in_other_ways_are_refused(
-    make: Callable[[], Any], reason: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As models too large for a copy in fp32 are checked, whose numbers may be apart by rounding."""
     monkeypatch.setattr(path_check, "COPIED_PARAMETERS", 0)
-    path, why = path_and_reason(made(make).to(dtype))
+    path, why = path_and_reason(FAMILIES[family].make().to(dtype))
     assert path == "padded"
-    assert reason in why
+    assert FAMILIES[family].reason in why
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -104,13 +41,6 @@ def test_models_that_mix_tokens_in_other_ways_are_refused(
 def test_others_take_the_tree_without_a_copy(family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(path_check, "COPIED_PARAMETERS", 0)
     assert silently(tiny_model(family).to(dtype), longest_row=40) == "tree"
-
-
-def test_latent_attention_takes_the_tree() -> None:
-    """DeepSeek-V3: values of another size than keys, and experts."""
-    model, records = made(deepseek_v3), [random_record((6, (4, 7)), 1)]
-    assert path_and_reason(model) == ("tree", "")
-    assert torch.allclose(tree_logprobs(model, records).sums, all_sums(model, records), atol=1e-4)
 
 
 def test_a_response_that_leaks_into_the_next_is_noticed_by_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -147,3 +77,136 @@ def test_the_check_is_longer_than_windows_chunks_and_chosen_keys_where_the_data_
     setattr(model.config, name, 20)
     assert len(path_check._probe(model, 20).query) == 5
     assert len(path_check._probe(model, 21).query) == 22
+
+
+# --- precision, memory, what is said -------------------------------------------------------------------------------
+
+
+def precisions() -> tuple[Any, ...]:
+    backends = torch.backends
+    devices = (backends.cuda.matmul, backends.mkldnn.matmul)
+    return torch.get_float32_matmul_precision(), backends.cuda.matmul.allow_tf32, [d.fp32_precision for d in devices]
+
+
+@pytest.fixture
+def matmul_precision(request: pytest.FixtureRequest) -> Iterator[str]:
+    """``medium`` is TF32 on GPUs, which three switches turn on, and bfloat16 in oneDNN; or what torch starts with."""
+    if request.param != "highest":
+        torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision("highest")
+    for device in (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul):
+        device.fp32_precision = "none"
+
+
+@pytest.mark.parametrize("matmul_precision", ["highest", "medium"], indirect=True)
+@pytest.mark.parametrize("outcome", ["tree", "padded"])
+def test_the_check_multiplies_in_full_precision_and_puts_back_what_was(outcome: str, matmul_precision: str) -> None:
+    model, before, within = tiny_model("llama"), precisions(), []
+
+    def note(*_: Any) -> None:
+        within.append(precisions())
+        if outcome == "padded":
+            raise ValueError("of the model's own code")
+
+    model.model.layers[0].register_forward_hook(note)
+    assert path_and_reason(model)[0] == outcome
+    assert before[:2] == (matmul_precision, matmul_precision == "medium")
+    assert {str(seen) for seen in within} == {str(("highest", False, ["ieee", "ieee"]))}
+    assert precisions() == before
+
+
+def out_of_memory(*_: Any) -> None:
+    raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+        RuntimeError("MPS backend out of memory (MPS allocated: 2.00 GB)"),
+        RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes."),
+    ],
+)
+def test_running_out_of_memory_is_no_reason_for_padded_rows(error: Exception) -> None:
+    def refuse(*_: Any) -> None:
+        raise error
+
+    model = tiny_model("llama").train()
+    model.model.layers[1].register_forward_hook(refuse)
+    with pytest.raises(UserError, match=r"torch.float32 on cpu: out of memory.* --dtype .*--max_tokens_per_forward"):
+        usable_path(model)
+    assert model.training
+
+
+def test_without_memory_for_a_copy_the_model_itself_is_compared(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama").bfloat16()
+    monkeypatch.setattr(type(model), "float", out_of_memory)
+    assert path_and_reason(model) == ("tree", "")
+    monkeypatch.setattr(reference, "visible", lambda ends, *_: torch.ones(len(ends), len(ends)).tril().bool())
+    monkeypatch.delitem(KERNELS, "cpu")
+    path, why = path_and_reason(model)
+    assert path == "padded"
+    assert "exchanging one response changes another's" in why
+
+
+def test_the_reason_is_logged_once_a_model(tmp_path: Path) -> None:
+    """In log.txt, though training, sampling and evaluation all ask."""
+    logger = logging.getLogger("rrhf")
+    before = logger.handlers[:], logger.propagate, logger.level
+    try:
+        set_up_logging(tmp_path / "log.txt")
+        model = tiny_model("bloom")
+        assert [usable_path(model) for _ in range(3)] == ["padded"] * 3
+        assert usable_path(tiny_model("bloom", seed=1)) == "padded"
+        logged = (tmp_path / "log.txt").read_text(encoding="utf-8")
+    finally:
+        for handler in logger.handlers:
+            handler.close()
+        logger.handlers[:], logger.propagate, logger.level = before
+    assert logged.count("does not take the shared-prefix tree (its attention cannot be exchanged)") == 2
+
+
+class Int8Linear(nn.Module):
+    """Weights in int8 by row; with ``rounded`` its input too, all rows by the largest number of them."""
+
+    def __init__(self, plain: nn.Linear, rounded: bool) -> None:
+        super().__init__()
+        self.scale = plain.weight.detach().abs().amax(dim=1) / 127
+        quantised = (plain.weight.detach() / self.scale[:, None]).round().to(torch.int8)
+        self.weight, self.rounded = nn.Parameter(quantised, requires_grad=False), rounded
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.rounded:
+            step = x.abs().amax() / 127
+            x = (x / step).round() * step
+        return nn.functional.linear(x, self.weight.to(x.dtype) * self.scale.to(x.dtype)[:, None])
+
+
+def quantised(rounded: bool) -> Any:
+    """As transformers hands such models out: they refuse to be cast."""
+    model = tiny_model("llama").bfloat16()
+    for module in list(model.model.layers.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, nn.Linear):
+                setattr(module, name, Int8Linear(child, rounded))
+    model.is_quantized = True
+    return model
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_quantised_weights_take_the_tree(rounded: bool) -> None:
+    assert path_and_reason(quantised(rounded)) == ("tree", "")
+
+
+@pytest.mark.parametrize("rounded", [False, True])
+def test_a_leak_between_responses_is_noticed_with_quantised_weights(
+    rounded: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = quantised(rounded)
+    monkeypatch.delitem(KERNELS, "cpu")
+    assert path_and_reason(model) == ("tree", "")
+    monkeypatch.setattr(reference, "visible", lambda ends, *_: torch.ones(len(ends), len(ends)).tril().bool())
+    path, why = path_and_reason(model)
+    assert path == "padded"
+    assert "differ by" in why or "exchanging" in why

@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 
@@ -27,6 +27,17 @@ class Logprobs:
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:
     """The transformers model inside an adapter's wrapper, or the model itself."""
     return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def decoder(model: PreTrainedModel) -> nn.Module:
+    """The part of a causal language model below its output layer.
+
+    transformers goes by the names of attributes, and gives Llama 4's text model itself: then it is the model inside.
+    """
+    module: nn.Module = model.get_decoder()
+    if module is model:
+        module = next(child for child in model.children() if isinstance(child, PreTrainedModel))
+    return module
 
 
 def router_options(model: PreTrainedModel) -> dict[str, Any]:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-import warnings
+import logging
 from collections import Counter
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from rrhf.common.errors import UserError
 from rrhf.models.attention import takes_layouts
 from rrhf.models.forward import causal_lm
 from rrhf.models.kernels.attention_call import AttentionCall
@@ -18,22 +21,34 @@ from rrhf.models.padded_rows import padded_logprobs
 from rrhf.models.shared_prefix import Forest, forest_logprobs, lay_out, tree_logprobs
 from rrhf.models.tokenization import EncodedRecord
 
+log = logging.getLogger("rrhf")
+
 COPIED_PARAMETERS = 2_000_000_000  # a low-precision model up to this size is checked on a copy in fp32
-# Settings of attention that tell no difference on rows they are longer than: windows, chunks, chosen keys.
-LIMITS = ("sliding_window", "attention_chunk_size", "index_topk")
+# Settings of attention that change nothing in rows up to their length: windows, chunks, chosen keys, Llama 4's scale.
+LIMITS = ("sliding_window", "attention_chunk_size", "index_topk", "floor_scale")
 # Settings that give the number of experts. Their matrices have as many rows as tokens were sent to them, so that
 # another response may change how a product is summed; in a dense model every number stays what it is.
 EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 EXPERT_ULPS = 16  # units in the last place of a log-probability that may differ for that reason
+# Products of quantised weights may round all rows by the largest of them: the others' sums then change by what their
+# padded rows, which cannot read each other, change by in the same exchange; up to so many times that is no leak.
+QUANTISED_CHANGE = 4
 
 
 def usable_path(model: PreTrainedModel, longest_row: int = 0) -> str:
-    """``"tree"`` where the tree pass gives the padded pass's numbers on this model, else ``"padded"`` with a warning.
+    """``"tree"`` where the tree pass gives the padded pass's numbers on this model, else ``"padded"``, which is logged.
 
     A small random record runs through both. Every layer must have attended by the tree's layout, once; the sums must be
     equal; and exchanging one response for another must not change the others' sums. Layers with a window, a chunk or a
     number of chosen keys are only told apart by rows that outgrow it, so where ``longest_row`` (the longest tree
     of the data, in tokens) does, the check's row does too.
+
+    Sums are equal to 0.001 a token in fp32, where a model in a lower precision is compared by a copy in fp32. Compared
+    as they are, and to 0.05 + 0.02 · |log-probability| a token, are models too large for a copy, those for whose copy
+    the memory does not suffice, and quantised weights, which cannot be cast.
+
+    Raises:
+        UserError: the memory does not suffice for a record of a few tokens.
     """
     model = causal_lm(model)
     if not takes_layouts(model):
@@ -41,9 +56,11 @@ def usable_path(model: PreTrainedModel, longest_row: int = 0) -> str:
     was_training = model.training
     model.eval()
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _full_precision():
             fault = _layers_without_layout(model) or _other_numbers(model, longest_row) or _leak(model)
     except Exception as error:  # whatever a model's code raises on an unusual layout, the padded pass remains
+        if _out_of_memory(error):
+            raise UserError(_without_memory(model, longest_row, error)) from error
         fault = f"{type(error).__name__}: {error}"
     finally:
         model.train(was_training)
@@ -51,12 +68,53 @@ def usable_path(model: PreTrainedModel, longest_row: int = 0) -> str:
 
 
 def _padded(model: PreTrainedModel, why: str) -> str:
-    warnings.warn(
-        f"{type(model).__name__} does not take the shared-prefix tree ({why}): every response is computed with its "
-        "query in a padded row of its own, which is exact and slower",
-        stacklevel=3,
-    )
+    if vars(model).get(_SAID) != why:  # stages that share a model ask one after the other
+        vars(model)[_SAID] = why
+        log.warning(
+            f"{type(model).__name__} does not take the shared-prefix tree ({why}): every response is computed with its "
+            "query in a padded row of its own, which is exact and slower"
+        )
     return "padded"
+
+
+_SAID = "_rrhf_padded_because"  # the attribute in which a model carries the reason that was logged
+
+
+@contextlib.contextmanager
+def _full_precision() -> Iterator[None]:
+    """While it lasts, matrices in fp32 are multiplied in fp32: not in TF32 on a GPU or in bfloat16 by oneDNN."""
+    before = torch.get_float32_matmul_precision()
+    switches = [device.matmul for device in (torch.backends.cuda, torch.backends.mkldnn) if hasattr(device, "matmul")]
+    switches = [switch for switch in switches if hasattr(switch, "fp32_precision")]  # torch 2.9 and later
+    each = [switch.fp32_precision for switch in switches]
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        for switch, precision in zip(switches, each, strict=True):
+            if switch.fp32_precision != precision:
+                switch.fp32_precision = precision
+
+
+def _out_of_memory(error: Exception) -> bool:
+    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
+        return True
+    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))  # of MPS; of CPUs
+
+
+def _without_memory(model: PreTrainedModel, longest_row: int, error: Exception) -> str:
+    device, tokens = model.get_input_embeddings().weight.device, len(_probe(model, longest_row).query)
+    return (
+        f"{type(model).__name__} in {model.dtype} on {device}: out of memory in the first forward pass, over {tokens} "
+        "tokens and a few more. Give --dtype bfloat16, another --device or a smaller model, or free the device's "
+        "memory; a smaller --max_tokens_per_forward helps only where more than this fits "
+        f"({str(error).splitlines()[0] if str(error) else type(error).__name__})"
+    )
+
+
+def _is_quantised(model: PreTrainedModel) -> bool:
+    return bool(getattr(model, "is_quantized", False)) or any(not p.is_floating_point() for p in model.parameters())
 
 
 class _Counted:
@@ -64,6 +122,7 @@ class _Counted:
 
     def __init__(self, forest: Forest) -> None:
         self.forest, self.calls = forest, Counter[int]()
+        self.position_ids = forest.position_ids
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
         self.calls[layer] += 1
@@ -84,23 +143,49 @@ def _layers_without_layout(model: PreTrainedModel) -> str | None:
 
 def _other_numbers(model: PreTrainedModel, longest_row: int) -> str | None:
     record = _probe(model, longest_row)
-    low = next(model.parameters()).dtype not in (torch.float32, torch.float64)
-    copied = low and model.num_parameters() <= COPIED_PARAMETERS
-    probed = copy.deepcopy(model).float() if copied else model
-    tree, padded = tree_logprobs(probed, [record]), padded_logprobs(probed, [record])
-    lengths = tree.lengths.clamp(min=1)
-    worst = float(((tree.sums - padded.sums) / lengths).abs().max())
+    quantised = _is_quantised(model)
+    low = quantised or any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters())
+    compared = None
+    if low and not quantised and model.num_parameters() <= COPIED_PARAMETERS:
+        compared = _compare_in_fp32(model, record)
+    exact = compared is not None or not low
+    compared = compared or _compare(model, record)
     # bfloat16 logits of random tokens are some 10 to 20 large and so 0.1 apart where only the rounding differs.
-    magnitude = float((padded.sums / lengths).abs().max())
-    if worst <= (0.05 + 0.02 * magnitude if low and not copied else 1e-3):
+    if compared.worst <= (1e-3 if exact else 0.05 + 0.02 * compared.magnitude):
         return None
-    return f"its tree log-probabilities differ by {worst:.2g} a token"
+    return f"its tree log-probabilities differ by {compared.worst:.2g} a token"
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """The largest difference of log-probabilities a token between tree and padded rows, and the largest of them."""
+
+    worst: float
+    magnitude: float
+
+
+def _compare(model: PreTrainedModel, record: EncodedRecord) -> _Comparison:
+    tree, padded = tree_logprobs(model, [record]), padded_logprobs(model, [record])
+    lengths = tree.lengths.clamp(min=1)
+    difference = ((tree.sums - padded.sums) / lengths).abs().max()
+    return _Comparison(float(difference), float((padded.sums / lengths).abs().max()))
+
+
+def _compare_in_fp32(model: PreTrainedModel, record: EncodedRecord) -> _Comparison | None:
+    """``_compare`` on a copy, which then goes; ``None`` where the memory does not suffice for one."""
+    try:
+        return _compare(copy.deepcopy(model).float(), record)
+    except Exception as error:
+        if _out_of_memory(error):
+            return None
+        raise
 
 
 def _leak(model: PreTrainedModel) -> str | None:
     """Exchange one response after the other for one of equal length: the others' sums must stay what they are."""
     record = _probe(model, 0)
     before = tree_logprobs(model, [record])
+    unread = padded_logprobs(model, [record]) if _is_quantised(model) else None
     config, allowed = model.config.get_text_config(), torch.zeros_like(before.sums)
     if any(getattr(config, name, None) for name in EXPERTS):
         ulp = torch.finfo(next(model.parameters()).dtype).eps
@@ -108,9 +193,14 @@ def _leak(model: PreTrainedModel) -> str | None:
     for i, response in enumerate(record.responses):
         responses = list(record.responses)
         responses[i] = [(token + 1) % config.vocab_size for token in response]
-        change = (tree_logprobs(model, [replace(record, responses=responses)]).sums - before.sums).abs()
+        exchanged = replace(record, responses=responses)
+        change = (tree_logprobs(model, [exchanged]).sums - before.sums).abs()
         change[i] = 0.0
-        if not bool((change <= allowed).all()):
+        by_rounding = torch.zeros_like(change)
+        if unread is not None:
+            by_rounding = (padded_logprobs(model, [exchanged]).sums - unread.sums).abs()
+            by_rounding[i] = 0.0
+        if not bool((change <= allowed + QUANTISED_CHANGE * by_rounding.max()).all()):
             return f"exchanging one response changes another's log-probability by {float(change.max()):.2g}"
     return None
 

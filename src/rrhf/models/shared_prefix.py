@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rrhf.models.attention import NO_MASK, Layout, our_attention
-from rrhf.models.forward import Logprobs, causal_lm, router_loss, router_options
+from rrhf.models.forward import Logprobs, causal_lm, decoder, router_loss, router_options
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.choice import kernels_for
 from rrhf.models.logprobs import token_logprobs
@@ -105,7 +105,7 @@ def forest_logprobs(
 ) -> Logprobs:
     """The tree pass over records laid out; ``layout`` may stand in for the forest itself."""
     with our_attention(model):
-        outputs = model.base_model(
+        outputs = decoder(model)(
             input_ids=forest.input_ids,
             position_ids=forest.position_ids,
             attention_mask=NO_MASK.to(forest.input_ids.device),

@@ -9,13 +9,14 @@ queries that finished leave the buffer.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rrhf.models.attention import NO_MASK
-from rrhf.models.forward import causal_lm
+from rrhf.models.forward import causal_lm, decoder
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.choice import kernels_for
 from rrhf.models.kernels.key_cache import KeyCache
@@ -41,6 +42,7 @@ class SharedCache:
         self.prompt = max(len(query) for query in queries)
         self.columns = self.prompt + width * (max_new_tokens - 1)
         self.layers: dict[int, KeyCache] = {}
+        self.position_ids: Tensor  # of the forward pass at hand
         self.steps = 0
         # Which row of the buffers holds each live query.
         self.place = torch.arange(len(queries), device=self.device)
@@ -78,10 +80,11 @@ class SharedCache:
         hidden = self._forward(ids, positions, layout)
         return output_logits(self.model, hidden[self.lengths[start:stop].cumsum(0) - 1])
 
-    def _forward(self, ids: Tensor, positions: Tensor, layout: object) -> Tensor:
-        outputs = self.model.base_model(
+    def _forward(self, ids: Tensor, positions: Tensor, layout: SharedCache | _QueryPass) -> Tensor:
+        layout.position_ids = positions[None]
+        outputs = decoder(self.model)(
             input_ids=ids[None],
-            position_ids=positions[None],
+            position_ids=layout.position_ids,
             attention_mask=NO_MASK.to(self.device),
             use_cache=False,
             rrhf_layout=layout,
@@ -108,7 +111,7 @@ class SharedCache:
         self.visible[row, slot, column + slot] = True
         self._row, self._slot, self._column = row, slot, column
         self._everything = len(row) == len(self.visible) * self.width
-        self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
+        self._masks: dict[tuple[int | None, int | None, torch.dtype, int], Tensor] = {}
         self.steps += 1
         hidden = self._forward(advance.tokens, self.lengths[query] + self.steps - 1, self)
         check_finite(self.model, hidden)
@@ -133,22 +136,26 @@ class SharedCache:
             full[self._row, :, :, self._slot] = call.query.view(heads, groups, -1, size).permute(2, 0, 1, 3)
             queries = full.view(count, heads, groups * self.width, size)
         end = cache.columns_read(self._column + self.width)
-        mask = self._mask(call.window, cache.mask_type(queries.dtype), groups, end)
+        mask = self._mask(call, cache.mask_type(queries.dtype), groups, end)
+        if call.sinks is not None:  # one for every row of a key head
+            call = replace(call, sinks=call.sinks.view(heads, groups).repeat_interleave(self.width, dim=1))
         output = cache.attend(call, queries, mask).view(count, heads, groups, self.width, -1)
         if self._everything:
             return output.permute(0, 3, 1, 2, 4).reshape(1, count * self.width, heads * groups, -1)
         return output[self._row, :, :, self._slot].reshape(1, len(self._row), heads * groups, -1)
 
-    def _mask(self, window: int | None, dtype: torch.dtype, groups: int, end: int) -> Tensor:
+    def _mask(self, call: AttentionCall, dtype: torch.dtype, groups: int, end: int) -> Tensor:
         """Additive mask of this step, [N, 1, groups · width, end]; the same for all layers of a kind."""
-        mask = self._masks.get((window, dtype, groups))
+        mask = self._masks.get((call.window, call.chunk, dtype, groups))
         if mask is None:
-            seen = self.visible[:, :, :end]
-            if window is not None:
-                now = self.positions[:, self._column : self._column + self.width]
-                seen = seen & (now[:, :, None] - self.positions[:, None, :end] < window)
+            seen, before = self.visible[:, :, :end], self.positions[:, None, :end]
+            now = self.positions[:, self._column : self._column + self.width, None]
+            if call.window is not None:
+                seen = seen & (now - before < call.window)
+            if call.chunk is not None:
+                seen = seen & (now // call.chunk == before // call.chunk)
             mask = additive(seen, dtype)[:, None].repeat(1, 1, groups, 1)
-            self._masks[window, dtype, groups] = mask
+            self._masks[call.window, call.chunk, dtype, groups] = mask
         return mask
 
     def _compact(self, query: Tensor) -> None:
@@ -169,7 +176,8 @@ class _QueryPass:
 
     def __init__(self, cache: SharedCache, start: int, lengths: list[int]) -> None:
         self.cache, self.start, self.lengths = cache, start, lengths
-        self.masks: dict[tuple[int, int | None], Tensor] = {}
+        self.position_ids: Tensor
+        self.masks: dict[tuple[int, int | None, int | None], Tensor] = {}
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
         block = self.cache.layer(layer, call.key, call.value).block(0)
@@ -180,16 +188,18 @@ class _QueryPass:
             query, key, value = (x[:, :, here] for x in (call.query, call.key, call.value))
             block.keys[self.start + i, :, :length] = key[0]
             block.values[self.start + i, :, :length] = value[0]
-            outputs.append(attention(call.over(query, key, value), self._mask(length, call.window, query)))
+            outputs.append(attention(call.over(query, key, value), self._mask(length, call)))
             begin += length
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    def _mask(self, length: int, window: int | None, like: Tensor) -> Tensor:
-        mask = self.masks.get((length, window))
+    def _mask(self, length: int, call: AttentionCall) -> Tensor:
+        mask = self.masks.get((length, call.window, call.chunk))
         if mask is None:
-            order = torch.arange(length, device=like.device)
+            order = torch.arange(length, device=call.query.device)
             distance = order[:, None] - order[None, :]
-            hidden = (distance < 0) | (distance >= (window or length))
-            mask = like.new_zeros(length, length).masked_fill_(hidden, torch.finfo(like.dtype).min)
-            self.masks[length, window] = mask
+            seen = (distance >= 0) & (distance < (call.window or length))
+            if call.chunk is not None:
+                seen &= order[:, None] // call.chunk == order // call.chunk
+            mask = additive(seen, call.query.dtype)
+            self.masks[length, call.window, call.chunk] = mask
         return mask

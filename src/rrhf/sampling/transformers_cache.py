@@ -11,6 +11,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from rrhf.sampling.stepping import Advance, check_finite, device_of
 
+CACHE_NAMES = ("past_key_values", "cache", "cache_params")  # what forward passes call it, by transformers' version
+
 
 class TransformersCache:
     """The stepper for models that do not take our attention: transformers' cache, queries padded on the left."""
@@ -44,12 +46,14 @@ class TransformersCache:
         return self._forward(advance.tokens[:, None], self.mask.sum(1, keepdim=True) - 1)
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        options = {"position_ids": positions}
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            options = {}  # ALiBi models count positions from the mask
-        outputs = self.model(
-            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
-        )
+        takes = inspect.signature(self.model.forward).parameters
+        # ALiBi models count positions from the mask; no router loss of a padded batch is wanted, nor can be computed.
+        options = {"position_ids": positions, "output_router_logits": False}
+        options = {name: value for name, value in options.items() if name in takes}
+        # A cache by another name is not refused but ignored.
+        cache = next((name for name in CACHE_NAMES if name in takes), "past_key_values")
+        options[cache] = self.cache
+        outputs = self.model(input_ids=ids, attention_mask=self.mask, use_cache=True, **options)
         logits: Tensor = outputs.logits[:, -1]
         check_finite(self.model, logits.amax(dim=-1))  # −inf for tokens that never come is sound
         return logits

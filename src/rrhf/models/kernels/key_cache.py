@@ -42,7 +42,7 @@ class KeyCache(Protocol):
     def attend(self, call: AttentionCall, queries: Tensor, mask: Tensor) -> Tensor:
         """``queries`` [N, H_kv, L, D] over the cached keys, under an additive mask [N, 1, L, columns read].
 
-        ``call`` has the scaling and the soft cap; its own tensors are not used.
+        ``call`` has the scaling, the soft cap and the sinks, [H_kv, L]; its own tensors are not used.
         """
         ...
 

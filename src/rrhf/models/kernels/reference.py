@@ -40,8 +40,8 @@ def packed(model: nn.Module, rows: int, steps: int) -> contextlib.nullcontext[No
 
 
 def masked_attention(call: AttentionCall, mask: Tensor) -> Tensor:
-    """torch's fused kernel, which knows no soft cap: with one, ``product_attention``."""
-    if call.softcap is not None:
+    """torch's fused kernel, which knows no soft cap and no sinks: with them, ``product_attention``."""
+    if call.softcap is not None or call.sinks is not None:
         return product_attention(call, mask)
     key, value = call.key, call.value
     groups = call.query.shape[1] // key.shape[1]
@@ -62,9 +62,25 @@ def product_attention(call: AttentionCall, mask: Tensor) -> Tensor:
     weights = torch.bmm(rows, keys.transpose(1, 2)).float().view(batch, -1, groups, length, columns) * call.scaling
     if call.softcap is not None:
         weights = call.softcap * torch.tanh(weights / call.softcap)
-    weights = weights + (mask if mask.dim() == 2 else mask[:, :, None])
-    weights = nn.functional.dropout(torch.softmax(weights, dim=-1).to(call.query.dtype), call.dropout)
-    return torch.bmm(weights.view(len(rows), groups * length, columns), values).view(batch, heads, length, -1)
+    scores = weights + (mask if mask.dim() == 2 else mask[:, :, None])
+    weights = nn.functional.dropout(torch.softmax(scores, dim=-1).to(call.query.dtype), call.dropout)
+    output = torch.bmm(weights.view(len(rows), groups * length, columns), values).view(batch, heads, length, -1)
+    if call.sinks is None:
+        return output
+    return with_sinks(output, scores.logsumexp(dim=-1).view(batch, heads, length, 1), call.sinks[..., None])
+
+
+def with_sinks(output: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
+    """Attention as if its softmax had one more score, the head's sink, that has no value (GPT-OSS).
+
+    Σ_j e^(s_j) v_j / (e^sink + Σ_j e^(s_j)) = σ(lse − sink) · output, with lse = log Σ_j e^(s_j).
+
+    Args:
+        output: what attention gives without it, a row of D numbers for each query and head.
+        lse: Tensor of ``output``'s shape but for 1 in place of D.
+        sinks: Tensor that broadcasts to ``lse``.
+    """
+    return output * torch.sigmoid(lse - sinks).to(output.dtype)
 
 
 def additive(seen: Tensor, dtype: torch.dtype) -> Tensor:
@@ -84,27 +100,31 @@ class MaskedTrees:
         attention: Callable[[AttentionCall, Tensor], Tensor],
     ) -> None:
         self.trees, self.ends, self.positions, self.attention = trees, ends, positions, attention
-        self.masks: dict[tuple[Tree, int | None, torch.dtype], Tensor] = {}
+        self.masks: dict[tuple[Tree, int | None, int | None, torch.dtype], Tensor] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
         # split, not slices: its backward is one concatenation instead of a zeroed row a tree
         sizes = [tree.size for tree in self.trees]
         pieces = zip(*(x.split(sizes, dim=2) for x in (call.query, call.key, call.value)), strict=True)
         outputs = [
-            self.attention(call.over(*piece), self.mask(tree, call.window, call.query.dtype))
+            self.attention(call.over(*piece), self.mask(tree, call))
             for tree, piece in zip(self.trees, pieces, strict=True)
         ]
         return torch.cat(outputs, dim=2).transpose(1, 2)
 
-    def mask(self, tree: Tree, window: int | None, dtype: torch.dtype) -> Tensor:
+    def mask(self, tree: Tree, call: AttentionCall) -> Tensor:
         """The additive mask [t, t] of one tree; the same for all layers of a kind."""
-        if window is not None and tree.reach <= window:
-            window = None
-        mask = self.masks.get((tree, window, dtype))
+        dtype = call.query.dtype
+        window, chunk = (call.window, call.chunk) if call.hides(tree.reach) else (None, None)
+        mask = self.masks.get((tree, window, chunk, dtype))
         if mask is None:
             here = slice(tree.start, tree.start + tree.size)
-            mask = additive(visible(self.ends[here] - tree.start, self.positions[here], window), dtype)
-            self.masks[tree, window, dtype] = mask
+            positions = self.positions[here]
+            seen = visible(self.ends[here] - tree.start, positions, window)
+            if chunk is not None:
+                seen &= positions[:, None] // chunk == positions // chunk
+            mask = additive(seen, dtype)
+            self.masks[tree, window, chunk, dtype] = mask
         return mask
 
 

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.key_cache import KeyBlock
+from rrhf.models.kernels.reference import with_sinks
 
 BLOCK = 64  # columns of a block
 
@@ -43,13 +44,16 @@ class BlockedCache:
             scores[..., block.start : block.end] = torch.matmul(queries, block.keys.transpose(2, 3))
         if call.softcap is not None:
             scores, scaling = scores.mul_(scaling / call.softcap).tanh_(), call.softcap
-        weights = torch.softmax(torch.add(mask, scores, alpha=scaling, out=scores), dim=-1)
+        torch.add(mask, scores, alpha=scaling, out=scores)
+        weights = torch.softmax(scores, dim=-1)
         parts = [torch.matmul(weights[..., b.start : b.end].to(queries.dtype), b.values) for b in self.blocks]
-        if len(parts) == 1:
-            return parts[0]
-        output = parts[0].float()
-        for part in parts[1:]:
-            output += part
+        output = parts[0]
+        if len(parts) > 1:
+            output = output.float()
+            for part in parts[1:]:
+                output += part
+        if call.sinks is not None:
+            output = with_sinks(output, scores.logsumexp(dim=-1, keepdim=True), call.sinks[..., None])
         return output.to(queries.dtype)
 
     def select(self, rows: Tensor) -> None:

@@ -142,13 +142,23 @@ def branch_attention(query: Tensor, key: Tensor, value: Tensor, scaling: float, 
     Returns:
         Tensor of shape (1, T, H, D).
     """
-    output: Tensor = _BranchAttention.apply(query, key, value, scaling, layout)
+    output: Tensor = _BranchAttention.apply(query, key, value, scaling, layout, False)[0]
     return output
+
+
+def branch_attention_with_lse(
+    query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Branches
+) -> tuple[Tensor, Tensor]:
+    """``branch_attention`` and log Σ_j e^(score_tj), in fp32 (fp64), Tensor of shape (1, T, H, 1)."""
+    output, lse = _BranchAttention.apply(query, key, value, scaling, layout, True)
+    return output, lse
 
 
 class _BranchAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Branches) -> Tensor:
+    def forward(
+        ctx: Any, query: Tensor, key: Tensor, value: Tensor, scaling: float, layout: Branches, with_lse: bool
+    ) -> tuple[Tensor, Tensor | None]:
         q, k, v = _by_key_head(query, key.shape[1]), key[0] * (scaling * math.log2(math.e)), value[0].contiguous()
         reference = _first_scores(layout, q, k)
         output, total = _weighed(layout, q, k, v, reference)
@@ -156,9 +166,10 @@ class _BranchAttention(torch.autograd.Function):
             reference = _highest_scores(layout, q, k)
             output, total = _weighed(layout, q, k, v, reference)
         result = _by_token(output.to(total.dtype).div_(total), query.dtype)
-        ctx.save_for_backward(query, key, value, result, total.log2_().add_(reference))
+        partition = total.log2_().add_(reference)
+        ctx.save_for_backward(query, key, value, result, partition)
         ctx.scaling, ctx.layout = scaling, layout
-        return result
+        return result, _by_token(partition * math.log(2), partition.dtype) if with_lse else None
 
     @staticmethod
     @once_differentiable
@@ -169,6 +180,8 @@ class _BranchAttention(torch.autograd.Function):
         d_output, scaled = _by_key_head(gradients[0].transpose(1, 2), heads), key[0] * ctx.scaling
         # through the softmax: dS = P · (dP − Σ P dP), and Σ P dP = Σ_d O dO over both parts
         shift = (gradients[0] * result).sum(dim=-1, dtype=partition.dtype)
+        if gradients[1] is not None:  # ∂ log z_t / ∂ s_tj = P_tj
+            shift = shift - gradients[1][..., 0]
         shift = shift[0].view(-1, heads, q.shape[2]).transpose(0, 1)[..., None].contiguous()
         parts: list[tuple[Tensor, ...]] = []
         for rows in layout.records:
@@ -183,7 +196,7 @@ class _BranchAttention(torch.autograd.Function):
         d_query = _added(layout, d_queries, q.shape)
         d_key = _joined(len(k), k.shape[-1], d_keys).index_select(1, layout.keys).mul_(ctx.scaling)
         d_value = _joined(len(v), v.shape[-1], d_values).index_select(1, layout.keys)
-        return _by_token(d_query, query.dtype).transpose(1, 2), d_key[None], d_value[None], None, None
+        return _by_token(d_query, query.dtype).transpose(1, 2), d_key[None], d_value[None], None, None, None
 
 
 def _weighed(layout: Branches, q: Tensor, k: Tensor, v: Tensor, reference: Tensor) -> tuple[Tensor, Tensor]:

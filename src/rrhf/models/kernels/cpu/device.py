@@ -12,7 +12,12 @@ from rrhf.models.kernels import reference
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.cpu import products
 from rrhf.models.kernels.cpu.blocked_cache import BlockedCache
-from rrhf.models.kernels.cpu.branch_attention import Branches, branch_attention, branches
+from rrhf.models.kernels.cpu.branch_attention import (
+    Branches,
+    branch_attention,
+    branch_attention_with_lse,
+    branches,
+)
 from rrhf.models.kernels.cpu.lean_modules import lean
 from rrhf.models.kernels.cpu.logits import exp_, exp_less_, logit_rows, logit_tiles, sampling_rows, spare_rows, top
 from rrhf.models.kernels.cpu.products import addmm, linear, matmul
@@ -66,11 +71,14 @@ class _BranchedTrees:
         self.branches: Branches | None = None
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        slides = call.window is not None and max(tree.reach for tree in self.trees) > call.window
-        if slides or call.softcap is not None or call.dropout:
+        hidden = call.hides(max(tree.reach for tree in self.trees))
+        if hidden or call.softcap is not None or call.dropout:
             return self.masked(call)
         if self.branches is None:
             self.branches = branches(self.trees)
+        if call.sinks is not None:
+            output, lse = branch_attention_with_lse(call.query, call.key, call.value, call.scaling, self.branches)
+            return reference.with_sinks(output, lse, call.sinks)
         return branch_attention(call.query, call.key, call.value, call.scaling, self.branches)
 
 

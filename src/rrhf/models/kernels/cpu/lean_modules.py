@@ -125,9 +125,9 @@ def _unpack(kept: Any) -> Tensor:
     return torch.as_strided(remade.tensor(), *place)
 
 
-def _norm_forward(self: Any, hidden_states: Tensor) -> Tensor:
-    if not _plain(hidden_states, self.weight):
-        return type(self).forward(self, hidden_states)
+def _norm_forward(self: Any, hidden_states: Tensor, *gate: Tensor | None) -> Tensor:
+    if gate or not _plain(hidden_states, self.weight):  # Mamba 2's norms take a gate too
+        return type(self).forward(self, hidden_states, *gate)
     if not torch.is_grad_enabled():
         return _norm(hidden_states, self.weight, _epsilon(self))
     result: Tensor = _RMSNorm.apply(hidden_states, self.weight, _epsilon(self))
