@@ -105,7 +105,7 @@ def forest_logprobs(
         outputs = model.base_model(
             input_ids=forest.input_ids,
             position_ids=forest.position_ids,
-            attention_mask=torch.zeros_like(NO_MASK, device=forest.input_ids.device),
+            attention_mask=torch.zeros(NO_MASK.shape, device=forest.input_ids.device),
             use_cache=False,
             rrhf_layout=forest if layout is None else layout,
             **router_options(model),
