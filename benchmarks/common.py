@@ -64,17 +64,18 @@ def _synchronise() -> None:
         torch.cuda.synchronize()
 
 
-def matmul_peak(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+def matmul_peak(dtype: torch.dtype, device: torch.device) -> float:
     """Measured operations a second of torch's product of square matrices, in 1e9."""
-    return _rate(torch.matmul, dtype, device, size)
+    return _rate(torch.matmul, dtype, device)
 
 
-def fastest_peak(dtype: torch.dtype, device: torch.device, size: int = 2048) -> float:
+def fastest_peak(dtype: torch.dtype, device: torch.device) -> float:
     """The same for the product that rrhf takes (rrhf.models.kernels.cpu.products), or for torch's if that is faster."""
-    return max(_rate(product, dtype, device, size) for product in (torch.matmul, products.matmul))
+    return max(_rate(product, dtype, device) for product in (torch.matmul, products.matmul))
 
 
-def _rate(product: Callable[..., Any], dtype: torch.dtype, device: torch.device, size: int) -> float:
+def _rate(product: Callable[..., Any], dtype: torch.dtype, device: torch.device) -> float:
+    size = 2048 if device.type == "cpu" else 8192  # a GPU is not filled by less
     a = torch.randn(size, size, device=device).to(dtype)
     b = torch.randn(size, size, device=device).to(dtype)
     product(a, b)
@@ -124,7 +125,11 @@ def load_tokenizer(model: str = SMOLLM2) -> Any:
 
 
 # Llamas with random weights, for speed alone, where no weights are at hand: layers, width, MLP, heads, key heads.
-RANDOM = {"random:135m": (30, 576, 1536, 9, 3), "random:1b": (16, 2048, 8192, 32, 8)}
+RANDOM = {
+    "random:tiny": (2, 64, 128, 4, 2),  # to try a script
+    "random:135m": (30, 576, 1536, 9, 3),
+    "random:1b": (16, 2048, 8192, 32, 8),
+}
 
 
 def load(model: str, device: str, dtype: str) -> Any:

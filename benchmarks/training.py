@@ -39,8 +39,9 @@ from common import (
 from rrhf.losses import LossSettings, rrhf_loss
 from rrhf.models.attention import our_attention
 from rrhf.models.batching import plan_forwards, tree_tokens
+from rrhf.models.kernels.choice import ask_for_flex
 from rrhf.models.kernels.cpu.memory import keep_freed_memory
-from rrhf.models.shared_prefix import tree_logprobs
+from rrhf.models.passes import response_logprobs
 from rrhf.models.tokenization import EncodedRecord
 
 PRECISIONS = {
@@ -70,21 +71,21 @@ def opponent_step(model: Any, records: list[EncodedRecord]) -> None:
         _loss(token.sum(1), (targets != -100).sum(1), record).backward()
 
 
-def our_step(model: Any, records: list[EncodedRecord], budget: int) -> None:
+def our_step(model: Any, records: list[EncodedRecord], budget: int, path: str = "tree") -> None:
     """Forward and backward as the trainer does it, slices of large records included."""
-    for forward in plan_forwards(records, budget):
+    for forward in plan_forwards(records, budget, path):
         if not forward.slices:
-            found = tree_logprobs(model, forward.records, keep_logits=budget >= 2048)
+            found = response_logprobs(model, forward.records, path, keep_logits=budget >= 2048)
             sizes = [len(record.responses) for record in forward.records]
             parts = zip(forward.records, found.sums.split(sizes), found.lengths.split(sizes), strict=True)
             sum(_loss(sums, lengths, record) for record, sums, lengths in parts).backward()
             continue
         with torch.no_grad():
-            passes = [tree_logprobs(model, [part]) for part in forward.slices]
+            passes = [response_logprobs(model, [part], path) for part in forward.slices]
         sums = torch.cat([p.sums for p in passes]).requires_grad_()
         (weights,) = torch.autograd.grad(_loss(sums, torch.cat([p.lengths for p in passes]), forward.records[0]), sums)
         for part, weight in zip(forward.slices, weights.split([len(p.responses) for p in forward.slices]), strict=True):
-            (tree_logprobs(model, [part]).sums * weight).sum().backward()
+            (response_logprobs(model, [part], path).sums * weight).sum().backward()
 
 
 class _Products(TorchDispatchMode):
@@ -157,11 +158,17 @@ def useful_operations(model: Any, records: list[EncodedRecord]) -> float:
 def measure(
     side: str, precision: str, budget: int, k: int, queries: int, model_name: str, device: str
 ) -> dict[str, float]:
-    """One row, in this process."""
+    """One row, in this process.
+
+    ``side``: "padded" as the released code does it, "tree" and its "products" alone; for ``gpu.py`` "flex", the
+    tree by FlexAttention, and "rows", the log-probabilities of padded rows as rrhf computes them.
+    """
     if side != "padded":
         keep_freed_memory()
     dtype, autocast = PRECISIONS[precision]
     model, _ = load(model_name, device, dtype)
+    if side == "flex":
+        ask_for_flex(model)
     _, records = hh_records(queries, k=k)
     model.train()
     product_type = torch.float32 if precision == "fp32" else torch.bfloat16
@@ -178,9 +185,12 @@ def measure(
 
     def step(part: list[EncodedRecord]) -> None:
         with context():
-            opponent_step(model, part) if side == "padded" else our_step(model, part, budget)
+            if side == "padded":
+                opponent_step(model, part)
+            else:
+                our_step(model, part, budget, "padded" if side == "rows" else "tree")
 
-    with our_attention(model) if side != "padded" else contextlib.nullcontext():
+    with our_attention(model) if side not in ("padded", "rows") else contextlib.nullcontext():
         if side == "products":
             took, gb, above, tensors = products_alone(lambda: step(records)), 0.0, 0.0, 0.0
         else:

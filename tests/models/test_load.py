@@ -16,7 +16,7 @@ from rrhf.common.errors import UserError
 from rrhf.models.devices import native_bfloat16, resolve_device, resolve_dtype
 from rrhf.models.folders import package_folder, resolve_model, save_policy
 from rrhf.models.gguf import gguf_as_folder
-from rrhf.models.load import ModelSettings, context_length, load_policy
+from rrhf.models.load import ModelSettings, attention_options, context_length, load_policy
 from rrhf.models.locate import Location, locate
 from support.models import SMOLLM2, tiny_model
 
@@ -75,6 +75,16 @@ def test_the_type_of_the_weights(saved: Path) -> None:
 
 def test_an_attention_of_ones_own(saved: Path) -> None:
     assert load_policy(cpu(saved, attn_implementation="eager"))[0].config._attn_implementation == "eager"
+
+
+def test_flex_attention_is_asked_of_the_model_and_needs_a_gpu(saved: Path) -> None:
+    assert "--attn_implementation flex needs a CUDA GPU, not cpu" in refused(cpu(saved, attn_implementation="flex"))
+    settings = cpu(saved, attn_implementation="flex")
+    assert attention_options(settings, torch.device("cuda")) == {}  # transformers knows no such attention
+    assert attention_options(cpu(saved, attn_implementation="eager"), torch.device("cpu")) == {
+        "attn_implementation": "eager"
+    }
+    assert attention_options(cpu(saved), torch.device("cuda")) == {}
 
 
 def refused(settings: ModelSettings) -> str:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.models.devices import resolve_device
-from rrhf.models.load import ModelSettings, load_policy
+from rrhf.models.load import FLEX, ModelSettings, attention_options, load_policy
 from rrhf.models.locate import ADAPTER_CONFIG, locate
 
 if TYPE_CHECKING:
@@ -145,6 +145,8 @@ def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrained
         raise UserError("--peft qlora needs the package bitsandbytes: pip install bitsandbytes, or use --peft lora")
     from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+    from rrhf.models.kernels.choice import ask_for_flex
+
     location = locate(settings.model)
     if location.adapter is not None:
         raise UserError(f"--model {settings.model}: --peft qlora trains on a whole model, and this is an adapter alone")
@@ -154,9 +156,7 @@ def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrained
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16,
     )
-    options: dict[str, Any] = {}
-    if settings.attn_implementation is not None:
-        options["attn_implementation"] = settings.attn_implementation
+    options = attention_options(settings, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.source)
         model = AutoModelForCausalLM.from_pretrained(
@@ -164,6 +164,8 @@ def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrained
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise UserError(f"--model {settings.model}: cannot be loaded in 4 bits: {error}") from error
+    if settings.attn_implementation == FLEX:
+        ask_for_flex(model)
     return _peft("--peft").prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), tokenizer
 
 

@@ -10,9 +10,11 @@ from rrhf.models.devices import resolve_device, resolve_dtype
 from rrhf.models.locate import locate
 
 if TYPE_CHECKING:
+    import torch
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = ("auto", "float32", "bfloat16")
+FLEX = "flex"  # of ``attn_implementation``: trees by FlexAttention
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,11 @@ class ModelSettings:
                   "device multiplies it natively (trained with fp32 masters), and float32 elsewhere"},
     )  # fmt: skip
     attn_implementation: str | None = field(
-        default=None, metadata={"help": "attention where the model runs on its own: sdpa, eager, flash_attention_2, …"}
-    )
+        default=None,
+        metadata={"help": "attention where the model runs on its own: sdpa, eager, flash_attention_2, …; or flex: the "
+                  "model's default there, and FlexAttention for the shared-prefix trees of training on a CUDA GPU, "
+                  "compiled for each new length (experimental: not yet run on a GPU)"},
+    )  # fmt: skip
 
     def __post_init__(self) -> None:
         if self.dtype not in DTYPES:
@@ -48,14 +53,14 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
     from transformers import AutoModelForCausalLM, AutoTokenizer
     from transformers.utils import logging
 
+    from rrhf.models.kernels.choice import ask_for_flex
+
     location = locate(settings.model)
     if location.adapter is not None:
         raise UserError(f"--model {settings.model}: is an adapter alone; name its base model {location.base}")
     device = resolve_device(settings.device)
     dtype = resolve_dtype(settings.dtype, device, training)
-    options: dict[str, Any] = {}
-    if settings.attn_implementation is not None:
-        options["attn_implementation"] = settings.attn_implementation
+    options = attention_options(settings, device)
     logging.disable_progress_bar()
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.source)
@@ -63,7 +68,21 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
         model = AutoModelForCausalLM.from_pretrained(location.source, dtype=dtype, use_safetensors=True, **options)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {settings.model}: cannot be loaded: {error}") from error
+    if settings.attn_implementation == FLEX:
+        ask_for_flex(model)
     return model.to(device).eval(), tokenizer
+
+
+def attention_options(settings: ModelSettings, device: torch.device) -> dict[str, Any]:
+    """What ``from_pretrained`` is told of attention; ``FLEX`` is nothing to it, and is asked of the model it loads.
+
+    Raises:
+        UserError: FlexAttention for a device that has no backward pass of it.
+    """
+    name = settings.attn_implementation
+    if name == FLEX and device.type != "cuda":
+        raise UserError(f"--attn_implementation {FLEX} needs a CUDA GPU, not {device}: leave it out")
+    return {} if name in (None, FLEX) else {"attn_implementation": name}
 
 
 def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:

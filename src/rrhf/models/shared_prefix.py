@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -19,7 +20,8 @@ from transformers import PreTrainedModel
 from rrhf.models.attention import NO_MASK, Layout, our_attention
 from rrhf.models.forward import Logprobs, causal_lm, decoder, router_loss, router_options
 from rrhf.models.kernels.attention_call import AttentionCall
-from rrhf.models.kernels.choice import kernels_for
+from rrhf.models.kernels.choice import kernels_for, wants_flex
+from rrhf.models.kernels.transfer import on_device
 from rrhf.models.logprobs import token_logprobs
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.models.trees import Tree, column_ends
@@ -31,7 +33,8 @@ class Forest:
 
     ``input_ids``, ``position_ids``: [1, T]. ``ends``: [T], where each token stops being read (``column_ends``).
     ``rows``, ``targets``, ``owners``: [N], for each of the N response tokens the row whose output predicts it, its id,
-    and the response (counted through all records) it belongs to. ``lengths``: ‖y_i‖ of all responses.
+    and the response (counted through all records) it belongs to. ``lengths``: ‖y_i‖ of all responses. ``flex``: whether
+    layers attend by FlexAttention instead of what the device does otherwise.
     """
 
     trees: tuple[Tree, ...]
@@ -42,6 +45,7 @@ class Forest:
     targets: Tensor
     owners: Tensor
     lengths: Tensor
+    flex: bool = False
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
         device = call.query.device.type
@@ -52,10 +56,11 @@ class Forest:
 
     @cached_property
     def _attention(self) -> Callable[[AttentionCall], Tensor]:
-        return kernels_for(self.input_ids.device).tree_attention(self.trees, self.ends, self.position_ids[0])
+        kernels = kernels_for(self.input_ids.device, self.flex)
+        return kernels.tree_attention(self.trees, self.ends, self.position_ids[0])
 
 
-def lay_out(records: Sequence[EncodedRecord], device: torch.device | str = "cpu") -> Forest:
+def lay_out(records: Sequence[EncodedRecord], device: torch.device | str = "cpu", flex: bool = False) -> Forest:
     """Lay records out as one row of trees. Responses may be empty: they have length 0 and log-probability 0."""
     trees: list[Tree] = []
     input_ids: list[int] = []
@@ -79,25 +84,17 @@ def lay_out(records: Sequence[EncodedRecord], device: torch.device | str = "cpu"
         inputs = tuple(len(response[:-1]) for response in record.responses)
         trees.append(Tree(start, len(record.query), inputs))
 
-    def ids(values: list[int]) -> Tensor:
-        return torch.tensor(values, dtype=torch.long, device=device)
-
-    return Forest(
-        tuple(trees),
-        ids(input_ids)[None],
-        ids(positions)[None],
-        ids(column_ends(trees)),
-        ids(rows),
-        ids(targets),
-        ids(owners),
-        ids(lengths),
-    )
+    vectors = (input_ids, positions, column_ends(trees), rows, targets, owners, lengths)
+    arrays = [np.array(vector, dtype=np.int64) for vector in vectors]
+    row, places, ends, predictors, answers, whose, sizes = on_device(arrays, torch.device(device))
+    return Forest(tuple(trees), row[None], places[None], ends, predictors, answers, whose, sizes, flex)
 
 
 def tree_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord], keep_logits: bool = False) -> Logprobs:
     """The tree pass; ``model`` must look its attention up in transformers' interface."""
     model = causal_lm(model)
-    return forest_logprobs(model, lay_out(records, model.get_input_embeddings().weight.device), keep_logits)
+    forest = lay_out(records, model.get_input_embeddings().weight.device, wants_flex(model))
+    return forest_logprobs(model, forest, keep_logits)
 
 
 def forest_logprobs(
@@ -108,7 +105,7 @@ def forest_logprobs(
         outputs = decoder(model)(
             input_ids=forest.input_ids,
             position_ids=forest.position_ids,
-            attention_mask=NO_MASK.to(forest.input_ids.device),
+            attention_mask=torch.zeros(NO_MASK.shape, device=forest.input_ids.device),
             use_cache=False,
             rrhf_layout=forest if layout is None else layout,
             **router_options(model),

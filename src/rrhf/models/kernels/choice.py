@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from rrhf.models.kernels import reference
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.cpu import device as cpu
+from rrhf.models.kernels.cuda import device as flex_kernels
 from rrhf.models.kernels.key_cache import KeyCache
 from rrhf.models.trees import Tree
 
@@ -90,7 +91,21 @@ class Kernels(Protocol):
 
 KERNELS: dict[str, Kernels] = {"cpu": cpu}
 
+_FLEX = "_rrhf_flex"  # the attribute in which a model carries that its trees attend by FlexAttention
 
-def kernels_for(device: torch.device) -> Kernels:
-    """The kernels of a device; plain torch where none are listed."""
-    return KERNELS.get(device.type, reference)
+
+def kernels_for(device: torch.device, flex: bool = False) -> Kernels:
+    """The kernels of a device, plain torch where none are listed; those with FlexAttention if ``flex``."""
+    return flex_kernels if flex else KERNELS.get(device.type, reference)
+
+
+def ask_for_flex(model: nn.Module) -> None:
+    """Let ``model``'s trees attend by FlexAttention. With gradients that takes a CUDA GPU.
+
+    It has not run on one yet, so that masked calls of torch's own attention are what GPUs take unless asked.
+    """
+    vars(model)[_FLEX] = True
+
+
+def wants_flex(model: nn.Module) -> bool:
+    return bool(vars(model).get(_FLEX))

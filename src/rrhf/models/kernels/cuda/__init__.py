@@ -1,0 +1,1 @@
+"""What a CUDA GPU does faster."""

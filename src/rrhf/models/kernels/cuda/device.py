@@ -1,0 +1,39 @@
+"""The kernels with FlexAttention, as ``rrhf.models.kernels.choice.Kernels`` lists them; the rest is plain torch."""
+
+from __future__ import annotations
+
+from rrhf.models.kernels.cuda.flex_attention import tree_attention
+from rrhf.models.kernels.reference import (
+    addmm,
+    exp_,
+    exp_less_,
+    key_cache,
+    lean,
+    linear,
+    logit_rows,
+    logit_tiles,
+    masked_attention,
+    matmul,
+    packed,
+    sampling_rows,
+    spare_rows,
+    top,
+)
+
+__all__ = [
+    "addmm",
+    "exp_",
+    "exp_less_",
+    "key_cache",
+    "lean",
+    "linear",
+    "logit_rows",
+    "logit_tiles",
+    "masked_attention",
+    "matmul",
+    "packed",
+    "sampling_rows",
+    "spare_rows",
+    "top",
+    "tree_attention",
+]
