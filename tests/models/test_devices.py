@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 
 from rrhf.common.errors import UserError
-from rrhf.models.devices import device_name, resolve_device
+from rrhf.models import devices
+from rrhf.models.devices import device_name, resolve_device, set_up_memory
 
 
 def launched(rank: int, processes: int) -> dict[str, str]:
@@ -74,3 +78,40 @@ def test_a_process_of_a_launch_makes_its_gpu_the_current_one(monkeypatch: pytest
     assert current == [torch.device("cuda:1")] * 2
     assert resolve_device("cpu") == torch.device("cpu")
     assert len(current) == 2
+
+
+# --- memory -------------------------------------------------------------------------------------------------------
+
+GROWING = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="elsewhere neither allocator can be told")
+@pytest.mark.parametrize(
+    ("gpu", "arguments", "environment", "kept", "after"),
+    [
+        (None, [], {}, 1, {}),
+        ("nvidia3", [], {}, 0, GROWING),
+        ("kfd", ["--device", "cuda:1"], {}, 0, GROWING),
+        ("nvidiactl", [], {}, 1, {}),  # the driver, without a GPU
+        ("nvidia0", ["--device", "cpu"], {}, 1, {}),
+        ("nvidia0", ["--device=cpu"], {}, 1, {}),
+        ("nvidia0", [], {"CUDA_VISIBLE_DEVICES": ""}, 1, {"CUDA_VISIBLE_DEVICES": ""}),
+        ("nvidia0", [], {"PYTORCH_ALLOC_CONF": "x"}, 0, {"PYTORCH_ALLOC_CONF": "x"}),
+        ("nvidia0", [], {"PYTORCH_CUDA_ALLOC_CONF": "x"}, 0, {"PYTORCH_CUDA_ALLOC_CONF": "x"}),
+    ],
+)
+def test_a_cpu_keeps_freed_memory_and_a_gpu_has_segments_that_grow(
+    gpu: str | None,
+    arguments: list[str],
+    environment: dict[str, str],
+    kept: int,
+    after: dict[str, str],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    calls: list[None] = []
+    monkeypatch.setattr(devices, "keep_freed_memory", lambda: calls.append(None))
+    if gpu is not None:
+        (tmp_path / gpu).touch()
+    set_up_memory(arguments, environment, tmp_path)
+    assert (len(calls), environment) == (kept, after)

@@ -376,6 +376,23 @@ def test_the_padded_path_equals_the_references(family: str) -> None:
         assert ours(model, queries, path="padded", policy="diverse-beam", **case) == expected
 
 
+def test_the_padded_path_makes_logits_for_the_last_position_alone() -> None:
+    model, queries = lively("llama", 13, 1.5), some_queries(13, 7)
+    positions: list[int] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0].shape[1]))
+    ours(model, queries, path="padded", policy="greedy", max_new_tokens=3)
+    assert positions == [1, 1, 1]
+
+
+def test_the_padded_path_of_an_adapter_equals_that_of_its_model() -> None:
+    """PEFT's wrapper takes any keywords; positions must reach the model in it."""
+    peft = pytest.importorskip("peft")
+    model, queries = lively("gpt2", 13, 1.5), some_queries(13, 7)
+    expected = ours(model, queries, path="padded", policy="greedy", max_new_tokens=8)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+    assert ours(wrapped, queries, path="padded", policy="greedy", max_new_tokens=8) == expected
+
+
 @pytest.mark.parametrize("policy", POLICY_CASES)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_both_paths_give_the_same_responses(policy: str, family: str) -> None:

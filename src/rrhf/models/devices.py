@@ -3,15 +3,40 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+import sys
+from collections.abc import Mapping, MutableMapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrhf.common.errors import UserError
+from rrhf.models.kernels.cpu.memory import keep_freed_memory
 
 if TYPE_CHECKING:
     import torch
 
 LOCAL_RANKS = ("LOCAL_RANK", "MPI_LOCALRANKID", "OMPI_COMM_WORLD_LOCAL_RANK", "MV2_COMM_WORLD_LOCAL_RANK")
+
+ALLOCATOR = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
+GPU_FILES = ("nvidia[0-9]*", "kfd", "dxg")  # in /dev: NVIDIA's, AMD's, and WSL's
+
+
+def set_up_memory(
+    arguments: Sequence[str], environment: MutableMapping[str, str] = os.environ, devices: Path = Path("/dev")
+) -> None:
+    """How this process holds memory, said before torch is imported.
+
+    On a CPU the C library keeps what is freed. On a GPU torch's allocator makes segments that grow: batches of ever
+    other lengths would leave unusable gaps between fixed ones. A user's own setting stays.
+
+    Args:
+        arguments: the command's; ``--device cpu`` is looked for.
+    """
+    text = " ".join(arguments).replace("=", " ")
+    hidden = environment.get("CUDA_VISIBLE_DEVICES", "0") in ("", "-1")
+    if "--device cpu" in text or hidden or not any(any(devices.glob(pattern)) for pattern in GPU_FILES):
+        keep_freed_memory()
+    elif sys.platform.startswith("linux") and not any(name in environment for name in ALLOCATOR):
+        environment["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def native_bfloat16(device: torch.device) -> bool:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
+from rrhf.models.forward import causal_lm
 from rrhf.sampling.stepping import Advance, check_finite, device_of
 
 
@@ -16,7 +17,9 @@ class TransformersCache:
     """The stepper for models that do not take our attention: transformers' cache, queries padded on the left."""
 
     def __init__(self, model: PreTrainedModel, queries: Sequence[list[int]], width: int, max_new_tokens: int) -> None:
-        self.model, self.width, self.queries = model, width, list(queries)
+        # Inside an adapter's wrapper, whose own signature hides what the model's forward pass takes.
+        self.model, self.width, self.queries = causal_lm(model), width, list(queries)
+        self.takes = inspect.signature(self.model.forward).parameters
         self.device = device_of(model)
         self.cache = DynamicCache(config=model.config)
         longest = max(len(query) for query in queries)
@@ -44,11 +47,14 @@ class TransformersCache:
         return self._forward(advance.tokens[:, None], self.mask.sum(1, keepdim=True) - 1)
 
     def _forward(self, ids: Tensor, positions: Tensor) -> Tensor:
-        options = {"position_ids": positions}
-        if "position_ids" not in inspect.signature(self.model.forward).parameters:
-            options = {}  # ALiBi models count positions from the mask
+        # ALiBi models count positions from the mask; of the queries only the last position's logits are needed.
+        options = {"position_ids": positions, "logits_to_keep": 1}
         outputs = self.model(
-            input_ids=ids, attention_mask=self.mask, past_key_values=self.cache, use_cache=True, **options
+            input_ids=ids,
+            attention_mask=self.mask,
+            past_key_values=self.cache,
+            use_cache=True,
+            **{name: value for name, value in options.items() if name in self.takes},
         )
         logits: Tensor = outputs.logits[:, -1]
         check_finite(self.model, logits.amax(dim=-1))  # −inf for tokens that never come is sound
