@@ -16,6 +16,7 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from oracles.beam_search import Outcome, diverse_beam_search, model_logprobs
 from rrhf.common.errors import UserError
+from rrhf.models.kernels import reference
 from rrhf.models.kernels.cpu import blocked_cache, logits, products
 from rrhf.models.kernels.cpu import device as cpu
 from rrhf.models.path_check import usable_path
@@ -483,6 +484,23 @@ def test_the_best_tokens_are_found_in_blocks(vocabulary: int) -> None:
     assert torch.equal(values, expected.values)
     assert torch.equal(scores.gather(1, tokens), values)
     assert all(len(set(row)) == 12 for row in tokens.tolist())
+
+
+@pytest.mark.parametrize("kernels", [cpu, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("vocabulary", "count"), [(97, 12), (97, 97), (512, 1), (8192, 5), (49152, 50)])
+def test_of_equal_scores_the_first_are_best(kernels: Any, dtype: torch.dtype, vocabulary: int, count: int) -> None:
+    """Against sorting by (−score, column), with few different scores and both zeros."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    scores = torch.randint(-2, 3, (6, vocabulary), generator=generator).to(dtype)
+    scores[1] = torch.where(torch.rand(vocabulary, generator=generator) < 0.5, -0.0, 0.0).to(dtype)
+    scores[2, 3:] = -torch.inf
+    scores[3] = torch.randn(vocabulary, generator=generator).to(dtype)
+    scores[4] = 7.0
+    values, columns = kernels.top(scores, count)
+    for row, best in zip(scores.tolist(), columns.tolist(), strict=True):
+        assert best == sorted(range(vocabulary), key=lambda column: (-row[column], column))[:count]
+    assert torch.equal(values, scores.gather(1, columns))
 
 
 @pytest.mark.parametrize("policy", ["top-p", "beam"])

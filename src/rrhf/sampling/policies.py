@@ -15,7 +15,6 @@ from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.stepping import Advance
 
 PART = 256  # tokens whose probabilities are summed in fp32, and those sums in fp64
-NUCLEUS = 1024  # likeliest tokens among which a nucleus is looked for before the whole vocabulary is sorted
 NEVER = -1.0e9  # the score of what cannot be
 
 StopCheck = Callable[[list[int]], bool]
@@ -41,23 +40,35 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float) -> Te
     """
     if top_k is None and top_p >= 1.0:
         return _draw_from_all(logits, uniform)
-    vocabulary = logits.shape[-1]
-    kept = min(top_k or NUCLEUS, vocabulary)
-    values, tokens = torch.topk(logits, kept, dim=-1)
-    weights = torch.exp(values - values[:, :1]).double()
-    if top_k is None:
-        total = kernels_for(logits.device).exp_(logits - values[:, :1]).sum(dim=-1, dtype=torch.float64)
-        if kept < vocabulary and bool((weights.sum(-1) < top_p * total).any()):
-            values, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
-            weights = torch.exp(values - values[:, :1]).double()
+    kernels, vocabulary = kernels_for(logits.device), logits.shape[-1]
+    kept = min(top_k or kernels.nucleus(vocabulary), vocabulary)
+    values, tokens = _sorted(logits) if kept == vocabulary else kernels.top(logits, kept)
+    weights = _double(torch.exp(values - values[:, :1]))
+    if top_k is None and kept < vocabulary:
+        total = kernels.exp_(logits - values[:, :1]).sum(dim=-1, dtype=torch.float64)
+        if bool((weights.sum(-1) < top_p * total).any()):
+            values, tokens = _sorted(logits)
+            weights = _double(torch.exp(values - values[:, :1]))
     else:
         total = weights.sum(dim=-1)
+    uniform = uniform.to(weights.device)
     mass = weights.cumsum(dim=-1)
     weights = weights.masked_fill(mass - weights >= top_p * total[:, None], 0.0)
     mass = weights.cumsum(dim=-1)
     index = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
     last = (weights > 0).sum(dim=-1, keepdim=True) - 1
-    return tokens.gather(1, torch.minimum(index, last))[:, 0]
+    return tokens.gather(1, torch.minimum(index, last).to(tokens.device))[:, 0]
+
+
+def _sorted(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits from the highest down, of equals the lower token first, and their tokens."""
+    values, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
+    return values, tokens
+
+
+def _double(x: Tensor) -> Tensor:
+    """x in fp64, on the CPU where its device has none."""
+    return x.to(kernels_for(x.device).fp64_device(x.device)).double()
 
 
 def _draw_from_all(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -67,14 +78,20 @@ def _draw_from_all(logits: Tensor, uniform: Tensor) -> Tensor:
     if padding:
         weights = torch.nn.functional.pad(weights, (0, padding))
     parts = weights.view(rows, -1, PART)
-    mass = parts.sum(dim=-1).double().cumsum(dim=-1)
-    target = uniform[:, None] * mass[:, -1:]
+    mass = _double(parts.sum(dim=-1)).cumsum(dim=-1)
+    target = uniform.to(mass.device)[:, None] * mass[:, -1:]
     part = torch.searchsorted(mass, target, right=True).clamp(max=mass.shape[1] - 1)
     before = torch.where(part > 0, mass.gather(1, (part - 1).clamp(min=0)), 0.0)
-    inside = parts[torch.arange(rows, device=logits.device), part[:, 0]].double()
+    inside = _double(parts[torch.arange(rows, device=logits.device), part[:, 0].to(logits.device)])
     index = torch.searchsorted(inside.cumsum(dim=-1), target - before, right=True)
     last = PART - 1 - inside.flip(-1).gt(0).to(torch.uint8).argmax(dim=-1, keepdim=True)  # never a token of no weight
-    return part[:, 0] * PART + torch.minimum(index, last)[:, 0]
+    return (part[:, 0] * PART + torch.minimum(index, last)[:, 0]).to(logits.device)
+
+
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` highest of each row and where they stand, highest first, of equals the first."""
+    values, places = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return values[:, :count], places[:, :count]
 
 
 class Draws:
@@ -101,7 +118,7 @@ class Draws:
         self.top_k = settings.top_k or (50 if settings.policy == "top-k" else None)
         if not self.greedy:
             streams = [uniforms(settings.seed, key, slot, steps) for key in keys for slot in range(self.width)]
-            self.uniforms = torch.from_numpy(np.stack(streams)).to(device)
+            self.uniforms = torch.from_numpy(np.stack(streams)).to(kernels_for(device).fp64_device(device))
 
     def advance(self, logits: Tensor, slots: Tensor) -> Advance:
         rows = torch.arange(len(slots), device=self.device)
@@ -129,10 +146,11 @@ class Draws:
     def _choose(self, logits: Tensor, slots: Tensor) -> Tensor:
         logits = logits.float()
         if self.greedy:
-            return logits.argmax(dim=-1)
+            return kernels_for(logits.device).top(logits, 1)[1][:, 0]
         if self.settings.temperature != 1.0:
             logits = logits / self.settings.temperature
-        return draw(logits, self.uniforms[slots, self.step], self.top_k, self.settings.top_p or 1.0)
+        uniform = self.uniforms[slots.to(self.uniforms.device), self.step]
+        return draw(logits, uniform, self.top_k, self.settings.top_p or 1.0)
 
     def results(self) -> list[list[Response]]:
         responses = [Response(tokens, finish) for tokens, finish in zip(self.tokens, self.finish, strict=True)]
@@ -213,7 +231,8 @@ class Beams:
             best, indices = kernels.top(scores, count)
             highest = best[:, :1]
             rest = kernels.exp_(scores - highest).sum(dim=-1, keepdim=True).log()
-            values.append(best - highest - rest)
+            indices, order = indices.sort(dim=-1)  # by token: of equals the first is the lowest
+            values.append(best.gather(1, order) - highest - rest)
             tokens.append(indices)
         if values[0].dtype == torch.float64 and self.running.dtype != torch.float64:
             self.running, self.finished = self.running.double(), self.finished.double()
@@ -225,9 +244,9 @@ class Beams:
             times = (tokens[..., None] == chosen[:, None, None, :]).sum(dim=-1)
             values = values - self.settings.diversity_penalty * times
         totals = (values + self.running[live, group][:, :, None]).flatten(1)
-        best = torch.topk(totals, self.keep, dim=-1)
-        parent = best.indices // values.shape[-1]
-        token = tokens.flatten(1).gather(1, best.indices)
+        best, candidates = _best(totals, self.keep)
+        parent = candidates // values.shape[-1]
+        token = tokens.flatten(1).gather(1, candidates)
         sequences = self.sequences[live, group].gather(1, parent[:, :, None].expand(-1, -1, self.sequences.shape[-1]))
         sequences[:, :, self.step] = token
         ended = (token[:, :, None] == self.ends[live][:, None, :]).any(dim=-1)
@@ -235,15 +254,15 @@ class Beams:
             hit = [[self.stops(row) for row in rows] for rows in sequences[:, :, : self.step + 1].tolist()]
             ended |= torch.tensor(hit, device=self.device)
         # What goes on is also what later groups avoid, at the last step too, where then all candidates end.
-        following = torch.topk(best.values + ended * NEVER, self.size, dim=-1)
+        running, following = _best(best + ended * NEVER, self.size)
         if self.step + 1 == self.settings.max_new_tokens:
             ended = torch.ones_like(ended)
         self.improvable_before = self.improvable[live, group]
-        self._finish(group, live, best.values, sequences, ended)
-        self.running[live, group] = following.values
-        wide = following.indices[:, :, None].expand(-1, -1, sequences.shape[-1])
+        self._finish(group, live, best, sequences, ended)
+        self.running[live, group] = running
+        wide = following[:, :, None].expand(-1, -1, sequences.shape[-1])
         self.sequences[live, group] = sequences.gather(1, wide)
-        return parent.gather(1, following.indices)
+        return parent.gather(1, following)
 
     def _finish(self, group: int, live: Tensor, totals: Tensor, sequences: Tensor, ended: Tensor) -> None:
         """Keep the best finished beams of a group; only its best ``size`` candidates may enter."""
@@ -255,15 +274,15 @@ class Beams:
         scores = totals / (self.step + 1) ** self.settings.length_penalty
         scores = scores + (~(ended & allowed[:, None])) * NEVER
         merged = torch.cat([self.finished[live, group], scores], dim=1)
-        kept = torch.topk(merged, self.size, dim=-1)
+        best, kept = _best(merged, self.size)
         lengths = torch.full_like(ended, self.step + 1, dtype=torch.long)
-        self.finished[live, group] = kept.values
+        self.finished[live, group] = best
         is_finished = torch.cat([self.is_finished[live, group], ended], dim=1)
-        self.is_finished[live, group] = is_finished.gather(1, kept.indices)
+        self.is_finished[live, group] = is_finished.gather(1, kept)
         lengths = torch.cat([self.finished_lengths[live, group], lengths], dim=1)
-        self.finished_lengths[live, group] = lengths.gather(1, kept.indices)
+        self.finished_lengths[live, group] = lengths.gather(1, kept)
         merged_sequences = torch.cat([self.finished_sequences[live, group], sequences], dim=1)
-        wide = kept.indices[:, :, None].expand(-1, -1, sequences.shape[-1])
+        wide = kept[:, :, None].expand(-1, -1, sequences.shape[-1])
         self.finished_sequences[live, group] = merged_sequences.gather(1, wide)
 
     def _close(self, live: Tensor) -> None:

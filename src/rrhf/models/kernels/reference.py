@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -14,6 +15,8 @@ from rrhf.models.trees import Tree, visible
 
 LOGIT_ELEMENTS = 1 << 25  # logits that exist at a time: few, large products
 LOGIT_ROWS = 2048  # tokens that share one pass over the output layer's weights
+WITHOUT_FP64 = frozenset({"mps"})  # device types that have no fp64
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -188,6 +191,42 @@ def exp_less_(x: Tensor, y: Tensor) -> Tensor:
     return x.sub_(y).exp_()
 
 
+def logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Products that are summed in fp32 and stay so, where torch has them for the device (CUDA; not run on one yet)."""
+    if x.dtype in HALVES and _sums_stay_in_fp32(x.device.type):
+        product = torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return product if bias is None else product.add_(bias)
+    return nn.functional.linear(x, weight, bias)
+
+
+@functools.cache
+def _sums_stay_in_fp32(device: str) -> bool:
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        return torch.mm(ones, ones, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+
+
+def fp64_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type in WITHOUT_FP64 else device
+
+
+def nucleus(vocabulary: int) -> int:
+    return vocabulary
+
+
 def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    values, columns = torch.topk(scores, count, dim=-1)
-    return values, columns
+    """``torch.topk`` says nothing about equals: here no two numbers that it sees are equal.
+
+    A score's bits, read as an integer of the same order, stand above the bits of its column, counted from the end.
+    """
+    if scores.dtype != torch.float32:
+        values, columns = torch.sort(scores, dim=-1, descending=True, stable=True)
+        return values[:, :count], columns[:, :count]
+    bits = (scores + 0.0).view(torch.int32)  # −0 is 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = scores.shape[-1] - 1
+    keys = (ordered.long() << 32) | torch.arange(last, -1, -1, device=scores.device)
+    columns = last - (torch.topk(keys, count, dim=-1).values & 0xFFFFFFFF)
+    return scores.gather(1, columns), columns

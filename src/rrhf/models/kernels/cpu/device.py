@@ -14,22 +14,36 @@ from rrhf.models.kernels.cpu import products
 from rrhf.models.kernels.cpu.blocked_cache import BlockedCache
 from rrhf.models.kernels.cpu.branch_attention import Branches, branch_attention, branches
 from rrhf.models.kernels.cpu.lean_modules import lean
-from rrhf.models.kernels.cpu.logits import exp_, exp_less_, logit_rows, logit_tiles, sampling_rows, spare_rows, top
+from rrhf.models.kernels.cpu.logits import (
+    exp_,
+    exp_less_,
+    logit_rows,
+    logit_tiles,
+    logits,
+    nucleus,
+    sampling_rows,
+    spare_rows,
+    top,
+)
 from rrhf.models.kernels.cpu.products import addmm, linear, matmul
 from rrhf.models.kernels.key_cache import KeyCache
+from rrhf.models.kernels.reference import fp64_device
 from rrhf.models.trees import Tree
 
 __all__ = [
     "addmm",
     "exp_",
     "exp_less_",
+    "fp64_device",
     "key_cache",
     "lean",
     "linear",
     "logit_rows",
     "logit_tiles",
+    "logits",
     "masked_attention",
     "matmul",
+    "nucleus",
     "packed",
     "sampling_rows",
     "spare_rows",
