@@ -6,17 +6,19 @@ Ours always runs all queries in one batch; the references run them one by one, s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GenerationConfig, PreTrainedModel
 
 from oracles.beam_search import Outcome, diverse_beam_search, model_logprobs
 from rrhf.common.errors import UserError
-from rrhf.models.kernels import reference
+from rrhf.models.kernels import choice, reference
 from rrhf.models.kernels.cpu import blocked_cache, logits, products
 from rrhf.models.kernels.cpu import device as cpu
 from rrhf.models.path_check import usable_path
@@ -341,6 +343,91 @@ def test_slots_of_a_query_finish_one_by_one() -> None:
         for fewer in (1, 3):  # a response's draws do not depend on how many are asked for
             alone = ours(model, [query], **{**options, "num_responses": fewer})[0]
             assert alone == responses[:fewer]
+
+
+# --- devices on which the host waits ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This CPU with the kernels of a device that has none of its own."""
+    monkeypatch.setitem(choice.KERNELS, "cpu", reference)
+
+
+@pytest.mark.parametrize("path", ["tree", "padded"])
+@pytest.mark.parametrize("policy", POLICY_CASES)
+def test_responses_that_end_between_two_looks_are_the_same(
+    policy: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots go on after their ends until the host looks; once it looks every step, once every 16, once never."""
+    model, queries = lively("llama", 10, 1.5).double(), some_queries(10, 20)
+    options = {"policy": policy, "path": path, "max_new_tokens": 25, **POLICY_CASES[policy]}
+    expected = ours(model, queries, **options)
+    assert len(lengths_of(expected)) >= 8
+    monkeypatch.setitem(choice.KERNELS, "cpu", reference)
+    for every in (1, 5, 16, 100):
+        monkeypatch.setattr(reference, "STEPS_BETWEEN_CHECKS", every)
+        assert ours(model, queries, **options) == expected
+
+
+class Looks(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers read, and shapes that depend on them."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().partition("::")[2].partition(".")[0].strip("_")
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += by_mask or any(name.startswith(waiting.strip("_")) for waiting in self.WAITING)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", POLICY_CASES)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_host_waits_at_most_once_in_a_step(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fact three times in 16 steps: for what is finite, for what has ended, and for which queries are left."""
+    model, queries = lively("llama", 10, -1.0), some_queries(10, 6)
+    looks = Looks()
+    listed: list[int] = []
+    plain = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (listed.append(1), plain(self))[1])
+    counts: list[int] = []
+
+    class Watched(shared_cache.SharedCache):
+        def step(self, advance: Advance) -> torch.Tensor:
+            counts.append(looks.count + len(listed))
+            return super().step(advance)
+
+    monkeypatch.setitem(decoding_module.STEPPERS, "tree", Watched)
+    with looks:
+        results = ours(model, queries, policy=policy, max_new_tokens=50, **POLICY_CASES[policy])
+    assert max(lengths_of(results)) == 50 and len(counts) == 49
+    waits = [after - before for before, after in itertools.pairwise(counts)]
+    assert 0 < sum(waits) <= 3 * 4 and sum(wait > 0 for wait in waits) <= 2 * 4
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("policy", POLICY_CASES)
+@pytest.mark.parametrize("path", ["tree", "padded"])
+def test_outputs_that_stop_being_numbers_between_two_looks(policy: str, path: str) -> None:
+    """At the third step: the draws from them must not break anything before the next look."""
+    model, queries = lively("llama", 10, -50.0), some_queries(10, 3)
+    calls: list[int] = []
+
+    def damage(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return output if len(calls) < 3 else output * torch.nan
+
+    model.model.layers[1].mlp.register_forward_hook(damage)
+    for steps in (8, 40):  # looked for at the end, and at the 16th step
+        calls.clear()
+        with pytest.raises(UserError, match="no finite numbers"):
+            ours(model, queries, policy=policy, path=path, max_new_tokens=steps, **POLICY_CASES[policy])
+        assert len(calls) <= 17
 
 
 # --- sliding windows, other paths ---------------------------------------------------------------------------------

@@ -71,4 +71,5 @@ def decode(
         advance = policy.advance(stepper.prefill(), slots)
         while len(advance.slots):
             advance = policy.advance(stepper.step(advance), advance.slots)
+        stepper.finite.look()
     return policy.results()

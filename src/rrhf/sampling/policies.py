@@ -56,7 +56,7 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float) -> Te
     weights = weights.masked_fill(mass - weights >= top_p * total[:, None], 0.0)
     mass = weights.cumsum(dim=-1)
     index = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
-    last = (weights > 0).sum(dim=-1, keepdim=True) - 1
+    last = (weights > 0).sum(dim=-1, keepdim=True).clamp(min=1) - 1  # also where logits are no numbers
     return tokens.gather(1, torch.minimum(index, last).to(tokens.device))[:, 0]
 
 
@@ -94,6 +94,14 @@ def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], places[:, :count]
 
 
+def _padded(end_tokens: Sequence[Collection[int]], device: torch.device) -> Tensor:
+    """Each query's end tokens, [queries, most of them], and −1, which is no token."""
+    most = max((len(set(ends)) for ends in end_tokens), default=0)
+    rows = [sorted(set(ends)) for ends in end_tokens]
+    padded = [row + [-1] * (max(most, 1) - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), -1)
+
+
 class Draws:
     """Independent draws (top-p, top-k, or the likeliest token with ``greedy``), ``width`` a query.
 
@@ -109,10 +117,13 @@ class Draws:
         device: torch.device,
     ) -> None:
         self.settings, self.stops, self.width, self.device = settings, stops, settings.width, device
-        self.ends = list(end_tokens)
-        steps = settings.max_new_tokens
-        self.tokens: list[list[int]] = [[] for _ in range(len(keys) * self.width)]
-        self.finish = ["length"] * len(self.tokens)
+        self.ends = _padded(end_tokens, device)
+        count, steps = len(keys) * self.width, settings.max_new_tokens
+        self.tokens = torch.zeros(count, steps, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(count, dtype=torch.long, device=device)
+        self.open = torch.ones(count, dtype=torch.bool, device=device)
+        self.stopped = torch.zeros(count, dtype=torch.bool, device=device)
+        self.texts: list[list[int]] = [[] for _ in range(count)]  # for stop strings, which the host looks for
         self.step = 0
         self.greedy = settings.policy == "greedy"
         self.top_k = settings.top_k or (50 if settings.policy == "top-k" else None)
@@ -121,27 +132,41 @@ class Draws:
             self.uniforms = torch.from_numpy(np.stack(streams)).to(kernels_for(device).fp64_device(device))
 
     def advance(self, logits: Tensor, slots: Tensor) -> Advance:
+        """Draw a token a slot. Responses that have ended are looked for, and dropped, now and then
+        (``Kernels.steps_between_checks``); until then their slots go on, and what they draw is no part of them."""
         rows = torch.arange(len(slots), device=self.device)
         if self.step == 0:  # a query's slots share its one row of logits
             slots = torch.arange(len(self.tokens), device=self.device)
             rows = slots // self.width
-        size = kernels_for(logits.device).sampling_rows(logits.shape[-1])
+        kernels = kernels_for(logits.device)
+        size = kernels.sampling_rows(logits.shape[-1])
         choices = torch.cat(
             [self._choose(logits[r], s) for r, s in zip(rows.split(size), slots.split(size), strict=True)]
         )
+        self._record(slots, choices)
         self.step += 1
-        live = []
-        for i, (slot, token) in enumerate(zip(slots.tolist(), choices.tolist(), strict=True)):
-            if token in self.ends[slot // self.width]:
-                self.finish[slot] = "stop"
-                continue
-            self.tokens[slot].append(token)
-            if self.stops is not None and self.stops(self.tokens[slot]):
-                self.finish[slot] = "stop"
-            elif self.step < self.settings.max_new_tokens:
-                live.append(i)
-        keep = torch.tensor(live, dtype=torch.long, device=self.device)
-        return Advance(slots[keep], slots[keep], choices[keep])
+        if self.step == self.settings.max_new_tokens:
+            return Advance(slots[:0], slots[:0], choices[:0])
+        if self.stops is None and self.step % kernels.steps_between_checks():
+            return Advance(slots, slots, choices)
+        live = self.open[slots].nonzero()[:, 0]
+        return Advance(slots[live], slots[live], choices[live])
+
+    def _record(self, slots: Tensor, choices: Tensor) -> None:
+        """Append the tokens to the responses that are open, and close those that end with them."""
+        was_open = self.open[slots]
+        ended = (choices[:, None] == self.ends[slots // self.width]).any(dim=1)
+        self.tokens[slots, self.step] = choices
+        still = was_open & ~ended
+        self.lengths[slots] += still
+        if self.stops is not None:
+            hit = [False] * len(slots)
+            for i, (slot, token, is_open) in enumerate(torch.stack([slots, choices, still.long()], dim=1).tolist()):
+                self.texts[slot].append(token)
+                hit[i] = bool(is_open) and self.stops(self.texts[slot])
+            still = still & ~torch.tensor(hit, device=self.device)
+        self.open[slots] = still
+        self.stopped[slots] |= was_open & ~still
 
     def _choose(self, logits: Tensor, slots: Tensor) -> Tensor:
         logits = logits.float()
@@ -153,7 +178,8 @@ class Draws:
         return draw(logits, uniform, self.top_k, self.settings.top_p or 1.0)
 
     def results(self) -> list[list[Response]]:
-        responses = [Response(tokens, finish) for tokens, finish in zip(self.tokens, self.finish, strict=True)]
+        ends = zip(self.tokens.tolist(), self.lengths.tolist(), self.stopped.tolist(), strict=True)
+        responses = [Response(tokens[:length], "stop" if stopped else "length") for tokens, length, stopped in ends]
         return [responses[i : i + self.width] for i in range(0, len(responses), self.width)]
 
 
@@ -178,11 +204,9 @@ class Beams:
         self.settings, self.stops, self.width, self.device = settings, stops, settings.width, device
         self.groups, self.size = settings.groups, settings.num_beams // settings.groups
         self.end_sets = [set(ends) for ends in end_tokens]
+        self.ends = _padded(end_tokens, device)
         most = max((len(ends) for ends in self.end_sets), default=0)
         self.keep = max(2, 1 + most) * self.size  # candidates a group: enough to go on if all the best ones end
-        self.ends = torch.full((len(keys), max(most, 1)), -1, device=device)
-        for i, ends in enumerate(self.end_sets):
-            self.ends[i, : len(ends)] = torch.tensor(sorted(ends), device=device)
         shape, steps = (len(keys), self.groups, self.size), settings.max_new_tokens
         self.running = torch.full(shape, NEVER, dtype=torch.float32, device=device)
         self.running[:, :, 0] = 0.0  # the first step must not draw the same token for all beams
@@ -210,9 +234,11 @@ class Beams:
         self.step += 1
         self._close(live)
         if self.step == self.settings.max_new_tokens:
-            self.improvable[:] = False
-        going = self.improvable[live].any(dim=1)
-        live, parents = live[going], parents[going]
+            return Advance(slots[:0], slots[:0], slots[:0])
+        if self.step % kernels_for(logits.device).steps_between_checks() == 0:
+            # Until then a query whose groups have all ended goes on, and takes nothing more in.
+            going = self.improvable[live].any(dim=1).nonzero()[:, 0]
+            live, parents = live[going], parents[going]
         offsets = torch.arange(self.groups, device=self.device)[:, None] * self.size
         base = live[:, None] * self.width
         every = torch.arange(self.width, device=self.device)
@@ -291,7 +317,7 @@ class Beams:
         worst = torch.where(
             self.is_finished[live],
             self.finished[live].amin(dim=-1, keepdim=True),
-            torch.tensor(NEVER).to(self.finished),
+            self.finished.new_full((), NEVER),
         )
         improvable = self.improvable[live] & (attainable[:, :, None] > worst).any(dim=-1)
         if self.settings.early_stopping:

@@ -21,7 +21,7 @@ from rrhf.models.kernels.choice import kernels_for
 from rrhf.models.kernels.key_cache import KeyCache
 from rrhf.models.kernels.reference import additive
 from rrhf.models.logprobs import output_logits
-from rrhf.sampling.stepping import Advance, check_finite, device_of
+from rrhf.sampling.stepping import Advance, FiniteCheck, device_of
 
 PREFILL_TOKENS = 4096  # query tokens of one prefill forward
 COMPACT_BELOW = 0.75  # share of live queries under which the buffers are packed anew
@@ -42,6 +42,9 @@ class SharedCache:
         self.columns = self.prompt + width * (max_new_tokens - 1)
         self.layers: dict[int, KeyCache] = {}
         self.steps = 0
+        self.finite = FiniteCheck(self.model)
+        self.no_mask = NO_MASK.to(self.device)
+        self.live_rows = len(queries) * width  # rows of the last step; they only become fewer
         # Which row of the buffers holds each live query.
         self.place = torch.arange(len(queries), device=self.device)
         count = len(queries)
@@ -65,9 +68,7 @@ class SharedCache:
             logits.append(self._prefill(start, stop))
             start = stop
         whole = torch.cat(logits)
-        check_finite(
-            self.model, whole.amax(dim=-1)
-        )  # the output layer too, once: −inf for tokens that never come is sound
+        self.finite.add(whole.amax(dim=-1))  # the output layer too, once: −inf for tokens that never come is sound
         return whole
 
     def _prefill(self, start: int, stop: int) -> Tensor:
@@ -82,7 +83,7 @@ class SharedCache:
         outputs = self.model.base_model(
             input_ids=ids[None],
             position_ids=positions[None],
-            attention_mask=NO_MASK.to(self.device),
+            attention_mask=self.no_mask,
             use_cache=False,
             rrhf_layout=layout,
         )
@@ -111,7 +112,7 @@ class SharedCache:
         self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
         self.steps += 1
         hidden = self._forward(advance.tokens, self.lengths[query] + self.steps - 1, self)
-        check_finite(self.model, hidden)
+        self.finite.add(hidden)
         return output_logits(self.model, hidden)
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
@@ -153,6 +154,9 @@ class SharedCache:
 
     def _compact(self, query: Tensor) -> None:
         """Drop finished queries from the buffers once enough of them are."""
+        if len(query) == self.live_rows:
+            return
+        self.live_rows = len(query)
         live = torch.unique(query)
         if len(live) > COMPACT_BELOW * len(self.visible):
             return

@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from rrhf.models.forward import causal_lm
-from rrhf.sampling.stepping import Advance, check_finite, device_of
+from rrhf.sampling.stepping import Advance, FiniteCheck, device_of
 
 
 class TransformersCache:
@@ -28,6 +28,7 @@ class TransformersCache:
             self.mask[i, longest - len(query) :] = 1
         self.rows = torch.arange(len(queries), device=self.device) * width  # the slot each row of the cache holds
         self.stepped = False
+        self.finite = FiniteCheck(self.model)
 
     def prefill(self) -> Tensor:
         ids = torch.zeros_like(self.mask)
@@ -36,11 +37,10 @@ class TransformersCache:
         return self._forward(ids, (self.mask.cumsum(1) - 1).clamp(min=0))
 
     def step(self, advance: Advance) -> Tensor:
-        row_of = {int(slot): row for row, slot in enumerate(self.rows)}
         # After the prefill a query has one row, which all its slots continue.
         parents = advance.parents if self.stepped else advance.parents // self.width * self.width
         self.stepped = True
-        rows = torch.tensor([row_of[int(parent)] for parent in parents], device=self.device)
+        rows = torch.searchsorted(self.rows, parents)  # slots come in order
         self.cache.reorder_cache(rows)
         self.mask = torch.cat([self.mask[rows], self.mask.new_ones(len(rows), 1)], dim=1)
         self.rows = advance.slots
@@ -57,5 +57,5 @@ class TransformersCache:
             **{name: value for name, value in options.items() if name in self.takes},
         )
         logits: Tensor = outputs.logits[:, -1]
-        check_finite(self.model, logits.amax(dim=-1))  # −inf for tokens that never come is sound
+        self.finite.add(logits.amax(dim=-1))  # −inf for tokens that never come is sound
         return logits

@@ -101,6 +101,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def steps_between_checks(self) -> int:
+        """Every how many decode steps the host looks which responses have ended and whether all numbers are finite."""
+        ...
+
     def fp64_device(self, device: torch.device) -> torch.device:
         """Where sums in fp64 are made for tensors on ``device``: there, or on the CPU."""
         ...

@@ -15,6 +15,7 @@ from rrhf.models.trees import Tree, visible
 
 LOGIT_ELEMENTS = 1 << 25  # logits that exist at a time: few, large products
 LOGIT_ROWS = 2048  # tokens that share one pass over the output layer's weights
+STEPS_BETWEEN_CHECKS = 16  # a look at the device's numbers waits for all its work
 WITHOUT_FP64 = frozenset({"mps"})  # device types that have no fp64
 HALVES = (torch.bfloat16, torch.float16)
 
@@ -210,6 +211,10 @@ def _sums_stay_in_fp32(device: str) -> bool:
 
 def fp64_device(device: torch.device) -> torch.device:
     return torch.device("cpu") if device.type in WITHOUT_FP64 else device
+
+
+def steps_between_checks() -> int:
+    return STEPS_BETWEEN_CHECKS
 
 
 def nucleus(vocabulary: int) -> int:

@@ -47,6 +47,7 @@ __all__ = [
     "packed",
     "sampling_rows",
     "spare_rows",
+    "steps_between_checks",
     "top",
     "tree_attention",
 ]
@@ -57,6 +58,11 @@ PACK_ROWS, PACK_STEPS = 32, 32  # from so many rows a step and steps on, laying 
 def products_beat_fused(dtype: torch.dtype) -> bool:
     """In bfloat16 torch's fused attention takes twice as long as plain products do, its backward 2-3 times."""
     return dtype == torch.bfloat16
+
+
+def steps_between_checks() -> int:
+    """Nothing waits for anything here: rows that have ended are dropped at once."""
+    return 1
 
 
 def packed(model: nn.Module, rows: int, steps: int) -> contextlib.AbstractContextManager[None]:
