@@ -10,7 +10,7 @@ import torch
 
 from rrhf.common.errors import UserError
 from rrhf.models import devices
-from rrhf.models.devices import device_name, resolve_device, set_up_memory
+from rrhf.models.devices import device_name, free_memory, resolve_device, set_up_memory
 
 
 def launched(rank: int, processes: int) -> dict[str, str]:
@@ -115,3 +115,21 @@ def test_a_cpu_keeps_freed_memory_and_a_gpu_has_segments_that_grow(
         (tmp_path / gpu).touch()
     set_up_memory(arguments, environment, tmp_path)
     assert (len(calls), environment) == (kept, after)
+
+
+def test_free_memory_is_what_the_system_and_the_container_leave(tmp_path: Path) -> None:
+    cpu = torch.device("cpu")
+    assert free_memory(cpu, tmp_path) is None
+    group = tmp_path / "sys/fs/cgroup"
+    (tmp_path / "proc").mkdir()
+    group.mkdir(parents=True)
+    (tmp_path / "proc/meminfo").write_text("MemTotal: 9000 kB\nMemFree: 5 kB\nMemAvailable:    4000 kB\n")
+    assert free_memory(cpu, tmp_path) == 4000 * 1024
+    (group / "memory.max").write_text("max\n")
+    (group / "memory.current").write_text("1000000\n")
+    assert free_memory(cpu, tmp_path) == 4000 * 1024
+    (group / "memory.max").write_text("3000000\n")
+    assert free_memory(cpu, tmp_path) == 2000000
+    (group / "memory.current").write_text("3500000\n")
+    assert free_memory(cpu, tmp_path) == 0
+    assert free_memory(torch.device("meta")) is None

@@ -21,6 +21,7 @@ from rrhf.models.kernels import reference
 from rrhf.models.kernels.cpu.logits import NUCLEUS
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.record import Record
+from rrhf.sampling import batch_size
 from rrhf.sampling.decoding import Response
 from rrhf.sampling.policies import PART, draw, uniforms
 from rrhf.sampling.sampler import Sampler, sample
@@ -311,11 +312,41 @@ def test_the_batch_size_changes_nothing(
     policy: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     whole = texts(list(sample(some_records(), model, tokenizer, SETTINGS[policy])))
-    for batch_size in (1, 2, 3):  # and blocks of 4, 8 and 12 records
-        settings = dataclasses.replace(SETTINGS[policy], batch_size=batch_size)
+    for size in (1, 2, 3):  # and blocks of 4, 8 and 12 records
+        settings = dataclasses.replace(SETTINGS[policy], batch_size=size)
         assert texts(list(sample(some_records(), model, tokenizer, settings))) == whole
     backwards = texts(list(sample(some_records()[::-1], model, tokenizer, SETTINGS[policy])))
     assert backwards[::-1] == whole
+
+
+@pytest.mark.parametrize(("free", "fitting"), [(None, 32), (10**12, 32), (20.5, 8), (1.9, 1), (0, 1)])
+def test_the_batch_size_by_default_is_what_fits_into_half_of_the_free_memory(
+    free: float | None,
+    fitting: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = SamplingSettings(policy="top-p", num_responses=2, max_new_tokens=20)
+    records = [Record(query=f"{i % 7} things", id=str(i)) for i in range(40)]
+    expected = texts(list(sample(records, model, tokenizer, dataclasses.replace(settings, batch_size=32))))
+    size = batch_size.query_bytes(model, settings, longest=len("1 things"))
+    # Two layers of two heads of eight numbers, keys and values, in fp32; the logits of both responses beside them.
+    assert size == 2 * 2 * 2 * 8 * 4 * (8 + 2 * 19) + batch_size.LOGIT_BYTES * 2 * len(tokenizer)
+    monkeypatch.setattr(batch_size, "free_memory", lambda device: None if free is None else int(free * size))
+    batches: list[int] = []
+    draw_batch = Sampler.draw
+
+    def counted(self: Sampler, queries: Any, *rest: Any) -> Any:
+        batches.append(len(queries))
+        return draw_batch(self, queries, *rest)
+
+    monkeypatch.setattr(Sampler, "draw", counted)
+    with caplog.at_level("INFO", logger="rrhf"):
+        assert texts(list(sample(records, model, tokenizer, settings))) == expected
+    assert max(batches) == fitting
+    assert [line for line in caplog.messages if f"{fitting} queries at a time" in line and "--batch_size" in line]
 
 
 def test_seeds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

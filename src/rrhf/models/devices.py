@@ -120,6 +120,30 @@ def resolve_device(flag: str) -> torch.device:
     return device
 
 
+def free_memory(device: torch.device, system: Path = Path("/")) -> int | None:
+    """Bytes that can still be taken on ``device``; ``None`` where that is not known.
+
+    ``system`` is where a CPU's ``proc`` and ``sys`` lie; a container's limit counts too.
+    """
+    import torch
+
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return int(torch.cuda.mem_get_info(device)[0]) + unused
+    if device.type != "cpu":
+        return None
+    limits = []
+    try:
+        for line in (system / "proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                limits.append(1024 * int(line.split()[1]))
+        group = system / "sys/fs/cgroup"
+        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    except (OSError, ValueError):  # another system, or a group without a limit ("max")
+        pass
+    return max(0, min(limits)) if limits else None
+
+
 def resolve_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
     """The type of the weights: see ``ModelSettings.dtype``.
 

@@ -101,6 +101,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def most_queries(self) -> int:
+        """How many queries are decoded together at most where nobody says so."""
+        ...
+
     def steps_between_checks(self) -> int:
         """Every how many decode steps the host looks which responses have ended and whether all numbers are finite."""
         ...

@@ -15,6 +15,7 @@ from rrhf.models.trees import Tree, visible
 
 LOGIT_ELEMENTS = 1 << 25  # logits that exist at a time: few, large products
 LOGIT_ROWS = 2048  # tokens that share one pass over the output layer's weights
+MOST_QUERIES = 128  # decoded together: a part of a sampling run holds no more
 STEPS_BETWEEN_CHECKS = 16  # a look at the device's numbers waits for all its work
 WITHOUT_FP64 = frozenset({"mps"})  # device types that have no fp64
 HALVES = (torch.bfloat16, torch.float16)
@@ -215,6 +216,10 @@ def fp64_device(device: torch.device) -> torch.device:
 
 def steps_between_checks() -> int:
     return STEPS_BETWEEN_CHECKS
+
+
+def most_queries() -> int:
+    return MOST_QUERIES
 
 
 def nucleus(vocabulary: int) -> int:

@@ -43,6 +43,7 @@ __all__ = [
     "logits",
     "masked_attention",
     "matmul",
+    "most_queries",
     "nucleus",
     "packed",
     "sampling_rows",
@@ -52,12 +53,17 @@ __all__ = [
     "tree_attention",
 ]
 
+MOST_QUERIES = 32  # with four responses each, products are as fast as they get
 PACK_ROWS, PACK_STEPS = 32, 32  # from so many rows a step and steps on, laying weights out anew pays
 
 
 def products_beat_fused(dtype: torch.dtype) -> bool:
     """In bfloat16 torch's fused attention takes twice as long as plain products do, its backward 2-3 times."""
     return dtype == torch.bfloat16
+
+
+def most_queries() -> int:
+    return MOST_QUERIES
 
 
 def steps_between_checks() -> int:
