@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, PreTrainedModel
 
 from oracles.beam_search import Outcome, diverse_beam_search, model_logprobs
@@ -23,7 +24,7 @@ from rrhf.models.kernels.cpu import blocked_cache, logits, products
 from rrhf.models.kernels.cpu import device as cpu
 from rrhf.models.path_check import usable_path
 from rrhf.sampling import decoding as decoding_module
-from rrhf.sampling import shared_cache
+from rrhf.sampling import shared_cache, slot_columns
 from rrhf.sampling.decoding import Response, decode
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import POLICIES, SamplingSettings
@@ -343,6 +344,75 @@ def test_slots_of_a_query_finish_one_by_one() -> None:
         for fewer in (1, 3):  # a response's draws do not depend on how many are asked for
             alone = ours(model, [query], **{**options, "num_responses": fewer})[0]
             assert alone == responses[:fewer]
+
+
+# --- long responses -----------------------------------------------------------------------------------------------
+
+DRAW_CASES: dict[str, dict[str, Any]] = {
+    "top-p": {"top_p": 0.95, "num_responses": 5},
+    "top-k": {"top_k": 8, "num_responses": 2, "temperature": 1.3},
+}
+
+
+@pytest.mark.parametrize("policy", DRAW_CASES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("kernels", [cpu, reference])
+def test_slots_that_read_their_own_columns_draw_the_same(
+    kernels: Any, family: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With windows and soft caps, several blocks of columns, slots and queries that end at all kinds of steps."""
+    model, queries = lively(family, 21, 1.0).double(), some_queries(21, 14, longest=20)
+    options = {"policy": policy, "max_new_tokens": 30, **DRAW_CASES[policy]}
+    expected = ours(model, queries, **options)
+    assert len(lengths_of(expected)) >= 8
+    sizes: list[int] = []
+
+    class Watched(slot_columns.SlotColumns):
+        def step(self, advance: Advance) -> torch.Tensor:
+            logits = super().step(advance)
+            sizes.append(len(self.prompt.visible))
+            assert {len(blocks) for blocks in self.blocks.values()} == {(self.step_index + 6) // 7}
+            return logits
+
+    monkeypatch.setitem(choice.KERNELS, "cpu", kernels)
+    monkeypatch.setattr(reference, "STEPS_BETWEEN_CHECKS", 4)
+    monkeypatch.setattr(shared_cache, "COMPACT_BELOW", 0.95)
+    monkeypatch.setattr(slot_columns, "BLOCK", 7)
+    monkeypatch.setattr(decoding_module, "LONG", 1)
+    monkeypatch.setattr(decoding_module, "SlotColumns", Watched)
+    assert ours(model, queries, **options) == expected
+    assert len(set(sizes)) >= 2  # buffers were packed anew
+    sizes.clear()
+    ours(model, queries, policy="beam", max_new_tokens=5)
+    assert not sizes  # beams change places
+
+
+@pytest.mark.parametrize(("policy", "steps"), [("top-p", 2), ("top-p", 1), ("greedy", 30)])
+def test_short_and_single_responses_with_columns_of_their_own(
+    policy: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, queries = lively("llama", 21, 1.0).double(), some_queries(21, 5)
+    expected = ours(model, queries, policy=policy, max_new_tokens=steps)
+    monkeypatch.setattr(decoding_module, "LONG", 1)
+    assert ours(model, queries, policy=policy, max_new_tokens=steps) == expected
+
+
+def test_the_work_of_a_slot_does_not_grow_with_the_number_of_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplications in all attention products of eight responses of 200 tokens, beside the shared columns'."""
+    model, queries = lively("llama", 21, -60.0), [[5, 6, 7]]
+    options: dict[str, Any] = {"num_responses": 8, "max_new_tokens": 200, "policy": "top-p"}
+    monkeypatch.setattr(slot_columns, "BLOCK", 25)
+    monkeypatch.setattr(cpu, "products_beat_fused", lambda dtype: True)  # products are what can be counted
+
+    def products() -> int:
+        with FlopCounterMode(display=False) as counter:
+            ours(model, queries, **options)
+        by_kind = counter.get_flop_counts()["Global"]
+        return sum(count for kind, count in by_kind.items() if "bmm" in str(kind))
+
+    shared = products()
+    monkeypatch.setattr(decoding_module, "LONG", 200)
+    assert 0 < products() < shared / 6
 
 
 # --- devices on which the host waits ------------------------------------------------------------------------------

@@ -108,6 +108,8 @@ class Draws:
     Each response has its own stream of uniforms, so it does not depend on what is decoded beside it.
     """
 
+    independent = True
+
     def __init__(
         self,
         settings: SamplingSettings,

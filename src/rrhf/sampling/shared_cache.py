@@ -76,10 +76,11 @@ class SharedCache:
         layout = _QueryPass(self, start, [len(query) for query in queries])
         ids = torch.tensor([token for query in queries for token in query], device=self.device)
         positions = torch.cat([torch.arange(len(query), device=self.device) for query in queries])
-        hidden = self._forward(ids, positions, layout)
+        hidden = self.forward(ids, positions, layout)
         return output_logits(self.model, hidden[self.lengths[start:stop].cumsum(0) - 1])
 
-    def _forward(self, ids: Tensor, positions: Tensor, layout: object) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, layout: object) -> Tensor:
+        """Last hidden states [T, hidden_size] of token ids and positions [T], under ``layout``."""
         outputs = self.model.base_model(
             input_ids=ids[None],
             position_ids=positions[None],
@@ -100,7 +101,7 @@ class SharedCache:
 
     def step(self, advance: Advance) -> Tensor:
         query, slot = advance.slots // self.width, advance.slots % self.width
-        self._compact(query)
+        self.compact(query)
         row = self.place[query]
         column = self.prompt + self.steps * self.width
         # A slot reads what its parent read, and itself.
@@ -111,7 +112,7 @@ class SharedCache:
         self._everything = len(row) == len(self.visible) * self.width
         self._masks: dict[tuple[int | None, torch.dtype, int], Tensor] = {}
         self.steps += 1
-        hidden = self._forward(advance.tokens, self.lengths[query] + self.steps - 1, self)
+        hidden = self.forward(advance.tokens, self.lengths[query] + self.steps - 1, self)
         self.finite.add(hidden)
         return output_logits(self.model, hidden)
 
@@ -152,20 +153,24 @@ class SharedCache:
             self._masks[window, dtype, groups] = mask
         return mask
 
-    def _compact(self, query: Tensor) -> None:
-        """Drop finished queries from the buffers once enough of them are."""
+    def compact(self, query: Tensor) -> Tensor | None:
+        """Drop finished queries from the buffers once enough of them are; returns the rows that stay, if not all do.
+
+        ``query``: of every live slot its query, [R].
+        """
         if len(query) == self.live_rows:
-            return
+            return None
         self.live_rows = len(query)
         live = torch.unique(query)
         if len(live) > COMPACT_BELOW * len(self.visible):
-            return
+            return None
         rows = self.place[live]
         for cache in self.layers.values():
             cache.select(rows)
         self.visible, self.positions = self.visible[rows], self.positions[rows]
         self.place = torch.full_like(self.place, -1)
         self.place[live] = torch.arange(len(live), device=self.device)
+        return rows
 
 
 class _QueryPass:
