@@ -482,6 +482,44 @@ def test_the_host_waits_at_most_once_in_a_step(policy: str, monkeypatch: pytest.
 
 @pytest.mark.usefixtures("as_on_a_gpu")
 @pytest.mark.parametrize("policy", POLICY_CASES)
+@pytest.mark.parametrize("own_columns", [False, True])
+def test_shapes_stay_while_nothing_is_packed(policy: str, own_columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors of a decode step have the shapes of the one before, but for every 64th column and 16th step."""
+    model, queries = lively("mistral", 10, 1.0), some_queries(10, 6)
+    shapes: list[set[tuple[str, tuple[int, ...]]]] = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if shapes and isinstance(result, torch.Tensor):
+                shapes[-1].add((function.name(), tuple(result.shape)))
+            return result
+
+    if own_columns:
+        monkeypatch.setattr(decoding_module, "LONG", 1)
+        monkeypatch.setattr(slot_columns, "BLOCK", 16)
+
+    def watch(kind: Any) -> None:
+        plain = kind.step
+
+        def step(self: Any, advance: Advance) -> torch.Tensor:
+            shapes.append(set())
+            return plain(self, advance)
+
+        monkeypatch.setattr(kind, "step", step)
+
+    watch(shared_cache.SharedCache)
+    watch(slot_columns.SlotColumns)
+    width = POLICY_CASES[policy].get("num_beams", POLICY_CASES[policy].get("num_responses", 1))
+    with Shapes():
+        ours(model, queries, policy=policy, max_new_tokens=50, **POLICY_CASES[policy])
+    changes = [after != before for before, after in itertools.pairwise(shapes[:-1])]
+    assert len(changes) >= 25
+    assert sum(changes) <= 2 * (len(shapes) // 16 + width * 50 // 64 + 2)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("policy", POLICY_CASES)
 @pytest.mark.parametrize("path", ["tree", "padded"])
 def test_outputs_that_stop_being_numbers_between_two_looks(policy: str, path: str) -> None:
     """At the third step: the draws from them must not break anything before the next look."""

@@ -16,6 +16,7 @@ from rrhf.models.trees import Tree, visible
 LOGIT_ELEMENTS = 1 << 25  # logits that exist at a time: few, large products
 LOGIT_ROWS = 2048  # tokens that share one pass over the output layer's weights
 MOST_QUERIES = 128  # decoded together: a part of a sampling run holds no more
+READ_COLUMNS = 64  # of a decode cache, read together: steps of the same shapes, and rows of masks that lie aligned
 STEPS_BETWEEN_CHECKS = 16  # a look at the device's numbers waits for all its work
 WITHOUT_FP64 = frozenset({"mps"})  # device types that have no fp64
 HALVES = (torch.bfloat16, torch.float16)
@@ -121,7 +122,7 @@ def tree_attention(trees: Sequence[Tree], ends: Tensor, positions: Tensor) -> Ma
 
 
 class WholeCache:
-    """A ``KeyCache`` of one block with all columns, read by ``masked_attention``."""
+    """A ``KeyCache`` of one block with all columns, of which ``attention`` reads multiples of ``read``."""
 
     def __init__(
         self,
@@ -130,16 +131,17 @@ class WholeCache:
         count: int,
         columns: int,
         attention: Callable[[AttentionCall, Tensor], Tensor],
+        read: int = 1,
     ) -> None:
         keys, values = (x.new_zeros(count, x.shape[1], columns, x.shape[-1]) for x in (key, value))
         self.whole = KeyBlock(0, keys, values)
-        self.attention = attention
+        self.attention, self.read = attention, read
 
     def block(self, column: int) -> KeyBlock:
         return self.whole
 
     def columns_read(self, end: int) -> int:
-        return end
+        return min(end + -end % self.read, self.whole.end)
 
     def mask_type(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -153,7 +155,7 @@ class WholeCache:
 
 
 def key_cache(key: Tensor, value: Tensor, count: int, prompt: int, width: int, columns: int) -> KeyCache:
-    return WholeCache(key, value, count, columns, masked_attention)
+    return WholeCache(key, value, count, columns, masked_attention, READ_COLUMNS)
 
 
 # -- the output layer and what is drawn from it
