@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import rrhf.models.logprobs
 from rrhf.models.forward import causal_lm
 from rrhf.models.kernels.cpu import logits as cpu_logits
-from rrhf.models.logprobs import token_logprobs
+from rrhf.models.kernels.cpu import products
+from rrhf.models.logprobs import output_logits, token_logprobs
 from rrhf.models.padded_rows import padded_logprobs
 from rrhf.models.shared_prefix import tree_logprobs
 from support.models import tiny_model
@@ -149,3 +151,48 @@ def test_no_rows_have_a_gradient_of_zero() -> None:
     hidden = torch.randn(0, 32, requires_grad=True)
     token_logprobs(model, hidden, torch.zeros(0, dtype=torch.long)).sum().backward()
     assert not model.lm_head.weight.grad.any()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [1, 40])
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_logits_of_bfloat16_products_are_not_rounded_to_bfloat16(rows: int, packed: bool, with_bias: bool) -> None:
+    """Against products in fp64 of the same weights and states, at the size of real logits."""
+    if not cpu_logits._rest_is_exact():
+        pytest.skip("products of bfloat16 are rounded more than once here")
+    if packed and not products._bfloat16_works():
+        pytest.skip("bfloat16 weights are not laid out here")
+    vocabulary, count = 4096, 50
+    model = tiny_model("llama", vocabulary).bfloat16()
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(32, vocabulary, bias=with_bias, dtype=torch.bfloat16)
+    model.set_output_embeddings(head)
+    with torch.no_grad():
+        head.weight.normal_(0.0, 1.0, generator=generator)
+    hidden = torch.randn(rows, 32, generator=generator).bfloat16()
+    context = products.packed(head, 32) if packed else contextlib.nullcontext()
+    with torch.inference_mode(), context:
+        assert products.is_packed(head.weight) == packed
+        logits, rounded = output_logits(model, hidden), head(hidden)
+        exact = hidden.double() @ head.weight.double().t() + (head.bias.double() if with_bias else 0.0)
+    assert logits.dtype == torch.float32
+
+    def variation(other: Tensor) -> float:
+        """The largest total variation between what is drawn from and what should be."""
+        difference = torch.softmax(other.double(), dim=-1) - torch.softmax(exact, dim=-1)
+        return float(difference.abs().sum(dim=-1).max() / 2)
+
+    def tied(other: Tensor) -> int:
+        """Rows with equal logits on both sides of the cut at ``count``."""
+        best = torch.topk(other, count + 1).values
+        return int((best[:, -1] == best[:, -2]).sum())
+
+    assert variation(logits) < 1e-4 < 4e-3 < variation(rounded)
+    assert tied(logits) <= rows * 0.05
+    assert rows == 1 or tied(rounded) > rows * 0.3
+    with torch.no_grad():  # with the factor and the cap of other families
+        model.config.logit_scale, model.config.final_logit_softcapping = 0.5, 10.0
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            output_logits(model, hidden).double(), 10 * torch.tanh(exact / 20), atol=1e-3, rtol=1e-4
+        )

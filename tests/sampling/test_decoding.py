@@ -6,21 +6,25 @@ Ours always runs all queries in one batch; the references run them one by one, s
 from __future__ import annotations
 
 import contextlib
+import itertools
 import random
 from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GenerationConfig, PreTrainedModel
 
 from oracles.beam_search import Outcome, diverse_beam_search, model_logprobs
 from rrhf.common.errors import UserError
+from rrhf.models.kernels import choice, reference
 from rrhf.models.kernels.cpu import blocked_cache, logits, products
 from rrhf.models.kernels.cpu import device as cpu
 from rrhf.models.path_check import usable_path
 from rrhf.sampling import decoding as decoding_module
-from rrhf.sampling import shared_cache
+from rrhf.sampling import shared_cache, slot_columns
 from rrhf.sampling.decoding import Response, decode
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import POLICIES, SamplingSettings
@@ -342,6 +346,198 @@ def test_slots_of_a_query_finish_one_by_one() -> None:
             assert alone == responses[:fewer]
 
 
+# --- long responses -----------------------------------------------------------------------------------------------
+
+DRAW_CASES: dict[str, dict[str, Any]] = {
+    "top-p": {"top_p": 0.95, "num_responses": 5},
+    "top-k": {"top_k": 8, "num_responses": 2, "temperature": 1.3},
+}
+
+
+@pytest.mark.parametrize("policy", DRAW_CASES)
+@pytest.mark.parametrize("family", ["llama", "gpt2", "mistral", "gemma2", "gemma3"])
+@pytest.mark.parametrize("kernels", [cpu, reference])
+def test_slots_that_read_their_own_columns_draw_the_same(
+    kernels: Any, family: str, policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With windows and soft caps, several blocks of columns, slots and queries that end at all kinds of steps."""
+    model, queries = lively(family, 21, 1.0).double(), some_queries(21, 14, longest=20)
+    options = {"policy": policy, "max_new_tokens": 30, **DRAW_CASES[policy]}
+    expected = ours(model, queries, **options)
+    assert len(lengths_of(expected)) >= 8
+    sizes: list[int] = []
+
+    class Watched(slot_columns.SlotColumns):
+        def step(self, advance: Advance) -> torch.Tensor:
+            logits = super().step(advance)
+            sizes.append(len(self.prompt.visible))
+            assert {len(blocks) for blocks in self.blocks.values()} == {(self.step_index + 6) // 7}
+            return logits
+
+    monkeypatch.setitem(choice.KERNELS, "cpu", kernels)
+    monkeypatch.setattr(reference, "STEPS_BETWEEN_CHECKS", 4)
+    monkeypatch.setattr(shared_cache, "COMPACT_BELOW", 0.95)
+    monkeypatch.setattr(slot_columns, "BLOCK", 7)
+    monkeypatch.setattr(decoding_module, "LONG", 1)
+    monkeypatch.setattr(decoding_module, "SlotColumns", Watched)
+    assert ours(model, queries, **options) == expected
+    assert len(set(sizes)) >= 2  # buffers were packed anew
+    sizes.clear()
+    ours(model, queries, policy="beam", max_new_tokens=5)
+    assert not sizes  # beams change places
+
+
+@pytest.mark.parametrize(("policy", "steps"), [("top-p", 2), ("top-p", 1), ("greedy", 30)])
+def test_short_and_single_responses_with_columns_of_their_own(
+    policy: str, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, queries = lively("llama", 21, 1.0).double(), some_queries(21, 5)
+    expected = ours(model, queries, policy=policy, max_new_tokens=steps)
+    monkeypatch.setattr(decoding_module, "LONG", 1)
+    assert ours(model, queries, policy=policy, max_new_tokens=steps) == expected
+
+
+def test_the_work_of_a_slot_does_not_grow_with_the_number_of_responses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Multiplications in all attention products of eight responses of 200 tokens, beside the shared columns'."""
+    model, queries = lively("llama", 21, -60.0), [[5, 6, 7]]
+    options: dict[str, Any] = {"num_responses": 8, "max_new_tokens": 200, "policy": "top-p"}
+    monkeypatch.setattr(slot_columns, "BLOCK", 25)
+    monkeypatch.setattr(cpu, "products_beat_fused", lambda dtype: True)  # products are what can be counted
+
+    def products() -> int:
+        with FlopCounterMode(display=False) as counter:
+            ours(model, queries, **options)
+        by_kind = counter.get_flop_counts()["Global"]
+        return sum(count for kind, count in by_kind.items() if "bmm" in str(kind))
+
+    shared = products()
+    monkeypatch.setattr(decoding_module, "LONG", 200)
+    assert 0 < products() < shared / 6
+
+
+# --- devices on which the host waits ------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This CPU with the kernels of a device that has none of its own."""
+    monkeypatch.setitem(choice.KERNELS, "cpu", reference)
+
+
+@pytest.mark.parametrize("path", ["tree", "padded"])
+@pytest.mark.parametrize("policy", POLICY_CASES)
+def test_responses_that_end_between_two_looks_are_the_same(
+    policy: str, path: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Slots go on after their ends until the host looks; once it looks every step, once every 16, once never."""
+    model, queries = lively("llama", 10, 1.5).double(), some_queries(10, 20)
+    options = {"policy": policy, "path": path, "max_new_tokens": 25, **POLICY_CASES[policy]}
+    expected = ours(model, queries, **options)
+    assert len(lengths_of(expected)) >= 8
+    monkeypatch.setitem(choice.KERNELS, "cpu", reference)
+    for every in (1, 5, 16, 100):
+        monkeypatch.setattr(reference, "STEPS_BETWEEN_CHECKS", every)
+        assert ours(model, queries, **options) == expected
+
+
+class Looks(TorchDispatchMode):
+    """Counts what makes the host wait for a device: numbers read, and shapes that depend on them."""
+
+    WAITING = ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal", "is_nonzero")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = function.name().partition("::")[2].partition(".")[0].strip("_")
+        by_mask = name == "index" and any(x is not None and x.dtype == torch.bool for x in args[1])
+        self.count += by_mask or any(name.startswith(waiting.strip("_")) for waiting in self.WAITING)
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("policy", POLICY_CASES)
+@pytest.mark.usefixtures("as_on_a_gpu")
+def test_the_host_waits_at_most_once_in_a_step(policy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In fact three times in 16 steps: for what is finite, for what has ended, and for which queries are left."""
+    model, queries = lively("llama", 10, -1.0), some_queries(10, 6)
+    looks = Looks()
+    listed: list[int] = []
+    plain = torch.Tensor.tolist
+    monkeypatch.setattr(torch.Tensor, "tolist", lambda self: (listed.append(1), plain(self))[1])
+    counts: list[int] = []
+
+    class Watched(shared_cache.SharedCache):
+        def step(self, advance: Advance) -> torch.Tensor:
+            counts.append(looks.count + len(listed))
+            return super().step(advance)
+
+    monkeypatch.setitem(decoding_module.STEPPERS, "tree", Watched)
+    with looks:
+        results = ours(model, queries, policy=policy, max_new_tokens=50, **POLICY_CASES[policy])
+    assert max(lengths_of(results)) == 50 and len(counts) == 49
+    waits = [after - before for before, after in itertools.pairwise(counts)]
+    assert 0 < sum(waits) <= 3 * 4 and sum(wait > 0 for wait in waits) <= 2 * 4
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("policy", POLICY_CASES)
+@pytest.mark.parametrize("own_columns", [False, True])
+def test_shapes_stay_while_nothing_is_packed(policy: str, own_columns: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All tensors of a decode step have the shapes of the one before, but for every 64th column and 16th step."""
+    model, queries = lively("mistral", 10, 1.0), some_queries(10, 6)
+    shapes: list[set[tuple[str, tuple[int, ...]]]] = []
+
+    class Shapes(TorchDispatchMode):
+        def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = function(*args, **(kwargs or {}))
+            if shapes and isinstance(result, torch.Tensor):
+                shapes[-1].add((function.name(), tuple(result.shape)))
+            return result
+
+    if own_columns:
+        monkeypatch.setattr(decoding_module, "LONG", 1)
+        monkeypatch.setattr(slot_columns, "BLOCK", 16)
+
+    def watch(kind: Any) -> None:
+        plain = kind.step
+
+        def step(self: Any, advance: Advance) -> torch.Tensor:
+            shapes.append(set())
+            return plain(self, advance)
+
+        monkeypatch.setattr(kind, "step", step)
+
+    watch(shared_cache.SharedCache)
+    watch(slot_columns.SlotColumns)
+    width = POLICY_CASES[policy].get("num_beams", POLICY_CASES[policy].get("num_responses", 1))
+    with Shapes():
+        ours(model, queries, policy=policy, max_new_tokens=50, **POLICY_CASES[policy])
+    changes = [after != before for before, after in itertools.pairwise(shapes[:-1])]
+    assert len(changes) >= 25
+    assert sum(changes) <= 2 * (len(shapes) // 16 + width * 50 // 64 + 2)
+
+
+@pytest.mark.usefixtures("as_on_a_gpu")
+@pytest.mark.parametrize("policy", POLICY_CASES)
+@pytest.mark.parametrize("path", ["tree", "padded"])
+def test_outputs_that_stop_being_numbers_between_two_looks(policy: str, path: str) -> None:
+    """At the third step: the draws from them must not break anything before the next look."""
+    model, queries = lively("llama", 10, -50.0), some_queries(10, 3)
+    calls: list[int] = []
+
+    def damage(_: Any, inputs: Any, output: torch.Tensor) -> torch.Tensor:
+        calls.append(1)
+        return output if len(calls) < 3 else output * torch.nan
+
+    model.model.layers[1].mlp.register_forward_hook(damage)
+    for steps in (8, 40):  # looked for at the end, and at the 16th step
+        calls.clear()
+        with pytest.raises(UserError, match="no finite numbers"):
+            ours(model, queries, policy=policy, path=path, max_new_tokens=steps, **POLICY_CASES[policy])
+        assert len(calls) <= 17
+
+
 # --- sliding windows, other paths ---------------------------------------------------------------------------------
 
 
@@ -374,6 +570,23 @@ def test_the_padded_path_equals_the_references(family: str) -> None:
         case = {"num_beams": 4, "num_beam_groups": groups, "max_new_tokens": 8, "diversity_penalty": 1.0}
         expected = by_oracle(model, queries, **for_oracle(case))
         assert ours(model, queries, path="padded", policy="diverse-beam", **case) == expected
+
+
+def test_the_padded_path_makes_logits_for_the_last_position_alone() -> None:
+    model, queries = lively("llama", 13, 1.5), some_queries(13, 7)
+    positions: list[int] = []
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: positions.append(inputs[0].shape[1]))
+    ours(model, queries, path="padded", policy="greedy", max_new_tokens=3)
+    assert positions == [1, 1, 1]
+
+
+def test_the_padded_path_of_an_adapter_equals_that_of_its_model() -> None:
+    """PEFT's wrapper takes any keywords; positions must reach the model in it."""
+    peft = pytest.importorskip("peft")
+    model, queries = lively("gpt2", 13, 1.5), some_queries(13, 7)
+    expected = ours(model, queries, path="padded", policy="greedy", max_new_tokens=8)
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], fan_in_fan_out=True)).eval()
+    assert ours(wrapped, queries, path="padded", policy="greedy", max_new_tokens=8) == expected
 
 
 @pytest.mark.parametrize("policy", POLICY_CASES)
@@ -466,6 +679,23 @@ def test_the_best_tokens_are_found_in_blocks(vocabulary: int) -> None:
     assert torch.equal(values, expected.values)
     assert torch.equal(scores.gather(1, tokens), values)
     assert all(len(set(row)) == 12 for row in tokens.tolist())
+
+
+@pytest.mark.parametrize("kernels", [cpu, reference])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize(("vocabulary", "count"), [(97, 12), (97, 97), (512, 1), (8192, 5), (49152, 50)])
+def test_of_equal_scores_the_first_are_best(kernels: Any, dtype: torch.dtype, vocabulary: int, count: int) -> None:
+    """Against sorting by (−score, column), with few different scores and both zeros."""
+    generator = torch.Generator().manual_seed(vocabulary)
+    scores = torch.randint(-2, 3, (6, vocabulary), generator=generator).to(dtype)
+    scores[1] = torch.where(torch.rand(vocabulary, generator=generator) < 0.5, -0.0, 0.0).to(dtype)
+    scores[2, 3:] = -torch.inf
+    scores[3] = torch.randn(vocabulary, generator=generator).to(dtype)
+    scores[4] = 7.0
+    values, columns = kernels.top(scores, count)
+    for row, best in zip(scores.tolist(), columns.tolist(), strict=True):
+        assert best == sorted(range(vocabulary), key=lambda column: (-row[column], column))[:count]
+    assert torch.equal(values, scores.gather(1, columns))
 
 
 @pytest.mark.parametrize("policy", ["top-p", "beam"])

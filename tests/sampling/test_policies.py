@@ -12,13 +12,18 @@ import numpy as np
 import pytest
 import torch
 from scipy.stats import chisquare
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 from rrhf.common.errors import UserError
+from rrhf.models.kernels import reference
+from rrhf.models.kernels.cpu.logits import NUCLEUS
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.record import Record
+from rrhf.sampling import batch_size
 from rrhf.sampling.decoding import Response
-from rrhf.sampling.policies import NUCLEUS, PART, draw, uniforms
+from rrhf.sampling.policies import PART, draw, uniforms
 from rrhf.sampling.sampler import Sampler, sample
 from rrhf.sampling.settings import POLICIES, SamplingPolicy, SamplingSettings
 from support.models import tiny_model, tiny_tokenizer
@@ -151,6 +156,67 @@ def test_streams_of_uniforms_depend_on_seed_record_and_response_alone() -> None:
         assert not np.isin(other, base).any()
 
 
+class Made(TorchDispatchMode):
+    """Collects the devices and types of all tensors that are made."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.kinds: set[tuple[str, torch.dtype]] = set()
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        for x in result if isinstance(result, (tuple, list)) else (result,):
+            if isinstance(x, torch.Tensor):
+                self.kinds.add((x.device.type, x.dtype))
+        return result
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(None, 1.0), (7, 1.0), (None, 0.8), (12, 0.9)])
+@pytest.mark.parametrize("lacks", [True, False])
+def test_fp64_is_made_on_the_cpu_where_a_device_has_none(
+    lacks: bool, top_k: int | None, top_p: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a device of no numbers, as far as shapes, types and places go."""
+    monkeypatch.setattr(reference, "WITHOUT_FP64", {"meta"} if lacks else set())
+    settings = SamplingSettings(max_new_tokens=3, num_responses=3, top_k=top_k, top_p=top_p, temperature=0.5)
+    with FakeTensorMode(allow_non_fake_inputs=True), Made() as made:
+        draws = POLICIES["top-p"](settings, ["a"], [set()], None, torch.device("meta"))
+        logits = torch.zeros(3, 2 * PART + 1, device="meta")
+        tokens = draws._choose(logits, torch.arange(3, device="meta"))
+    assert tokens.shape == (3,) and tokens.device.type == "meta"
+    assert {device for device, dtype in made.kinds if dtype == torch.float64} == ({"cpu"} if lacks else {"cpu", "meta"})
+
+
+@pytest.mark.parametrize(("top_k", "top_p"), [(3, 1.0), (5, 0.5), (None, 0.4), (None, 0.999)])
+def test_of_equal_tokens_the_first_are_kept(top_k: int | None, top_p: float) -> None:
+    """Logits of few values, as bfloat16 has them: the cut goes through equal ones in every row."""
+    logits = torch.randint(0, 3, (40, 3000), generator=torch.Generator().manual_seed(6)).float()
+    for row in logits:
+        tokens = draw(row.expand(400, -1), many_uniforms(400), top_k, top_p)
+        kept = exact(row.double().numpy(), top_k, top_p) > 0  # sorted() keeps the order of equals
+        assert kept[tokens.numpy()].all()
+
+
+def test_beams_of_equal_candidates_take_the_first_tokens() -> None:
+    """Two groups of two beams; a penalty of 1 makes the second group's best token equal to others."""
+    settings = SamplingSettings(policy="diverse-beam", num_beams=4, num_beam_groups=2, max_new_tokens=3)
+    policy = POLICIES["diverse-beam"](settings, ["a"], [set()], None, torch.device("cpu"))
+    logits = torch.zeros(1, 600)
+    logits[0, [500, 20, 300]] = 1.0
+    advance = policy.advance(logits, torch.arange(1))
+    # Group 1: 20 and 300, the first of three. Group 2: 500, which nobody took, then the first of all others.
+    assert advance.tokens.tolist() == [20, 300, 500, 0]
+
+
+def test_greedy_takes_the_first_of_equal_tokens() -> None:
+    logits = torch.zeros(3, 512)
+    logits[0, [7, 400]] = logits[1, [300, 301]] = 5.0
+    policy = POLICIES["greedy"](
+        SamplingSettings(policy="greedy", max_new_tokens=2), list("abc"), [set()] * 3, None, torch.device("cpu")
+    )
+    assert policy.advance(logits, torch.arange(3)).tokens.tolist() == [7, 300, 0]
+
+
 # --- records ------------------------------------------------------------------------------------------------------
 
 CHARACTERS = string.ascii_letters + string.digits + " .,!?'-:;()<>@#&*+=/é"
@@ -246,11 +312,41 @@ def test_the_batch_size_changes_nothing(
     policy: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     whole = texts(list(sample(some_records(), model, tokenizer, SETTINGS[policy])))
-    for batch_size in (1, 2, 3):  # and blocks of 4, 8 and 12 records
-        settings = dataclasses.replace(SETTINGS[policy], batch_size=batch_size)
+    for size in (1, 2, 3):  # and blocks of 4, 8 and 12 records
+        settings = dataclasses.replace(SETTINGS[policy], batch_size=size)
         assert texts(list(sample(some_records(), model, tokenizer, settings))) == whole
     backwards = texts(list(sample(some_records()[::-1], model, tokenizer, SETTINGS[policy])))
     assert backwards[::-1] == whole
+
+
+@pytest.mark.parametrize(("free", "fitting"), [(None, 32), (10**12, 32), (20.5, 8), (1.9, 1), (0, 1)])
+def test_the_batch_size_by_default_is_what_fits_into_half_of_the_free_memory(
+    free: float | None,
+    fitting: int,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    settings = SamplingSettings(policy="top-p", num_responses=2, max_new_tokens=20)
+    records = [Record(query=f"{i % 7} things", id=str(i)) for i in range(40)]
+    expected = texts(list(sample(records, model, tokenizer, dataclasses.replace(settings, batch_size=32))))
+    size = batch_size.query_bytes(model, settings, longest=len("1 things"))
+    # Two layers of two heads of eight numbers, keys and values, in fp32; the logits of both responses beside them.
+    assert size == 2 * 2 * 2 * 8 * 4 * (8 + 2 * 19) + batch_size.LOGIT_BYTES * 2 * len(tokenizer)
+    monkeypatch.setattr(batch_size, "free_memory", lambda device: None if free is None else int(free * size))
+    batches: list[int] = []
+    draw_batch = Sampler.draw
+
+    def counted(self: Sampler, queries: Any, *rest: Any) -> Any:
+        batches.append(len(queries))
+        return draw_batch(self, queries, *rest)
+
+    monkeypatch.setattr(Sampler, "draw", counted)
+    with caplog.at_level("INFO", logger="rrhf"):
+        assert texts(list(sample(records, model, tokenizer, settings))) == expected
+    assert max(batches) == fitting
+    assert [line for line in caplog.messages if f"{fitting} queries at a time" in line and "--batch_size" in line]
 
 
 def test_seeds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

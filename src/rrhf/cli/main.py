@@ -12,7 +12,7 @@ from typing import Any
 from rrhf import __version__
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.launch import end_process_group
-from rrhf.models.kernels.cpu.memory import keep_freed_memory
+from rrhf.models.devices import set_up_memory
 
 # name → what the overview says of it; each is a module of rrhf.cli
 COMMANDS = {
@@ -59,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
-    keep_freed_memory()
+    set_up_memory(rest)
     try:
         code = int(importlib.import_module(f"rrhf.cli.{name}").main(rest) or 0)
         end_process_group()

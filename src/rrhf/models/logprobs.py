@@ -113,12 +113,28 @@ def _logit_shape(model: PreTrainedModel) -> tuple[float, float | None]:
 
 
 def output_logits(model: PreTrainedModel, hidden: Tensor) -> Tensor:
-    """Logits [N, V] of last hidden states [N, hidden_size], in the output layer's type."""
+    """Logits [N, V] of last hidden states [N, hidden_size].
+
+    In the output layer's type, and without autograd in fp32 where the device can (``Kernels.logits``): rounded to
+    bfloat16, neighbouring logits would be equal.
+    """
     scale, softcap = _logit_shape(model)
-    logits = model.get_output_embeddings()(hidden)
+    head = model.get_output_embeddings()
+    if not torch.is_grad_enabled() and _is_plain(head, hidden):
+        logits = kernels_for(hidden.device).logits(hidden, head.weight, head.bias)
+    else:
+        logits = head(hidden)
     if scale != 1.0:
         logits = logits * scale
     return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+def _is_plain(head: nn.Module, hidden: Tensor) -> bool:
+    """Whether the output layer is one product with weights that lie, whole and in one type, beside ``hidden``."""
+    if type(head) is not nn.Linear or type(head.weight) is not nn.Parameter:
+        return False
+    here = head.weight.device == hidden.device and head.weight.dtype == hidden.dtype
+    return here and not torch.is_autocast_enabled(hidden.device.type)
 
 
 def token_logprobs(model: PreTrainedModel, hidden: Tensor, targets: Tensor, keep_logits: bool = False) -> Tensor:

@@ -15,6 +15,7 @@ from rrhf.models.attention import our_attention
 from rrhf.models.forward import causal_lm
 from rrhf.models.kernels.choice import kernels_for
 from rrhf.sampling.shared_cache import SharedCache
+from rrhf.sampling.slot_columns import SlotColumns
 from rrhf.sampling.stepping import Advance, Stepper, device_of
 from rrhf.sampling.transformers_cache import TransformersCache
 
@@ -31,6 +32,7 @@ class Policy(Protocol):
     """A sampling policy at work on one batch of queries."""
 
     width: int
+    # Policies may have ``independent: bool``: their slots continue themselves alone, never another slot.
 
     def advance(self, logits: Tensor, slots: Tensor) -> Advance:
         """Choose the next tokens from ``logits`` [R, V] of the live ``slots`` [R]; at first one slot a query."""
@@ -40,6 +42,8 @@ class Policy(Protocol):
         """The responses of every query, when no slot is live any more."""
         ...
 
+
+LONG = 1024  # new tokens from which reading its own columns alone pays for a slot
 
 STEPPERS: dict[str, type[Stepper]] = {"tree": SharedCache, "padded": TransformersCache}
 
@@ -60,7 +64,10 @@ def decode(
     Returns:
         For each query its responses, in the policy's order.
     """
-    stepper = STEPPERS[path](model, queries, policy.width, max_new_tokens)
+    make = STEPPERS[path]
+    if path == "tree" and getattr(policy, "independent", False) and policy.width > 1 and max_new_tokens >= LONG:
+        make = SlotColumns
+    stepper = make(model, queries, policy.width, max_new_tokens)
     rows, device = len(queries) * policy.width, device_of(model)
     with contextlib.ExitStack() as stack:
         if path == "tree":
@@ -71,4 +78,5 @@ def decode(
         advance = policy.advance(stepper.prefill(), slots)
         while len(advance.slots):
             advance = policy.advance(stepper.step(advance), advance.slots)
+        stepper.finite.look()
     return policy.results()

@@ -15,7 +15,6 @@ from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.stepping import Advance
 
 PART = 256  # tokens whose probabilities are summed in fp32, and those sums in fp64
-NUCLEUS = 1024  # likeliest tokens among which a nucleus is looked for before the whole vocabulary is sorted
 NEVER = -1.0e9  # the score of what cannot be
 
 StopCheck = Callable[[list[int]], bool]
@@ -41,23 +40,35 @@ def draw(logits: Tensor, uniform: Tensor, top_k: int | None, top_p: float) -> Te
     """
     if top_k is None and top_p >= 1.0:
         return _draw_from_all(logits, uniform)
-    vocabulary = logits.shape[-1]
-    kept = min(top_k or NUCLEUS, vocabulary)
-    values, tokens = torch.topk(logits, kept, dim=-1)
-    weights = torch.exp(values - values[:, :1]).double()
-    if top_k is None:
-        total = kernels_for(logits.device).exp_(logits - values[:, :1]).sum(dim=-1, dtype=torch.float64)
-        if kept < vocabulary and bool((weights.sum(-1) < top_p * total).any()):
-            values, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
-            weights = torch.exp(values - values[:, :1]).double()
+    kernels, vocabulary = kernels_for(logits.device), logits.shape[-1]
+    kept = min(top_k or kernels.nucleus(vocabulary), vocabulary)
+    values, tokens = _sorted(logits) if kept == vocabulary else kernels.top(logits, kept)
+    weights = _double(torch.exp(values - values[:, :1]))
+    if top_k is None and kept < vocabulary:
+        total = kernels.exp_(logits - values[:, :1]).sum(dim=-1, dtype=torch.float64)
+        if bool((weights.sum(-1) < top_p * total).any()):
+            values, tokens = _sorted(logits)
+            weights = _double(torch.exp(values - values[:, :1]))
     else:
         total = weights.sum(dim=-1)
+    uniform = uniform.to(weights.device)
     mass = weights.cumsum(dim=-1)
     weights = weights.masked_fill(mass - weights >= top_p * total[:, None], 0.0)
     mass = weights.cumsum(dim=-1)
     index = torch.searchsorted(mass, uniform[:, None] * mass[:, -1:], right=True)
-    last = (weights > 0).sum(dim=-1, keepdim=True) - 1
-    return tokens.gather(1, torch.minimum(index, last))[:, 0]
+    last = (weights > 0).sum(dim=-1, keepdim=True).clamp(min=1) - 1  # also where logits are no numbers
+    return tokens.gather(1, torch.minimum(index, last).to(tokens.device))[:, 0]
+
+
+def _sorted(logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits from the highest down, of equals the lower token first, and their tokens."""
+    values, tokens = torch.sort(logits, dim=-1, descending=True, stable=True)
+    return values, tokens
+
+
+def _double(x: Tensor) -> Tensor:
+    """x in fp64, on the CPU where its device has none."""
+    return x.to(kernels_for(x.device).fp64_device(x.device)).double()
 
 
 def _draw_from_all(logits: Tensor, uniform: Tensor) -> Tensor:
@@ -67,14 +78,28 @@ def _draw_from_all(logits: Tensor, uniform: Tensor) -> Tensor:
     if padding:
         weights = torch.nn.functional.pad(weights, (0, padding))
     parts = weights.view(rows, -1, PART)
-    mass = parts.sum(dim=-1).double().cumsum(dim=-1)
-    target = uniform[:, None] * mass[:, -1:]
+    mass = _double(parts.sum(dim=-1)).cumsum(dim=-1)
+    target = uniform.to(mass.device)[:, None] * mass[:, -1:]
     part = torch.searchsorted(mass, target, right=True).clamp(max=mass.shape[1] - 1)
     before = torch.where(part > 0, mass.gather(1, (part - 1).clamp(min=0)), 0.0)
-    inside = parts[torch.arange(rows, device=logits.device), part[:, 0]].double()
+    inside = _double(parts[torch.arange(rows, device=logits.device), part[:, 0].to(logits.device)])
     index = torch.searchsorted(inside.cumsum(dim=-1), target - before, right=True)
     last = PART - 1 - inside.flip(-1).gt(0).to(torch.uint8).argmax(dim=-1, keepdim=True)  # never a token of no weight
-    return part[:, 0] * PART + torch.minimum(index, last)[:, 0]
+    return (part[:, 0] * PART + torch.minimum(index, last)[:, 0]).to(logits.device)
+
+
+def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The ``count`` highest of each row and where they stand, highest first, of equals the first."""
+    values, places = torch.sort(scores, dim=-1, descending=True, stable=True)
+    return values[:, :count], places[:, :count]
+
+
+def _padded(end_tokens: Sequence[Collection[int]], device: torch.device) -> Tensor:
+    """Each query's end tokens, [queries, most of them], and −1, which is no token."""
+    most = max((len(set(ends)) for ends in end_tokens), default=0)
+    rows = [sorted(set(ends)) for ends in end_tokens]
+    padded = [row + [-1] * (max(most, 1) - len(row)) for row in rows]
+    return torch.tensor(padded, dtype=torch.long, device=device).view(len(rows), -1)
 
 
 class Draws:
@@ -82,6 +107,8 @@ class Draws:
 
     Each response has its own stream of uniforms, so it does not depend on what is decoded beside it.
     """
+
+    independent = True
 
     def __init__(
         self,
@@ -92,50 +119,69 @@ class Draws:
         device: torch.device,
     ) -> None:
         self.settings, self.stops, self.width, self.device = settings, stops, settings.width, device
-        self.ends = list(end_tokens)
-        steps = settings.max_new_tokens
-        self.tokens: list[list[int]] = [[] for _ in range(len(keys) * self.width)]
-        self.finish = ["length"] * len(self.tokens)
+        self.ends = _padded(end_tokens, device)
+        count, steps = len(keys) * self.width, settings.max_new_tokens
+        self.tokens = torch.zeros(count, steps, dtype=torch.long, device=device)
+        self.lengths = torch.zeros(count, dtype=torch.long, device=device)
+        self.open = torch.ones(count, dtype=torch.bool, device=device)
+        self.stopped = torch.zeros(count, dtype=torch.bool, device=device)
+        self.texts: list[list[int]] = [[] for _ in range(count)]  # for stop strings, which the host looks for
         self.step = 0
         self.greedy = settings.policy == "greedy"
         self.top_k = settings.top_k or (50 if settings.policy == "top-k" else None)
         if not self.greedy:
             streams = [uniforms(settings.seed, key, slot, steps) for key in keys for slot in range(self.width)]
-            self.uniforms = torch.from_numpy(np.stack(streams)).to(device)
+            self.uniforms = torch.from_numpy(np.stack(streams)).to(kernels_for(device).fp64_device(device))
 
     def advance(self, logits: Tensor, slots: Tensor) -> Advance:
+        """Draw a token a slot. Responses that have ended are looked for, and dropped, now and then
+        (``Kernels.steps_between_checks``); until then their slots go on, and what they draw is no part of them."""
         rows = torch.arange(len(slots), device=self.device)
         if self.step == 0:  # a query's slots share its one row of logits
             slots = torch.arange(len(self.tokens), device=self.device)
             rows = slots // self.width
-        size = kernels_for(logits.device).sampling_rows(logits.shape[-1])
+        kernels = kernels_for(logits.device)
+        size = kernels.sampling_rows(logits.shape[-1])
         choices = torch.cat(
             [self._choose(logits[r], s) for r, s in zip(rows.split(size), slots.split(size), strict=True)]
         )
+        self._record(slots, choices)
         self.step += 1
-        live = []
-        for i, (slot, token) in enumerate(zip(slots.tolist(), choices.tolist(), strict=True)):
-            if token in self.ends[slot // self.width]:
-                self.finish[slot] = "stop"
-                continue
-            self.tokens[slot].append(token)
-            if self.stops is not None and self.stops(self.tokens[slot]):
-                self.finish[slot] = "stop"
-            elif self.step < self.settings.max_new_tokens:
-                live.append(i)
-        keep = torch.tensor(live, dtype=torch.long, device=self.device)
-        return Advance(slots[keep], slots[keep], choices[keep])
+        if self.step == self.settings.max_new_tokens:
+            return Advance(slots[:0], slots[:0], choices[:0])
+        if self.stops is None and self.step % kernels.steps_between_checks():
+            return Advance(slots, slots, choices)
+        live = self.open[slots].nonzero()[:, 0]
+        return Advance(slots[live], slots[live], choices[live])
+
+    def _record(self, slots: Tensor, choices: Tensor) -> None:
+        """Append the tokens to the responses that are open, and close those that end with them."""
+        was_open = self.open[slots]
+        ended = (choices[:, None] == self.ends[slots // self.width]).any(dim=1)
+        self.tokens[slots, self.step] = choices
+        still = was_open & ~ended
+        self.lengths[slots] += still
+        if self.stops is not None:
+            hit = [False] * len(slots)
+            for i, (slot, token, is_open) in enumerate(torch.stack([slots, choices, still.long()], dim=1).tolist()):
+                self.texts[slot].append(token)
+                hit[i] = bool(is_open) and self.stops(self.texts[slot])
+            still = still & ~torch.tensor(hit, device=self.device)
+        self.open[slots] = still
+        self.stopped[slots] |= was_open & ~still
 
     def _choose(self, logits: Tensor, slots: Tensor) -> Tensor:
         logits = logits.float()
         if self.greedy:
-            return logits.argmax(dim=-1)
+            return kernels_for(logits.device).top(logits, 1)[1][:, 0]
         if self.settings.temperature != 1.0:
             logits = logits / self.settings.temperature
-        return draw(logits, self.uniforms[slots, self.step], self.top_k, self.settings.top_p or 1.0)
+        uniform = self.uniforms[slots.to(self.uniforms.device), self.step]
+        return draw(logits, uniform, self.top_k, self.settings.top_p or 1.0)
 
     def results(self) -> list[list[Response]]:
-        responses = [Response(tokens, finish) for tokens, finish in zip(self.tokens, self.finish, strict=True)]
+        ends = zip(self.tokens.tolist(), self.lengths.tolist(), self.stopped.tolist(), strict=True)
+        responses = [Response(tokens[:length], "stop" if stopped else "length") for tokens, length, stopped in ends]
         return [responses[i : i + self.width] for i in range(0, len(responses), self.width)]
 
 
@@ -160,11 +206,9 @@ class Beams:
         self.settings, self.stops, self.width, self.device = settings, stops, settings.width, device
         self.groups, self.size = settings.groups, settings.num_beams // settings.groups
         self.end_sets = [set(ends) for ends in end_tokens]
+        self.ends = _padded(end_tokens, device)
         most = max((len(ends) for ends in self.end_sets), default=0)
         self.keep = max(2, 1 + most) * self.size  # candidates a group: enough to go on if all the best ones end
-        self.ends = torch.full((len(keys), max(most, 1)), -1, device=device)
-        for i, ends in enumerate(self.end_sets):
-            self.ends[i, : len(ends)] = torch.tensor(sorted(ends), device=device)
         shape, steps = (len(keys), self.groups, self.size), settings.max_new_tokens
         self.running = torch.full(shape, NEVER, dtype=torch.float32, device=device)
         self.running[:, :, 0] = 0.0  # the first step must not draw the same token for all beams
@@ -192,9 +236,11 @@ class Beams:
         self.step += 1
         self._close(live)
         if self.step == self.settings.max_new_tokens:
-            self.improvable[:] = False
-        going = self.improvable[live].any(dim=1)
-        live, parents = live[going], parents[going]
+            return Advance(slots[:0], slots[:0], slots[:0])
+        if self.step % kernels_for(logits.device).steps_between_checks() == 0:
+            # Until then a query whose groups have all ended goes on, and takes nothing more in.
+            going = self.improvable[live].any(dim=1).nonzero()[:, 0]
+            live, parents = live[going], parents[going]
         offsets = torch.arange(self.groups, device=self.device)[:, None] * self.size
         base = live[:, None] * self.width
         every = torch.arange(self.width, device=self.device)
@@ -213,7 +259,8 @@ class Beams:
             best, indices = kernels.top(scores, count)
             highest = best[:, :1]
             rest = kernels.exp_(scores - highest).sum(dim=-1, keepdim=True).log()
-            values.append(best - highest - rest)
+            indices, order = indices.sort(dim=-1)  # by token: of equals the first is the lowest
+            values.append(best.gather(1, order) - highest - rest)
             tokens.append(indices)
         if values[0].dtype == torch.float64 and self.running.dtype != torch.float64:
             self.running, self.finished = self.running.double(), self.finished.double()
@@ -225,9 +272,9 @@ class Beams:
             times = (tokens[..., None] == chosen[:, None, None, :]).sum(dim=-1)
             values = values - self.settings.diversity_penalty * times
         totals = (values + self.running[live, group][:, :, None]).flatten(1)
-        best = torch.topk(totals, self.keep, dim=-1)
-        parent = best.indices // values.shape[-1]
-        token = tokens.flatten(1).gather(1, best.indices)
+        best, candidates = _best(totals, self.keep)
+        parent = candidates // values.shape[-1]
+        token = tokens.flatten(1).gather(1, candidates)
         sequences = self.sequences[live, group].gather(1, parent[:, :, None].expand(-1, -1, self.sequences.shape[-1]))
         sequences[:, :, self.step] = token
         ended = (token[:, :, None] == self.ends[live][:, None, :]).any(dim=-1)
@@ -235,15 +282,15 @@ class Beams:
             hit = [[self.stops(row) for row in rows] for rows in sequences[:, :, : self.step + 1].tolist()]
             ended |= torch.tensor(hit, device=self.device)
         # What goes on is also what later groups avoid, at the last step too, where then all candidates end.
-        following = torch.topk(best.values + ended * NEVER, self.size, dim=-1)
+        running, following = _best(best + ended * NEVER, self.size)
         if self.step + 1 == self.settings.max_new_tokens:
             ended = torch.ones_like(ended)
         self.improvable_before = self.improvable[live, group]
-        self._finish(group, live, best.values, sequences, ended)
-        self.running[live, group] = following.values
-        wide = following.indices[:, :, None].expand(-1, -1, sequences.shape[-1])
+        self._finish(group, live, best, sequences, ended)
+        self.running[live, group] = running
+        wide = following[:, :, None].expand(-1, -1, sequences.shape[-1])
         self.sequences[live, group] = sequences.gather(1, wide)
-        return parent.gather(1, following.indices)
+        return parent.gather(1, following)
 
     def _finish(self, group: int, live: Tensor, totals: Tensor, sequences: Tensor, ended: Tensor) -> None:
         """Keep the best finished beams of a group; only its best ``size`` candidates may enter."""
@@ -255,15 +302,15 @@ class Beams:
         scores = totals / (self.step + 1) ** self.settings.length_penalty
         scores = scores + (~(ended & allowed[:, None])) * NEVER
         merged = torch.cat([self.finished[live, group], scores], dim=1)
-        kept = torch.topk(merged, self.size, dim=-1)
+        best, kept = _best(merged, self.size)
         lengths = torch.full_like(ended, self.step + 1, dtype=torch.long)
-        self.finished[live, group] = kept.values
+        self.finished[live, group] = best
         is_finished = torch.cat([self.is_finished[live, group], ended], dim=1)
-        self.is_finished[live, group] = is_finished.gather(1, kept.indices)
+        self.is_finished[live, group] = is_finished.gather(1, kept)
         lengths = torch.cat([self.finished_lengths[live, group], lengths], dim=1)
-        self.finished_lengths[live, group] = lengths.gather(1, kept.indices)
+        self.finished_lengths[live, group] = lengths.gather(1, kept)
         merged_sequences = torch.cat([self.finished_sequences[live, group], sequences], dim=1)
-        wide = kept.indices[:, :, None].expand(-1, -1, sequences.shape[-1])
+        wide = kept[:, :, None].expand(-1, -1, sequences.shape[-1])
         self.finished_sequences[live, group] = merged_sequences.gather(1, wide)
 
     def _close(self, live: Tensor) -> None:
@@ -272,7 +319,7 @@ class Beams:
         worst = torch.where(
             self.is_finished[live],
             self.finished[live].amin(dim=-1, keepdim=True),
-            torch.tensor(NEVER).to(self.finished),
+            self.finished.new_full((), NEVER),
         )
         improvable = self.improvable[live] & (attainable[:, :, None] > worst).any(dim=-1)
         if self.settings.early_stopping:

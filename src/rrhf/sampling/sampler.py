@@ -36,6 +36,7 @@ class Sampler:
         self.source = source or settings.policy
         self.context = context_length(model.config)
         self.path = usable_path(model, longest_row=0)
+        self.chosen: tuple[int, int] | None = None  # the longest query so far, and the batch size for it
         self.markers_lost = 0  # responses with special tokens that their text cannot carry
 
     def draw(self, queries: Sequence[list[int]], keys: Sequence[str], ends: Sequence[set[int]]) -> list[list[Response]]:
@@ -86,8 +87,9 @@ class Sampler:
             )
         # A stable sort by length: batches depend on the data and the batch size alone.
         order = sorted(range(len(records)), key=lambda i: -len(encoded[i]))
-        for begin in range(0, len(order), self.settings.batch_size):
-            batch = order[begin : begin + self.settings.batch_size]
+        size = self._batch_size(longest) if order else 1
+        for begin in range(0, len(order), size):
+            batch = order[begin : begin + size]
             drawn = self.draw(
                 [encoded[i] for i in batch],
                 [records[i].id for i in batch],
@@ -95,6 +97,14 @@ class Sampler:
             )
             for i, responses in zip(batch, drawn, strict=True):
                 yield i, [self._text(response) for response in responses], [response.finish for response in responses]
+
+    def _batch_size(self, longest: int) -> int:
+        """Chosen once, and again where a longer query comes."""
+        from rrhf.sampling.batch_size import queries_at_once
+
+        if self.chosen is None or longest > self.chosen[0]:
+            self.chosen = longest, queries_at_once(self.model, self.settings, longest)
+        return self.chosen[1]
 
     def extend(self, records: Sequence[Record]) -> Iterator[tuple[int, Record]]:
         """Like ``respond``, with the responses appended to their records; what was scored before loses its scores."""
@@ -129,7 +139,7 @@ def sample(
     block: list[Record] = []
     for record in records:
         block.append(record)
-        if len(block) == 4 * sampler.settings.batch_size:
+        if len(block) == sampler.settings.block_size:
             yield from _in_order(sampler, block)
             block = []
     yield from _in_order(sampler, block)

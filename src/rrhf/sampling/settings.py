@@ -82,6 +82,10 @@ def policy_named(name: str) -> SamplingPolicy:
     raise UserError(f"{nearest(name, POLICIES)}, or pkg.module:function")
 
 
+BLOCK_BATCHES = 4  # batches of a block of records, whose queries are sorted by length
+BLOCK_QUERIES = 128  # … where the batch size is chosen by the memory that is free
+
+
 @dataclass(frozen=True)
 class SamplingSettings:
     """How responses are drawn. The paper's (Table 1): top-p 1.0 at 0.8; 4 beams; 4 beams in 4 groups, penalty 1.0."""
@@ -120,7 +124,10 @@ class SamplingSettings:
     stop: list[str] = field(
         default_factory=list, metadata={"help": "strings that end a response (not part of it)", "nargs": "*"}
     )
-    batch_size: int = field(default=32, metadata={"help": "queries that are decoded together"})
+    batch_size: int | None = field(
+        default=None,
+        metadata={"help": "queries that are decoded together; default: 32, more on a GPU, fewer where memory is short"},
+    )
     seed: int = field(default=0, metadata={"help": "seed of every random choice"})
 
     def __post_init__(self) -> None:
@@ -174,6 +181,11 @@ class SamplingSettings:
     def groups(self) -> int:
         """Beam groups; plain beam search is one group."""
         return (self.num_beam_groups or self.num_beams) if self.how.grouped else 1
+
+    @property
+    def block_size(self) -> int:
+        """Records that are sorted by length and decoded before the next ones are read; no more than a stop can lose."""
+        return BLOCK_QUERIES if self.batch_size is None else BLOCK_BATCHES * self.batch_size
 
     @property
     def responses(self) -> int:

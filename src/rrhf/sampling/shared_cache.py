@@ -10,22 +10,29 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Protocol
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rrhf.models.attention import NO_MASK
+from rrhf.models.attention import NO_MASK, Layout
 from rrhf.models.forward import causal_lm, decoder
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.choice import kernels_for
 from rrhf.models.kernels.key_cache import KeyCache
 from rrhf.models.kernels.reference import additive
 from rrhf.models.logprobs import output_logits
-from rrhf.sampling.stepping import Advance, check_finite, device_of
+from rrhf.sampling.stepping import Advance, FiniteCheck, device_of
 
 PREFILL_TOKENS = 4096  # query tokens of one prefill forward
 COMPACT_BELOW = 0.75  # share of live queries under which the buffers are packed anew
+
+
+class SlotLayout(Layout, Protocol):
+    """A layout that is told the positions of the forward pass at hand."""
+
+    position_ids: Tensor
 
 
 class SharedCache:
@@ -44,6 +51,9 @@ class SharedCache:
         self.layers: dict[int, KeyCache] = {}
         self.position_ids: Tensor  # of the forward pass at hand
         self.steps = 0
+        self.finite = FiniteCheck(self.model)
+        self.no_mask = NO_MASK.to(self.device)
+        self.live_rows = len(queries) * width  # rows of the last step; they only become fewer
         # Which row of the buffers holds each live query.
         self.place = torch.arange(len(queries), device=self.device)
         count = len(queries)
@@ -67,9 +77,7 @@ class SharedCache:
             logits.append(self._prefill(start, stop))
             start = stop
         whole = torch.cat(logits)
-        check_finite(
-            self.model, whole.amax(dim=-1)
-        )  # the output layer too, once: −inf for tokens that never come is sound
+        self.finite.add(whole.amax(dim=-1))  # the output layer too, once: −inf for tokens that never come is sound
         return whole
 
     def _prefill(self, start: int, stop: int) -> Tensor:
@@ -77,15 +85,16 @@ class SharedCache:
         layout = _QueryPass(self, start, [len(query) for query in queries])
         ids = torch.tensor([token for query in queries for token in query], device=self.device)
         positions = torch.cat([torch.arange(len(query), device=self.device) for query in queries])
-        hidden = self._forward(ids, positions, layout)
+        hidden = self.forward(ids, positions, layout)
         return output_logits(self.model, hidden[self.lengths[start:stop].cumsum(0) - 1])
 
-    def _forward(self, ids: Tensor, positions: Tensor, layout: SharedCache | _QueryPass) -> Tensor:
+    def forward(self, ids: Tensor, positions: Tensor, layout: SlotLayout) -> Tensor:
+        """Last hidden states [T, hidden_size] of token ids and positions [T], under ``layout``."""
         layout.position_ids = positions[None]
         outputs = decoder(self.model)(
             input_ids=ids[None],
             position_ids=layout.position_ids,
-            attention_mask=NO_MASK.to(self.device),
+            attention_mask=self.no_mask,
             use_cache=False,
             rrhf_layout=layout,
         )
@@ -102,7 +111,7 @@ class SharedCache:
 
     def step(self, advance: Advance) -> Tensor:
         query, slot = advance.slots // self.width, advance.slots % self.width
-        self._compact(query)
+        self.compact(query)
         row = self.place[query]
         column = self.prompt + self.steps * self.width
         # A slot reads what its parent read, and itself.
@@ -113,8 +122,8 @@ class SharedCache:
         self._everything = len(row) == len(self.visible) * self.width
         self._masks: dict[tuple[int | None, int | None, torch.dtype, int], Tensor] = {}
         self.steps += 1
-        hidden = self._forward(advance.tokens, self.lengths[query] + self.steps - 1, self)
-        check_finite(self.model, hidden)
+        hidden = self.forward(advance.tokens, self.lengths[query] + self.steps - 1, self)
+        self.finite.add(hidden)
         return output_logits(self.model, hidden)
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
@@ -158,17 +167,24 @@ class SharedCache:
             self._masks[call.window, call.chunk, dtype, groups] = mask
         return mask
 
-    def _compact(self, query: Tensor) -> None:
-        """Drop finished queries from the buffers once enough of them are."""
+    def compact(self, query: Tensor) -> Tensor | None:
+        """Drop finished queries from the buffers once enough of them are; returns the rows that stay, if not all do.
+
+        ``query``: of every live slot its query, [R].
+        """
+        if len(query) == self.live_rows:
+            return None
+        self.live_rows = len(query)
         live = torch.unique(query)
         if len(live) > COMPACT_BELOW * len(self.visible):
-            return
+            return None
         rows = self.place[live]
         for cache in self.layers.values():
             cache.select(rows)
         self.visible, self.positions = self.visible[rows], self.positions[rows]
         self.place = torch.full_like(self.place, -1)
         self.place[live] = torch.arange(len(live), device=self.device)
+        return rows
 
 
 class _QueryPass:

@@ -32,7 +32,6 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rrhf")
 
-LOCAL_PART = 4  # batches in a part: what a stopped run can lose, and what is sorted by length
 REMOTE_PART = 256  # records in a part where no local model answers; an endpoint's answers are kept one by one too
 
 
@@ -121,7 +120,7 @@ def _settings(chain: list[Source]) -> dict[str, Any]:
 
 
 def _part_size(chain: list[Source], sampling: SamplingSettings) -> int:
-    return LOCAL_PART * sampling.batch_size if any(source.uses_policy_cache for source in chain) else REMOTE_PART
+    return sampling.block_size if any(source.uses_policy_cache for source in chain) else REMOTE_PART
 
 
 def _steps(

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rrhf.common.errors import UserError
+from rrhf.models.kernels.choice import kernels_for
 
 
 @dataclass(frozen=True)
@@ -26,9 +27,10 @@ class Advance:
 class Stepper(Protocol):
     """Runs a model over queries and then one token a slot at a time; both return logits.
 
-    Raises:
-        UserError: the outputs are no finite numbers.
+    ``finite`` raises ``UserError`` when the outputs are no finite numbers.
     """
+
+    finite: FiniteCheck
 
     def __init__(
         self, model: PreTrainedModel, queries: Sequence[list[int]], width: int, max_new_tokens: int
@@ -45,10 +47,27 @@ def device_of(model: PreTrainedModel) -> torch.device:
     return device
 
 
-def check_finite(model: PreTrainedModel, numbers: Tensor) -> None:
-    """Raise ``UserError`` where ``numbers``, a model's outputs, are not all finite."""
-    if not bool(torch.isfinite(numbers).all()):
-        raise UserError(
-            f"{model.config._name_or_path or type(model).__name__}: its outputs are no finite numbers, so nothing can "
-            "be drawn from them. Its weights may be damaged, or overflow in their type (try --dtype float32)"
-        )
+class FiniteCheck:
+    """Whether a model's outputs are finite; looked at now and then, because a look waits for the device."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model, self.steps = model, 0
+        device = device_of(model)
+        self.every = kernels_for(device).steps_between_checks()
+        self.finite = torch.ones((), dtype=torch.bool, device=device)
+
+    def add(self, numbers: Tensor) -> None:
+        """The outputs of a step; the first ones are looked at at once."""
+        self.finite = self.finite & torch.isfinite(numbers).all()
+        if self.steps % self.every == 0:
+            self.look()
+        self.steps += 1
+
+    def look(self) -> None:
+        """Raise ``UserError`` where outputs were not finite."""
+        if not bool(self.finite):
+            name = self.model.config._name_or_path or type(self.model).__name__
+            raise UserError(
+                f"{name}: its outputs are no finite numbers, so nothing can be drawn from them. Its weights may be "
+                "damaged, or overflow in their type (try --dtype float32)"
+            )

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, fields
 
 import torch
 from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
 
 from rrhf.common.errors import UserError
 from rrhf.common.launch import check_connected, launched_processes
@@ -95,6 +96,39 @@ class RRHFConfig(TrainingArguments, LossSettings):
         processes = launched_processes()
         super().__post_init__()
         check_connected(processes, self.world_size)
+
+    def place(self, flag: str) -> torch.device:
+        """Put the training where ``--device`` says, and return that device.
+
+        transformers parses its arguments without this flag, and has taken the first GPU, or each process its own.
+
+        Raises:
+            UserError: the device is not here, or the training cannot be moved to it.
+        """
+        if flag == "auto":
+            return self.device
+        wanted = resolve_device(flag)
+        distributed = self.parallel_mode == ParallelMode.DISTRIBUTED
+        if wanted.type == self.device.type and (distributed or wanted == self.device):
+            return self.device
+        if distributed:
+            cure = "give --use_cpu true as well" if wanted.type == "cpu" else "leave --device out"
+            raise UserError(f"--device {flag}: the processes are connected for {self.device.type} already: {cure}")
+        if wanted.type == "cpu":
+            self._move_to_cpu()
+        elif wanted.type == "cuda" and not self.use_cpu:
+            self.__dict__["_setup_devices"], self._n_gpu = wanted, 1  # what transformers keeps its choice in
+        else:
+            raise UserError(f"--device {flag}: the training is set up on {self.device} (--use_cpu): name one device")
+        return self.device
+
+    def _move_to_cpu(self) -> None:
+        self.use_cpu, self.dataloader_pin_memory = True, False
+        if self.bf16_by_default:
+            self.bf16 = not self.fp16 and native_bfloat16(torch.device("cpu"))
+            if not self.fp16:
+                self.mixed_precision = "bf16" if self.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        del self.__dict__["_setup_devices"]  # made anew when next asked for
 
     @property
     def text(self) -> TextSettings:

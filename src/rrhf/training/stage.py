@@ -6,7 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +76,7 @@ def train_model(
                 f"--merge_adapter false: {model.model} is an adapter itself, and its sum with its base, on which the "
                 "new one would stand, is saved nowhere: leave --merge_adapter true"
             )
+    model = replace(model, device=str(config.place(model.device)))
     job = Job(folder, data, eval_data, model, config, adapter, watch or WatchSettings(), callbacks or [])
     with claimed(folder, config, overwrite):
         with config.main_process_first(local=False):

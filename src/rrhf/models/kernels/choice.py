@@ -84,8 +84,34 @@ class Kernels(Protocol):
         """e^(x − y) in place of x."""
         ...
 
+    def logits(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x · weightᵀ + bias for matrices; of 16-bit ones in fp32, unrounded, where the device can."""
+        ...
+
     def top(self, scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-        """The ``count`` highest of each row of [R, V] and their columns, highest first; both [R, count]."""
+        """The ``count`` highest of each row of [R, V] and their columns; both [R, count].
+
+        Highest first, of equals the lower column first: on every device the same.
+        """
+        ...
+
+    def nucleus(self, vocabulary: int) -> int:
+        """Among how many of the likeliest tokens a nucleus is looked for before the whole vocabulary is sorted.
+
+        Less than the vocabulary where the host may look at the result without waiting for the device.
+        """
+        ...
+
+    def most_queries(self) -> int:
+        """How many queries are decoded together at most where nobody says so."""
+        ...
+
+    def steps_between_checks(self) -> int:
+        """Every how many decode steps the host looks which responses have ended and whether all numbers are finite."""
+        ...
+
+    def fp64_device(self, device: torch.device) -> torch.device:
+        """Where sums in fp64 are made for tensors on ``device``: there, or on the CPU."""
         ...
 
 

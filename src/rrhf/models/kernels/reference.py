@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 
 import torch
@@ -14,6 +15,11 @@ from rrhf.models.trees import Tree, visible
 
 LOGIT_ELEMENTS = 1 << 25  # logits that exist at a time: few, large products
 LOGIT_ROWS = 2048  # tokens that share one pass over the output layer's weights
+MOST_QUERIES = 128  # decoded together: a part of a sampling run holds no more
+READ_COLUMNS = 64  # of a decode cache, read together: steps of the same shapes, and rows of masks that lie aligned
+STEPS_BETWEEN_CHECKS = 16  # a look at the device's numbers waits for all its work
+WITHOUT_FP64 = frozenset({"mps"})  # device types that have no fp64
+HALVES = (torch.bfloat16, torch.float16)
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -136,7 +142,7 @@ def tree_attention(trees: Sequence[Tree], ends: Tensor, positions: Tensor) -> Ma
 
 
 class WholeCache:
-    """A ``KeyCache`` of one block with all columns, read by ``masked_attention``."""
+    """A ``KeyCache`` of one block with all columns, of which ``attention`` reads multiples of ``read``."""
 
     def __init__(
         self,
@@ -145,16 +151,17 @@ class WholeCache:
         count: int,
         columns: int,
         attention: Callable[[AttentionCall, Tensor], Tensor],
+        read: int = 1,
     ) -> None:
         keys, values = (x.new_zeros(count, x.shape[1], columns, x.shape[-1]) for x in (key, value))
         self.whole = KeyBlock(0, keys, values)
-        self.attention = attention
+        self.attention, self.read = attention, read
 
     def block(self, column: int) -> KeyBlock:
         return self.whole
 
     def columns_read(self, end: int) -> int:
-        return end
+        return min(end + -end % self.read, self.whole.end)
 
     def mask_type(self, dtype: torch.dtype) -> torch.dtype:
         return dtype
@@ -168,7 +175,7 @@ class WholeCache:
 
 
 def key_cache(key: Tensor, value: Tensor, count: int, prompt: int, width: int, columns: int) -> KeyCache:
-    return WholeCache(key, value, count, columns, masked_attention)
+    return WholeCache(key, value, count, columns, masked_attention, READ_COLUMNS)
 
 
 # -- the output layer and what is drawn from it
@@ -208,6 +215,50 @@ def exp_less_(x: Tensor, y: Tensor) -> Tensor:
     return x.sub_(y).exp_()
 
 
+def logits(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """Products that are summed in fp32 and stay so, where torch has them for the device (CUDA; not run on one yet)."""
+    if x.dtype in HALVES and _sums_stay_in_fp32(x.device.type):
+        product = torch.mm(x, weight.t(), out_dtype=torch.float32)
+        return product if bias is None else product.add_(bias)
+    return nn.functional.linear(x, weight, bias)
+
+
+@functools.cache
+def _sums_stay_in_fp32(device: str) -> bool:
+    ones = torch.ones(16, 16, dtype=torch.bfloat16, device=device)
+    try:
+        return torch.mm(ones, ones, out_dtype=torch.float32).dtype == torch.float32
+    except (RuntimeError, TypeError):  # NotImplementedError is a RuntimeError
+        return False
+
+
+def fp64_device(device: torch.device) -> torch.device:
+    return torch.device("cpu") if device.type in WITHOUT_FP64 else device
+
+
+def steps_between_checks() -> int:
+    return STEPS_BETWEEN_CHECKS
+
+
+def most_queries() -> int:
+    return MOST_QUERIES
+
+
+def nucleus(vocabulary: int) -> int:
+    return vocabulary
+
+
 def top(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
-    values, columns = torch.topk(scores, count, dim=-1)
-    return values, columns
+    """``torch.topk`` says nothing about equals: here no two numbers that it sees are equal.
+
+    A score's bits, read as an integer of the same order, stand above the bits of its column, counted from the end.
+    """
+    if scores.dtype != torch.float32:
+        values, columns = torch.sort(scores, dim=-1, descending=True, stable=True)
+        return values[:, :count], columns[:, :count]
+    bits = (scores + 0.0).view(torch.int32)  # −0 is 0
+    ordered = bits ^ ((bits >> 31) & 0x7FFFFFFF)
+    last = scores.shape[-1] - 1
+    keys = (ordered.long() << 32) | torch.arange(last, -1, -1, device=scores.device)
+    columns = last - (torch.topk(keys, count, dim=-1).values & 0xFFFFFFFF)
+    return scores.gather(1, columns), columns

@@ -26,6 +26,9 @@ PRECISIONS = {
 }
 
 
+QUERIES = 32  # decoded together where --batch_size does not say
+
+
 class OpenVINO:
     """A converted model in OpenVINO's continuous batching, on the CPU.
 
@@ -80,7 +83,7 @@ class OpenVINO:
         # from other requests, the numbers in a cache of 8 bits would depend on what is decoded beside.
         scheduler.dynamic_split_fuse = False
         scheduler.enable_prefix_caching = False
-        scheduler.max_num_seqs = self.settings.batch_size * self.settings.width
+        scheduler.max_num_seqs = (self.settings.batch_size or QUERIES) * self.settings.width
         longest = self.text.max_query_length or self.prompts().context
         scheduler.max_num_batched_tokens = max(longest + self.settings.max_new_tokens, scheduler.max_num_seqs, 2048)
         try:

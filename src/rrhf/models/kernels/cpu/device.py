@@ -19,35 +19,61 @@ from rrhf.models.kernels.cpu.branch_attention import (
     branches,
 )
 from rrhf.models.kernels.cpu.lean_modules import lean
-from rrhf.models.kernels.cpu.logits import exp_, exp_less_, logit_rows, logit_tiles, sampling_rows, spare_rows, top
+from rrhf.models.kernels.cpu.logits import (
+    exp_,
+    exp_less_,
+    logit_rows,
+    logit_tiles,
+    logits,
+    nucleus,
+    sampling_rows,
+    spare_rows,
+    top,
+)
 from rrhf.models.kernels.cpu.products import addmm, linear, matmul
 from rrhf.models.kernels.key_cache import KeyCache
+from rrhf.models.kernels.reference import fp64_device
 from rrhf.models.trees import Tree
 
 __all__ = [
     "addmm",
     "exp_",
     "exp_less_",
+    "fp64_device",
     "key_cache",
     "lean",
     "linear",
     "logit_rows",
     "logit_tiles",
+    "logits",
     "masked_attention",
     "matmul",
+    "most_queries",
+    "nucleus",
     "packed",
     "sampling_rows",
     "spare_rows",
+    "steps_between_checks",
     "top",
     "tree_attention",
 ]
 
+MOST_QUERIES = 32  # with four responses each, products are as fast as they get
 PACK_ROWS, PACK_STEPS = 32, 32  # from so many rows a step and steps on, laying weights out anew pays
 
 
 def products_beat_fused(dtype: torch.dtype) -> bool:
     """In bfloat16 torch's fused attention takes twice as long as plain products do, its backward 2-3 times."""
     return dtype == torch.bfloat16
+
+
+def most_queries() -> int:
+    return MOST_QUERIES
+
+
+def steps_between_checks() -> int:
+    """Nothing waits for anything here: rows that have ended are dropped at once."""
+    return 1
 
 
 def packed(model: nn.Module, rows: int, steps: int) -> contextlib.AbstractContextManager[None]:

@@ -88,6 +88,15 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn(x, weight, bias) if _by_onednn(x, weight, bias) else nn.functional.linear(x, weight, bias)
 
 
+def linear_sum(c: Tensor, x: Tensor, weight: Tensor) -> Tensor:
+    """c + x · weightᵀ for matrices, without autograd."""
+    laid_out: Tensor | None = getattr(weight, _LAID_OUT, None)
+    if laid_out is None or not x.numel():
+        return torch.addmm(c, x, weight.t())
+    total: Tensor = torch.ops.mkldnn._linear_pointwise.binary(x, c, laid_out, None, "add")
+    return total
+
+
 def is_packed(weight: Tensor) -> bool:
     """Whether ``linear`` has this weight laid out."""
     return hasattr(weight, _LAID_OUT)
