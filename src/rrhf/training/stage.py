@@ -23,14 +23,16 @@ from rrhf.models.adapters import (
     merged,
     peft_config,
 )
+from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
 from rrhf.models.locate import locate
+from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.records.sources import source_shares
 from rrhf.training.callbacks import ShowProgress, StopOnSignal, Stopped
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
-from rrhf.training.folder import FREE, SETTINGS, TRAINED, claimed, is_trained, last_checkpoint, naming_full_disk
+from rrhf.training.folder import FREE, INPUTS, SETTINGS, TRAINED, claimed, is_trained, last_checkpoint, naming_full_disk
 from rrhf.training.master_weights import has_low_precision
 from rrhf.training.trainer import RRHFTrainer
 from rrhf.training.watch_settings import WatchSettings
@@ -211,17 +213,37 @@ def _save(
 
 def _remember_settings(job: Job) -> dict[str, Any]:
     """Write down what this run is; refuse to go on with a run that was another."""
-    everything = {**json.loads(job.config.to_json_string()), **asdict(job.adapter)}
-    everything.update(model=job.model.model, data=str(job.data))
-    everything["dtype"] = job.model.dtype
+    everything = {**json.loads(job.config.to_json_string()), **asdict(job.adapter), **_inputs(job)}
     if job.config.bf16_by_default:
         del everything["bf16"]
     settings = {name: value for name, value in sorted(everything.items()) if name not in FREE and value is not None}
     place = job.folder / SETTINGS
     if place.exists():
         before = json.loads(place.read_text(encoding="utf-8"))
-        cure = "run with those to go on, or give --overwrite to train anew"
-        refuse_other_settings(before, settings, f"{job.folder} holds a training run with other settings", cure)
+        unknown = {name for name in INPUTS if name not in before or name not in settings}
+        refuse_other_settings(
+            {name: value for name, value in before.items() if name not in unknown},
+            {name: value for name, value in settings.items() if name not in unknown},
+            f"{job.folder} holds a training run with other settings",
+            "run with those to go on, or give --overwrite to train anew",
+        )
     else:
         write_text(place, json.dumps(settings, indent=1) + "\n")
     return settings
+
+
+def _inputs(job: Job) -> dict[str, str | None]:
+    """Records and weights by name and by content: a checkpoint of others under the same name is another run's."""
+
+    def checksum(file: Path | None) -> str | None:
+        return checksum_of_file(file) if file is not None and file.is_file() else None  # reading it says what is wrong
+
+    return {
+        "data": str(job.data),
+        "data_checksum": checksum(job.data),
+        "eval_data": None if job.eval_data is None else str(job.eval_data),
+        "eval_data_checksum": checksum(job.eval_data),
+        "model": job.model.model,
+        "model_digest": model_digest(job.model.model) or None,
+        "dtype": job.model.dtype,
+    }
