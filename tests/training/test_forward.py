@@ -9,7 +9,9 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from rrhf.training.forward import IDLE, forward_records
+from rrhf.models.tokenization import EncodedRecord
+from rrhf.training.forward import IDLE, accept_records, forward_records
+from support.models import tiny_model
 
 
 class Transfers(TorchDispatchMode):
@@ -53,4 +55,17 @@ def test_one_copy_a_forward(router: bool) -> None:
         assert outputs.router_loss.device.type == "cpu"
         assert outputs.router_loss.shape == ()
     assert transfers.count == 1
+    assert transfers.doubles == 0
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
+def test_a_whole_forward_pass_waits_for_the_device_twice_at_most(family: str) -> None:
+    records = [EncodedRecord("a", [1, 2, 3], [[4, 5], [6, 7, 8]], [0.0, 1.0]), EncodedRecord("b", [1], [[2]], [0.0])]
+    with FakeTensorMode():
+        model = tiny_model(family).to("cuda").train()
+        accept_records(model)
+        with torch.no_grad(), Transfers() as transfers:
+            outputs = forward_records(model, records, "tree")
+    assert outputs.sums.shape == (3,)
+    assert 1 <= transfers.count <= 2
     assert transfers.doubles == 0

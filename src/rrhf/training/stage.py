@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -32,8 +33,19 @@ from rrhf.records.record import Record
 from rrhf.records.sources import source_shares
 from rrhf.training.callbacks import ShowProgress, StopOnSignal, Stopped
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
-from rrhf.training.folder import FREE, INPUTS, SETTINGS, TRAINED, claimed, is_trained, last_checkpoint, naming_full_disk
+from rrhf.training.folder import (
+    BUDGET,
+    FREE,
+    INPUTS,
+    SETTINGS,
+    TRAINED,
+    claimed,
+    is_trained,
+    last_checkpoint,
+    naming_full_disk,
+)
 from rrhf.training.master_weights import has_low_precision
+from rrhf.training.memory import MemoryPlan
 from rrhf.training.trainer import RRHFTrainer
 from rrhf.training.watch_settings import WatchSettings
 from rrhf.training.watching import Watch, watch_training
@@ -85,8 +97,25 @@ def train_model(
                 raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
             settings = _remember_settings(job)
         training = _build(job, *_load(job))
+        settings = _remember_budget(job, settings)
+        log.info(f"train: {training.trainer.memory_plan().line()}")
         loss = _run(job, training)
         return _save(job, training, settings, loss, saved)
+
+
+def plan_training(
+    data: Path, model: ModelSettings, config: RRHFConfig, adapter: AdapterSettings, *, eval_data: Path | None = None
+) -> MemoryPlan:
+    """What ``train_model`` would need against what the device has; nothing is trained, and nothing written.
+
+    Raises:
+        UserError: as ``train_model`` does for what it loads and reads.
+    """
+    with TemporaryDirectory() as folder:
+        config.output_dir, config.push_to_hub = folder, False
+        job = Job(Path(folder), data, eval_data, model, config, adapter, WatchSettings(), [])
+        plan: MemoryPlan = _build(job, *_load(job)).trainer.memory_plan()
+        return plan
 
 
 @dataclass(frozen=True)
@@ -145,7 +174,10 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     if has_low_precision(trainer.model):
         precision = "fp32 masters in the optimiser"
     log.info(f"train: {trainer.train_dataset.summary()}")
-    log.info(f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, {config.world_size} process(es)")
+    log.info(
+        f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, "
+        f"{config.max_tokens_per_forward} tokens a forward, {config.world_size} process(es)"
+    )
     warn_of_whole_weights(str(trainer.accelerator.distributed_type))
     if job.merges and trainer.is_fsdp_enabled:
         raise UserError("an adapter cannot be merged into sharded weights: give --merge_adapter false")
@@ -220,6 +252,9 @@ def _remember_settings(job: Job) -> dict[str, Any]:
     place = job.folder / SETTINGS
     if place.exists():
         before = json.loads(place.read_text(encoding="utf-8"))
+        budget = before.pop(BUDGET, None)
+        if job.config.max_tokens_per_forward is None:
+            job.config.max_tokens_per_forward = budget  # as it was chosen: the numbers go on bit for bit
         unknown = {name for name in INPUTS if name not in before or name not in settings}
         refuse_other_settings(
             {name: value for name, value in before.items() if name not in unknown},
@@ -229,6 +264,14 @@ def _remember_settings(job: Job) -> dict[str, Any]:
         )
     else:
         write_text(place, json.dumps(settings, indent=1) + "\n")
+    return settings
+
+
+def _remember_budget(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write down how many tokens a forward pass has; another number is no other run."""
+    settings = {**settings, BUDGET: job.config.max_tokens_per_forward}
+    if job.config.process_index == 0:
+        write_text(job.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
     return settings
 
 
