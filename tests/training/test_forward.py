@@ -58,14 +58,39 @@ def test_one_copy_a_forward(router: bool) -> None:
     assert transfers.doubles == 0
 
 
-@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral"])
-def test_a_whole_forward_pass_waits_for_the_device_twice_at_most(family: str) -> None:
+class Waits(TorchDispatchMode):
+    """Counts what would wait for a device, with ``meta`` in its place: numbers read from it, copies to the CPU."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs)) if isinstance(x, torch.Tensor)]
+        on_device = [x for x in tensors if x.is_meta]
+        name = func._schema.name.removeprefix("aten::")
+        if on_device and name in ("_local_scalar_dense", "is_nonzero"):
+            self.count += 1
+            return 1
+        if on_device and name == "_to_copy" and torch.device(kwargs.get("device", "meta")).type == "cpu":
+            self.count += 1
+            return torch.zeros(on_device[0].shape, dtype=kwargs.get("dtype") or on_device[0].dtype)
+        assert name not in ("nonzero", "masked_select", "unique_dim", "_unique2"), f"{name} asks the device for a size"
+        return func(*args, **kwargs)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma2", "mistral", "qwen3", "gpt2"])
+def test_a_forward_and_backward_pass_wait_for_the_device_twice_at_most(
+    family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda *device: False)  # meta is no device that it knows
     records = [EncodedRecord("a", [1, 2, 3], [[4, 5], [6, 7, 8]], [0.0, 1.0]), EncodedRecord("b", [1], [[2]], [0.0])]
-    with FakeTensorMode():
-        model = tiny_model(family).to("cuda").train()
-        accept_records(model)
-        with torch.no_grad(), Transfers() as transfers:
-            outputs = forward_records(model, records, "tree")
-    assert outputs.sums.shape == (3,)
-    assert 1 <= transfers.count <= 2
-    assert transfers.doubles == 0
+    model = tiny_model(family).to("meta").train()
+    accept_records(model)
+    with Waits() as waits:
+        outputs = forward_records(model, records, "tree", keep_logits=True)
+        outputs.sums.sum().backward()
+    assert outputs.sums.shape == (3,) and outputs.sums.device.type == "cpu"
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    assert 1 <= waits.count <= 2
