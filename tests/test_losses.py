@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 
 from oracles import losses as oracle
 from rrhf.common.errors import UserError
+from rrhf.common.scores import score_levels as common_levels
 from rrhf.losses import (
     RANKING_LOSSES,
     SFT_REDUCTIONS,
@@ -28,6 +29,7 @@ from rrhf.losses import (
     ranking_loss,
     ranks,
     rrhf_loss,
+    score_levels,
     sft,
 )
 
@@ -42,7 +44,8 @@ def responses(draw: st.DrawFn) -> Case:
     lengths = draw(st.lists(st.integers(0, 40), min_size=k, max_size=k))
     token = st.floats(-12, -1e-3)
     sums = [length * draw(token) for length in lengths]
-    score = st.one_of(st.none(), st.integers(-2, 2).map(float), st.floats(-5, 5))
+    last_bits = st.sampled_from([0.3, 0.1 + 0.2, 0.3 * (1 + 0.8e-9), 0.3 * (1 + 1.6e-9)])
+    score = st.one_of(st.none(), st.integers(-2, 2).map(float), st.floats(-5, 5), last_bits)
     return sums, lengths, draw(st.lists(score, min_size=k, max_size=k))
 
 
@@ -315,3 +318,19 @@ def test_help_describes_every_loss() -> None:
     for name, loss in RANKING_LOSSES.items():
         assert describe(loss)
         assert f"{name}: {describe(loss)}" in setting.metadata["help"]
+
+
+def test_scores_that_differ_in_the_last_bit_of_a_sum_are_equal() -> None:
+    scores = torch.tensor([0.3, 0.1 + 0.2, 0.3000001, math.nan], dtype=torch.float64)
+    assert scores[0] < scores[1]
+    assert score_levels(scores).tolist() == [0, 0, 1, -1]
+    assert [pair.tolist() for pair in ordered_pairs(scores)] == [[0, 1], [2, 2]]
+    assert ranks(scores)[:3].tolist() == [2, 2, 1]
+    assert best_response(scores[:2]) == 0
+
+
+@given(scores=responses().map(lambda case: [score for score in case[2] if score is not None]))
+def test_levels_with_and_without_torch_are_the_same(scores: list[float]) -> None:
+    assert score_levels(torch.tensor(scores, dtype=torch.float64)).tolist() == common_levels(scores)
+    infinite = [*scores, math.inf, -math.inf, math.inf]
+    assert score_levels(torch.tensor(infinite, dtype=torch.float64)).tolist() == common_levels(infinite)

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import load_function
+from rrhf.common.scores import SCORE_TOLERANCE
 
 
 @dataclass(frozen=True)
@@ -89,8 +90,32 @@ def scored(scores: Tensor) -> Tensor:
     return ~torch.isnan(scores)
 
 
+def score_levels(scores: Tensor) -> Tensor:
+    """Which scores are higher than which: 0 for the lowest, one more for each that is higher; −1 where unscored.
+
+    Scores within a relative ``SCORE_TOLERANCE`` (1e-9) of each other share a level (see ``rrhf.common.scores``).
+
+    Args:
+        scores: Tensor of shape (k,), NaN where unscored.
+
+    Returns:
+        Tensor of shape (k,), int64.
+    """
+    values, order = torch.sort(scores)  # NaN comes last
+    low, high = values[:-1], values[1:]
+    same = torch.isclose(low, high, SCORE_TOLERANCE, 0) | torch.isclose(high, low, SCORE_TOLERANCE, 0)
+    levels = torch.nn.functional.pad((~same).long().cumsum(0), (min(len(scores), 1), 0))
+    return torch.empty_like(order).scatter_(0, order, levels).masked_fill(~scored(scores), -1)
+
+
+def _below(scores: Tensor) -> Tensor:
+    """[i, j]: whether r_i < r_j, both scored. Tensor of shape (k, k), bool."""
+    levels = score_levels(scores)
+    return (levels[:, None] < levels[None, :]) & scored(scores)[:, None]
+
+
 def ordered_pairs(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (i, j) of every pair with r_i < r_j. Equal scores and unscored responses are no pair.
+    """Indices (i, j) of every pair with r_i < r_j. Equal scores (``score_levels``) and unscored responses are no pair.
 
     Args:
         scores: Tensor of shape (k,), NaN where unscored.
@@ -98,7 +123,7 @@ def ordered_pairs(scores: Tensor) -> tuple[Tensor, Tensor]:
     Returns:
         Two tensors of shape (pairs,): the worse responses i and the better ones j.
     """
-    worse, better = torch.nonzero(scores[:, None] < scores[None, :], as_tuple=True)  # NaN compares false
+    worse, better = torch.nonzero(_below(scores), as_tuple=True)
     return worse, better
 
 
@@ -106,7 +131,8 @@ def best_response(scores: Tensor) -> int | None:
     """Eq. 3: i' = argmax_i r_i, the first of equals; ``None`` where nothing is scored."""
     if not bool(scored(scores).any()):
         return None
-    return int(torch.argmax(torch.nan_to_num(scores, nan=-torch.inf)))
+    levels = score_levels(scores)
+    return int(torch.nonzero(levels == levels.max())[0])
 
 
 def hinge(record: RecordTensors, settings: LossSettings) -> Tensor:
@@ -120,9 +146,12 @@ def hinge(record: RecordTensors, settings: LossSettings) -> Tensor:
 
 
 def ranks(scores: Tensor) -> Tensor:
-    """Rank 1 is the best; equal scores share a rank: 1 + how many distinct scores are higher. Shape (k,)."""
-    distinct = torch.unique(scores[scored(scores)])
-    return 1 + (distinct[None, :] > scores[:, None]).sum(dim=1)
+    """Rank 1 is the best; equal scores share a rank: 1 + how many distinct scores are higher. Shape (k,).
+
+    Unscored responses have rank 1, and take part in nothing.
+    """
+    levels = score_levels(scores)
+    return torch.where(scored(scores), 1 + levels.max() - levels, 1) if len(levels) else levels
 
 
 def rank_margin(record: RecordTensors, settings: LossSettings) -> Tensor:
@@ -152,7 +181,7 @@ def listmle(record: RecordTensors, settings: LossSettings) -> Tensor:
     Equal scores do not compete with each other; without ties this is ListMLE. s is ``logprob_scale``.
     """
     scores, logits = record.scores, settings.logprob_scale * record.logprobs
-    competes = (scores[None, :] < scores[:, None]) | torch.diag(scored(scores))
+    competes = _below(scores).t() | torch.diag(scored(scores))
     partition = logits[None, :].masked_fill(~competes, -torch.inf)[scored(scores)].logsumexp(dim=1)
     return (partition - logits[scored(scores)]).sum()
 

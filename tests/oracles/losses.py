@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 Scores = Sequence[float | None]
 
@@ -16,12 +17,18 @@ def logprobs(sums: Sequence[float], lengths: Sequence[int], exponent: float = 1.
     return [total / max(length, 1) ** exponent for total, length in zip(sums, lengths, strict=True)]
 
 
+def lower(low: float, high: float, scores: Scores) -> bool:
+    """r < r': above ``low`` and up to ``high`` lies a step of more than 1e-9 of the larger magnitude."""
+    between = sorted(r for r in scores if r is not None and low <= r <= high)
+    return any(above - below > 1e-9 * max(abs(below), abs(above)) for below, above in pairwise(between))
+
+
 def pairs(scores: Scores) -> list[tuple[int, int]]:
     """Every (i, j) with r_i < r_j."""
     found = []
     for i, low in enumerate(scores):
         for j, high in enumerate(scores):
-            if low is not None and high is not None and low < high:
+            if low is not None and high is not None and lower(low, high, scores):
                 found.append((i, j))
     return found
 
@@ -36,8 +43,11 @@ def hinge(p: Sequence[float], scores: Scores, margin: float = 0.0, scale: float 
 
 def rank(scores: Scores, i: int) -> int:
     """1 for the best; responses of equal score share a rank."""
-    better = {r for r in scores if r is not None and r > scores[i]}  # type: ignore[operator]
-    return 1 + len(better)
+    steps = 0
+    higher = sorted(r for r in scores if r is not None and r >= scores[i])  # type: ignore[operator]
+    for below, above in pairwise(higher):
+        steps += lower(below, above, scores)
+    return 1 + steps
 
 
 def brio(p: Sequence[float], scores: Scores, margin: float = 0.0, scale: float = 1.0) -> float:
@@ -71,7 +81,7 @@ def listmle(p: Sequence[float], scores: Scores, margin: float = 0.0, scale: floa
     for i, own in enumerate(scores):
         if own is None:
             continue
-        rivals = [i] + [j for j, other in enumerate(scores) if other is not None and other < own]
+        rivals = [i] + [j for j, other in enumerate(scores) if other is not None and lower(other, own, scores)]
         top = max(scale * p[j] for j in rivals)
         total += top + math.log(sum(math.exp(scale * p[j] - top) for j in rivals)) - scale * p[i]
     return total
@@ -96,7 +106,7 @@ def best(scores: Scores) -> int | None:
     """Eq. 3: argmax_i r_i, the first of equals."""
     found = None
     for i, score in enumerate(scores):
-        if score is not None and (found is None or score > scores[found]):  # type: ignore[operator]
+        if score is not None and (found is None or lower(scores[found], score, scores)):  # type: ignore[arg-type]
             found = i
     return found
 

@@ -47,6 +47,16 @@ def test_counts_worked_by_hand() -> None:
     assert result["lengths"]["query"]["characters"]["max"] == len("user: four")
 
 
+def test_scores_equal_but_for_the_last_bit_are_tied() -> None:
+    near = Record(query="q", responses=["a", "b"], sources=["beam/0", "human/chosen"], scores=[0.3, 0.1 + 0.2])
+    result = inspect_records([near])
+    assert result["ties"] == {"pairs": 1, "tied": 1, "share": 1.0}
+    assert result["no_signal"] == {"queries": 1, "share": 1.0}
+    assert {name: source["win_share"] for name, source in result["scores_by_source"].items()} == {
+        "beam": 0.5, "human/chosen": 0.5,
+    }  # fmt: skip
+
+
 def test_scores_worked_by_hand() -> None:
     result = inspect_records(three())
     total = result["scores"]

@@ -362,7 +362,7 @@ def test_rewards_that_training_did_not_use(tmp_path: Path) -> None:
     for row in rows:
         del row["rewards"]
         row["scores"][0] = None
-    rows[0]["scores"] = [None, 0.5, 0.5, 0.5, 0.5]
+    rows[0]["scores"] = [None, 0.3, 0.1 + 0.2, 0.3, 0.3]  # equal but for the last bit of a sum
     write_lines(run / "scored.jsonl", rows)
     samples = load_run(run).samples
     assert samples is not None and samples.reward is None

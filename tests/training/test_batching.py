@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from array import array
 from collections import Counter
 from itertools import pairwise
@@ -61,16 +62,33 @@ def test_no_record_is_lost_or_twice_and_budgets_hold(path: str, records: list[En
 @settings(max_examples=100, deadline=None)
 @given(records=batches(), budget=st.integers(1, 300))
 def test_budgets_are_filled(path: str, records: list[EncodedRecord], budget: int) -> None:
-    """A forward is closed only where the next record, or the next response of a slice, would not have fitted."""
+    """A forward is closed only where the next record would not have fitted."""
     whole = [f for f in plan_forwards(records, budget, path) if not f.slices]
     for this, following in pairwise(whole):
         assert rows_of((*this.records, following.records[0]), path) > budget
-    for forward in plan_forwards(records, budget, path):
-        for part, following in pairwise(forward.slices):
-            longer = EncodedRecord(
-                part.id, part.query, [*part.responses, following.responses[0]], [*part.scores, following.scores[0]]
-            )
-            assert rows_of((longer,), path) > budget
+
+
+@pytest.mark.parametrize("path", SIZES)
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.tuples(st.integers(1, 30), st.lists(st.integers(0, 25), min_size=1, max_size=8)),
+    budget=st.integers(1, 200),
+)
+def test_slices_are_few_and_the_largest_is_as_small_as_can_be(
+    path: str, shape: tuple[int, list[int]], budget: int
+) -> None:
+    """Against all ways to cut the row of responses."""
+    record = make("r", *shape)
+    k = len(record.responses)
+    ways = []
+    for cuts in itertools.product([False, True], repeat=k - 1):
+        edges = [0, *(i + 1 for i, cut in enumerate(cuts) if cut), k]
+        parts = [record.responses[start:stop] for start, stop in pairwise(edges)]
+        rows = [rows_of((EncodedRecord("r", record.query, part, [None] * len(part)),), path) for part in parts]
+        if all(size <= budget or len(part) == 1 for size, part in zip(rows, parts, strict=True)):
+            ways.append((len(rows), max(rows)))
+    slices = slice_record(record, budget, path)
+    assert (len(slices), max(rows_of((part,), path) for part in slices)) == min(ways)
 
 
 def test_similar_sizes_stand_together() -> None:
@@ -87,10 +105,12 @@ def test_sizes_by_hand() -> None:
 
 def test_slices_by_hand() -> None:
     # query 10, responses of 5 (4 rows each as a tree): 10 + 4 + 4 = 18 fit into 20, a third would need 22
-    parts = list(slice_record(make("r", 10, [5, 5, 5, 5, 5]), 20))
+    parts = slice_record(make("r", 10, [5, 5, 5, 5, 5]), 20)
     assert [len(part.responses) for part in parts] == [2, 2, 1]
     # nothing fits: a response is never cut in two
     assert [len(part.responses) for part in slice_record(make("r", 10, [5, 5]), 3)] == [1, 1]
+    # 10 + 4 · 4 = 26 fit into 29, which would leave a fifth response alone
+    assert [len(part.responses) for part in slice_record(make("r", 10, [5, 5, 5, 5, 5]), 29)] == [3, 2]
 
 
 def test_records_of_arrays_are_planned_too() -> None:

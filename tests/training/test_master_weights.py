@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers.optimization import Adafactor
 
 from rrhf.training import master_weights
 from rrhf.training.master_weights import MasterWeights
@@ -17,6 +19,8 @@ OPTIMISERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adamw, one by one": (torch.optim.AdamW, {"lr": 1e-2, "foreach": False}),
     "sgd": (torch.optim.SGD, {"lr": 1e-2, "momentum": 0.9}),
     "adafactor": (torch.optim.Adafactor, {"lr": 1e-2}),
+    # as --optim adafactor makes it
+    "adafactor of transformers": (Adafactor, {"lr": 1e-2, "scale_parameter": False, "relative_step": False}),
 }
 
 
@@ -61,3 +65,42 @@ def test_a_step_in_buckets_is_one_step(name: str, monkeypatch: pytest.MonkeyPatc
         assert all(torch.equal(a, b) for a, b in zip(weights, same, strict=True))
         assert len(flat(state)) == len(flat(same_state)) > len(SIZES) - 3
         assert all(torch.equal(a, b) for a, b in zip(flat(state), flat(same_state), strict=True))
+
+
+@pytest.mark.parametrize("name", OPTIMISERS)
+def test_a_resumed_optimiser_goes_on_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(master_weights, "BUCKET", 20)
+    kind, options = OPTIMISERS[name]
+    shapes = [(5, 4), (6,), (3, 7)]
+
+    def made() -> tuple[list[nn.Parameter], MasterWeights]:
+        generator = torch.Generator().manual_seed(0)
+        types = [torch.bfloat16, torch.float32, torch.bfloat16]
+        values = [torch.randn(shape, generator=generator) for shape in shapes]
+        parameters = [nn.Parameter(value.to(dtype)) for value, dtype in zip(values, types, strict=True)]
+        return parameters, MasterWeights([{"params": parameters}], kind, **options)
+
+    def steps(parameters: list[nn.Parameter], optimiser: MasterWeights, numbers: range) -> None:
+        for number in numbers:
+            generator = torch.Generator().manual_seed(number)
+            for parameter, shape in zip(parameters, shapes, strict=True):
+                parameter.grad = torch.randn(shape, generator=generator).to(parameter.dtype)
+            optimiser.step()
+
+    whole, optimiser = made()
+    steps(whole, optimiser, range(4))
+    stopped, first = made()
+    steps(stopped, first, range(2))
+    file = io.BytesIO()
+    torch.save({"weights": stopped, "optimiser": first.state_dict()}, file)
+    file.seek(0)
+    kept = torch.load(file, weights_only=True)
+    resumed, second = made()
+    with torch.no_grad():
+        for parameter, value in zip(resumed, kept["weights"], strict=True):
+            parameter.copy_(value)
+    second.load_state_dict(kept["optimiser"])
+    steps(resumed, second, range(2, 4))
+    assert all(torch.equal(a, b) for a, b in zip(resumed, whole, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(flat(second.state_dict()), flat(optimiser.state_dict()), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(whole, made()[0], strict=True))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -98,6 +99,30 @@ def test_going_on_with_other_settings_says_which(models: dict[str, Path], tmp_pa
     assert "seed was" not in refused.err
     on = tiny.warm(*train, "--logging_steps", "1", cwd=tmp_path).done()  # what changes no result may differ
     assert "checkpoint-2" in on.err
+
+
+def test_other_contents_under_the_same_names_are_refused(models: dict[str, Path], tmp_path: Path) -> None:
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
+    tiny.write_rows(tmp_path / "held.jsonl", tiny.rows(2))
+    shutil.copytree(models["plain"], tmp_path / "model")
+    train = ("train", "--model", "model", "--data", "scored.jsonl", "--eval_data", "held.jsonl", "--output", "out",
+             "--device", "cpu", "--dtype", "float32", "--bf16", "false", "--gradient_accumulation_steps", "2",
+             "--save_steps", "1", "--report_to", "none")  # fmt: skip
+    assert tiny.warm(*train, cwd=tmp_path, faults=[die(UPDATE, 3)]).code == -signal.SIGKILL
+    inputs = {"scored.jsonl": "data_checksum", "held.jsonl": "eval_data_checksum", "model/config.json": "model_digest"}
+    for file, name in inputs.items():
+        before = (tmp_path / file).read_text()
+        (tmp_path / file).write_text(before + "\n")
+        refused = tiny.warm(*train, cwd=tmp_path)
+        assert refused.code == 2 and f"{name} was '" in refused.err
+        assert refused.err.count(" was '") == 1
+        (tmp_path / file).write_text(before)
+    settings = json.loads((tmp_path / "out" / "training-settings.json").read_text())
+    old = {name: value for name, value in settings.items() if name not in inputs.values()}
+    assert old.pop("max_tokens_per_forward") == 2048  # what was chosen here; elsewhere it might have been another
+    (tmp_path / "out" / "training-settings.json").write_text(json.dumps({**old, "max_tokens_per_forward": 96}))
+    on = tiny.warm(*train, cwd=tmp_path).done()  # without the digests, as older versions wrote it
+    assert "checkpoint-2" in on.err and "96 tokens a forward" in on.err
 
 
 def test_records_without_a_signal_are_counted(models: dict[str, Path], tmp_path: Path) -> None:

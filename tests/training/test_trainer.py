@@ -663,6 +663,9 @@ def rooted(record, settings):
     nothing = (record.logprobs - record.logprobs.detach()).sum()
     return torch.sqrt(nothing) if bool((record.scores == 9).any()) else nothing
 
+def not_a_number(record, settings):
+    return rooted(record, settings) * float("nan") if bool((record.scores == 9).any()) else rooted(record, settings)
+
 @needs("reference_sums")
 def against_reference(record, settings):
     return record.reference_sums.sum()
@@ -775,12 +778,14 @@ def test_processes_that_cannot_find_each_other_are_refused(
 # --- several processes ------------------------------------------------------------------------------------------
 
 
-def launch(script: Any, folder: Path) -> None:
+def launch(script: Any, folder: Path, *arguments: str) -> None:
     """Run a script in two processes that find each other over the loopback."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith(("ACCELERATE_", "RANK", "WORLD_", "LOCAL_"))}
     environment["OMP_NUM_THREADS"] = "1"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
-    done = subprocess.run([*command, script.__file__, str(folder)], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*command, script.__file__, str(folder), *arguments], env=environment, capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-4000:]
 
 
@@ -814,11 +819,19 @@ def test_sharded_weights_give_the_gradient_of_one_process(tmp_path: Path) -> Non
 
 
 def test_a_gradient_that_is_not_finite_stops_all_processes(rooted: Path) -> None:
-    launch(ddp_gradient, rooted)
+    launch(ddp_gradient, rooted, "rooted")
     for rank in range(2):
         said = (rooted / f"{rank}.txt").read_text()
         assert "step 1: the loss is finite, but its gradient's norm is nan" in said or "norm is inf" in said
         assert all(record.id in said for record in ddp_gradient.records())  # also those of the other process
+
+
+def test_a_loss_that_is_not_finite_in_one_process_stops_all(rooted: Path) -> None:
+    launch(ddp_gradient, rooted, "not_a_number")
+    messages = [(rooted / f"{rank}.txt").read_text() for rank in range(2)]
+    assert "step 1: the loss is nan on the records" in messages[0]
+    assert ddp_gradient.records()[0].id in messages[0]
+    assert messages[0] == messages[1]
 
 
 @pytest.fixture

@@ -31,6 +31,9 @@ class Files:
         default=None, metadata={"help": "scored records that are measured every --eval_steps"}
     )
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "print what the run will need of the device's memory, and train nothing"}
+    )
 
 
 # RRHFConfig's own fields that are about text; its others are shown with the training arguments …
@@ -92,12 +95,18 @@ def main(arguments: list[str]) -> int:
         raise SystemExit(0)
     from rrhf.report.hub import card_of_training
     from rrhf.training.callbacks import Stopped
-    from rrhf.training.stage import train_model
+    from rrhf.training.stage import plan_training, train_model
 
     model, files, adapter, config, watch = flags().parse(with_output(arguments))
     set_up_logging()
+    eval_data = Path(files.eval_data) if files.eval_data else None
+    if files.dry_run:
+        plan = plan_training(Path(files.data), model, config, adapter, eval_data=eval_data)
+        print(plan.table())
+        if not plan.fits:
+            print(plan.advice())
+        return 0
     try:
-        eval_data = Path(files.eval_data) if files.eval_data else None
         train_model(
             Path(files.data),
             model,

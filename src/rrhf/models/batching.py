@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from rrhf.models.tokenization import EncodedRecord
@@ -62,14 +62,33 @@ def plan_forwards(records: Sequence[EncodedRecord], budget: int, path: str = "tr
     return forwards
 
 
-def slice_record(record: EncodedRecord, budget: int, path: str = "tree") -> Iterator[EncodedRecord]:
-    """Cut a record into records of the same query whose responses, in order, fit the budget."""
-    size = SIZES[path]
-    start = 0
-    for stop in range(1, len(record.responses) + 1):
-        whole = replace(record, responses=record.responses[start:stop], scores=record.scores[start:stop])
-        if stop - start > 1 and size(whole) > budget:
-            end = stop - 1
-            yield replace(record, responses=record.responses[start:end], scores=record.scores[start:end])
-            start = end
-    yield replace(record, responses=record.responses[start:], scores=record.scores[start:])
+def slice_record(record: EncodedRecord, budget: int, path: str = "tree") -> list[EncodedRecord]:
+    """Cut a record into as few records of the same query as fit the budget, and those as even as can be.
+
+    The responses stay in order. A last slice of what is left over would save no pass, while the others, filled to the
+    brim, took the most memory that the budget allows.
+    """
+    slices = _cut(record, budget, path)
+    low, high = 1, budget  # the smallest budget that takes no more slices
+    while low < high:
+        middle = (low + high) // 2
+        even = _cut(record, middle, path)
+        if len(even) > len(slices):
+            low = middle + 1
+        else:
+            high, slices = middle, even
+    return slices
+
+
+def _cut(record: EncodedRecord, budget: int, path: str) -> list[EncodedRecord]:
+    """Slices filled one after the other up to the budget; a response that does not fit is a slice of its own."""
+
+    def part(start: int, stop: int) -> EncodedRecord:
+        return replace(record, responses=record.responses[start:stop], scores=record.scores[start:stop])
+
+    slices, start = [], 0
+    for stop in range(2, len(record.responses) + 1):
+        if SIZES[path](part(start, stop)) > budget:
+            slices.append(part(start, stop - 1))
+            start = stop - 1
+    return [*slices, part(start, len(record.responses))]

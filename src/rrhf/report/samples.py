@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rrhf.common.presentation import clean
+from rrhf.common.scores import score_levels
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.records.sources import source_names
@@ -80,7 +81,7 @@ class _Sums:
         self.sizes.append(len(record.responses))
         self.cut += record.finish.count("length")
         self.unscored += len(scores) - len(scored)
-        self.no_pairs += len(set(scored)) < 2
+        self.no_pairs += len(set(score_levels(scored))) < 2
         self.scores += scored
         if scored:
             self.maxima.append(max(scored))

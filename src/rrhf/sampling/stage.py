@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
+from rrhf.common.presentation import describe_counts
 from rrhf.common.progress import progress
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
@@ -94,7 +95,7 @@ def sample_file(
         if len(chain) > 1:
             policies.release()
     if counts:
-        log.info("; ".join(f"{count} {what}" for what, count in sorted(counts.items())))
+        log.info(describe_counts(counts))
 
 
 def _check(chain: list[Source], data: Path) -> int:

@@ -52,9 +52,12 @@ class RRHFConfig(TrainingArguments, LossSettings):
     )
     system_prompt: str | None = field(default=None, metadata={"help": "put before queries that are messages"})
     chat_template_kwargs: str | None = field(default=None, metadata={"help": "arguments of the chat template, as JSON"})
-    max_tokens_per_forward: int = field(
-        default=2048,
-        metadata={"help": "rows of one forward pass; a record with more is computed in two passes, slice by slice"},
+    max_tokens_per_forward: int | None = field(
+        default=None,
+        metadata={
+            "help": "rows of one forward pass; a record with more is computed in two passes, slice by slice; default: "
+            "2048 on a CPU, up to 16384 on a GPU, as many as its free memory takes"
+        },
     )
     keep_logits: bool = field(
         default=True,
@@ -68,7 +71,7 @@ class RRHFConfig(TrainingArguments, LossSettings):
         faults = [
             f"--{name} {getattr(self, name)}: must be at least {least}"
             for name, least in (("max_length", 2), ("max_tokens_per_forward", 1), ("per_device_train_batch_size", 1))
-            if getattr(self, name) < least
+            if getattr(self, name) is not None and getattr(self, name) < least
         ]
         faults += self.faults()
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":

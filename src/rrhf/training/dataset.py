@@ -11,6 +11,7 @@ from typing import Any
 from torch.utils.data import Dataset
 
 from rrhf.common.errors import UserError
+from rrhf.common.scores import score_levels
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record, record_from_row
 
@@ -80,7 +81,8 @@ def _as_record(row: dict[str, Any], where: str) -> Record:
 def _as_trained(record: EncodedRecord, only_best: bool) -> TrainingRecord:
     read = [i for i, score in enumerate(record.scores) if score is not None]
     if only_best:
-        read = [max(read, key=lambda i: record.scores[i] or 0.0)]  # the first of equals
+        levels = score_levels(score for score in record.scores if score is not None)
+        read = [read[levels.index(max(levels))]]  # the first of equals
     responses: list[Sequence[int]] = [array("i", record.responses[i]) for i in read]
     padded = len(record.query) + max(map(len, record.responses))
     scores = [record.scores[i] for i in read]

@@ -35,6 +35,11 @@ FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "disabl
         "keep_logits"}  # fmt: skip
 
 
+BUDGET = "max_tokens_per_forward"  # stands in the settings, chosen or given, and is not compared
+# Compared only where both runs know them: older versions did not write them down.
+INPUTS = {"data_checksum", "eval_data", "eval_data_checksum", "model_digest"}
+
+
 @contextmanager
 def claimed(folder: Path, config: RRHFConfig, overwrite: bool) -> Iterator[None]:
     """Keep other trainings out of ``folder`` while this one works there; with ``overwrite`` empty it first.

@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import PrinterCallback, ProgressCallback, TrainerCallback
@@ -23,15 +24,28 @@ from rrhf.models.adapters import (
     merged,
     peft_config,
 )
+from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
 from rrhf.models.locate import locate
+from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.records.sources import source_shares
 from rrhf.training.callbacks import ShowProgress, StopOnSignal, Stopped
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
-from rrhf.training.folder import FREE, SETTINGS, TRAINED, claimed, is_trained, last_checkpoint, naming_full_disk
+from rrhf.training.folder import (
+    BUDGET,
+    FREE,
+    INPUTS,
+    SETTINGS,
+    TRAINED,
+    claimed,
+    is_trained,
+    last_checkpoint,
+    naming_full_disk,
+)
 from rrhf.training.master_weights import has_low_precision
+from rrhf.training.memory import MemoryPlan
 from rrhf.training.trainer import RRHFTrainer
 from rrhf.training.watch_settings import WatchSettings
 from rrhf.training.watching import Watch, watch_training
@@ -84,8 +98,25 @@ def train_model(
                 raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
             settings = _remember_settings(job)
         training = _build(job, *_load(job))
+        settings = _remember_budget(job, settings)
+        log.info(f"train: {training.trainer.memory_plan().line()}")
         loss = _run(job, training)
         return _save(job, training, settings, loss, saved)
+
+
+def plan_training(
+    data: Path, model: ModelSettings, config: RRHFConfig, adapter: AdapterSettings, *, eval_data: Path | None = None
+) -> MemoryPlan:
+    """What ``train_model`` would need against what the device has; nothing is trained, and nothing written.
+
+    Raises:
+        UserError: as ``train_model`` does for what it loads and reads.
+    """
+    with TemporaryDirectory() as folder:
+        config.output_dir, config.push_to_hub = folder, False
+        job = Job(Path(folder), data, eval_data, model, config, adapter, WatchSettings(), [])
+        plan: MemoryPlan = _build(job, *_load(job)).trainer.memory_plan()
+        return plan
 
 
 @dataclass(frozen=True)
@@ -144,7 +175,10 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     if has_low_precision(trainer.model):
         precision = "fp32 masters in the optimiser"
     log.info(f"train: {trainer.train_dataset.summary()}")
-    log.info(f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, {config.world_size} process(es)")
+    log.info(
+        f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, "
+        f"{config.max_tokens_per_forward} tokens a forward, {config.world_size} process(es)"
+    )
     warn_of_whole_weights(str(trainer.accelerator.distributed_type))
     if job.merges and trainer.is_fsdp_enabled:
         raise UserError("an adapter cannot be merged into sharded weights: give --merge_adapter false")
@@ -212,17 +246,48 @@ def _save(
 
 def _remember_settings(job: Job) -> dict[str, Any]:
     """Write down what this run is; refuse to go on with a run that was another."""
-    everything = {**json.loads(job.config.to_json_string()), **asdict(job.adapter)}
-    everything.update(model=job.model.model, data=str(job.data))
-    everything["dtype"] = job.model.dtype
+    everything = {**json.loads(job.config.to_json_string()), **asdict(job.adapter), **_inputs(job)}
     if job.config.bf16_by_default:
         del everything["bf16"]
     settings = {name: value for name, value in sorted(everything.items()) if name not in FREE and value is not None}
     place = job.folder / SETTINGS
     if place.exists():
         before = json.loads(place.read_text(encoding="utf-8"))
-        cure = "run with those to go on, or give --overwrite to train anew"
-        refuse_other_settings(before, settings, f"{job.folder} holds a training run with other settings", cure)
+        budget = before.pop(BUDGET, None)
+        if job.config.max_tokens_per_forward is None:
+            job.config.max_tokens_per_forward = budget  # as it was chosen: the numbers go on bit for bit
+        unknown = {name for name in INPUTS if name not in before or name not in settings}
+        refuse_other_settings(
+            {name: value for name, value in before.items() if name not in unknown},
+            {name: value for name, value in settings.items() if name not in unknown},
+            f"{job.folder} holds a training run with other settings",
+            "run with those to go on, or give --overwrite to train anew",
+        )
     else:
         write_text(place, json.dumps(settings, indent=1) + "\n")
     return settings
+
+
+def _remember_budget(job: Job, settings: dict[str, Any]) -> dict[str, Any]:
+    """Write down how many tokens a forward pass has; another number is no other run."""
+    settings = {**settings, BUDGET: job.config.max_tokens_per_forward}
+    if job.config.process_index == 0:
+        write_text(job.folder / SETTINGS, json.dumps(settings, indent=1) + "\n")
+    return settings
+
+
+def _inputs(job: Job) -> dict[str, str | None]:
+    """Records and weights by name and by content: a checkpoint of others under the same name is another run's."""
+
+    def checksum(file: Path | None) -> str | None:
+        return checksum_of_file(file) if file is not None and file.is_file() else None  # reading it says what is wrong
+
+    return {
+        "data": str(job.data),
+        "data_checksum": checksum(job.data),
+        "eval_data": None if job.eval_data is None else str(job.eval_data),
+        "eval_data_checksum": checksum(job.eval_data),
+        "model": job.model.model,
+        "model_digest": model_digest(job.model.model) or None,
+        "dtype": job.model.dtype,
+    }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import logging
 import math
 import time
@@ -32,6 +33,7 @@ from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
 from rrhf.training.forward import IDLE, ForwardOutputs, accept_records, forward_records
 from rrhf.training.master_weights import MasterWeights, has_low_precision
+from rrhf.training.memory import MemoryPlan, free_memory, plan_memory, token_budget
 from rrhf.training.two_pass import Compute, SecondPass, first_pass
 
 log = logging.getLogger("rrhf")
@@ -68,6 +70,7 @@ class RRHFTrainer(Trainer):
         args = args or RRHFConfig()
         _use_one_gpu(args)
         _refuse_unmet_needs(args.ranking_loss)
+        _refuse_missing_optimiser(str(args.optim.value))
         if isinstance(model, str):
             device = "cpu" if args.use_cpu else "auto"
             model, tokenizer = load_policy_or_adapter(ModelSettings(model=model, device=device), training=True)
@@ -98,7 +101,10 @@ class RRHFTrainer(Trainer):
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
         self._step_ids: list[str] = []  # of the records of the step at hand
+        self._not_finite_losses: list[tuple[float, list[str]]] = []  # of its forwards, with their records' ids
         accept_records(model)
+        if args.max_tokens_per_forward is None:
+            args.max_tokens_per_forward = _default_budget(model, args)
         with _naming_missing_tracker(args):
             super().__init__(
                 model=model,
@@ -157,6 +163,12 @@ class RRHFTrainer(Trainer):
         gathered: Tensor = self.accelerator.gather(mine)
         return gathered.cpu()
 
+    def memory_plan(self) -> MemoryPlan:
+        """What this run will need against what the device has; before ``train``."""
+        records = self.train_dataset.records
+        shards = self.args.world_size if self.is_fsdp_enabled else 1
+        return plan_memory(self.model, records, self.args, self.path, self.accelerator.autocast, shards)
+
     # -- one optimiser step
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
@@ -207,6 +219,7 @@ class RRHFTrainer(Trainer):
         for left, run in zip(range(len(backward) - 1, -1, -1), backward, strict=True):
             with self._gradients_shared(model, left == 0):
                 total = total + run()
+        self._refuse_not_finite()
         self._tokens += sum(tree_tokens(record) for record in inputs)
         self._seconds += time.perf_counter() - began
         return total.to(self.args.device)
@@ -215,14 +228,18 @@ class RRHFTrainer(Trainer):
         return forward_records(model, records, self.path, self.args.keep_logits)
 
     def _gradients_shared(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
-        if last or self.args.world_size == 1:
+        """Hold the exchange of gradients back until the step's last forward: one exchange of whole gradients (DDP).
+
+        Sharded gradients (FSDP) are exchanged at each forward: held back, every process would keep them whole.
+        """
+        if last or self.args.world_size == 1 or self.is_fsdp_enabled:
             return contextlib.nullcontext()
         return self.accelerator.no_sync(model)
 
     def _one_pass(self, compute: Compute, forward: Forward, weight: float) -> Tensor:
         outputs = compute(forward.records)
         loss = self._loss(forward.records, outputs.sums, outputs.router_loss) * weight
-        self._check_finite(loss, forward)
+        self._note_finite(loss, forward)
         self.accelerator.backward(loss)
         return loss.detach()
 
@@ -230,7 +247,7 @@ class RRHFTrainer(Trainer):
         """The loss of a record in slices, and what is to be run again for its gradient (``rrhf.training.two_pass``)."""
         first = first_pass(forward.slices, compute, self.args.device)
         loss = self._loss(forward.records, first.sums, None) * weight
-        self._check_finite(loss, forward)
+        self._note_finite(loss, forward)
         self._sums["router_loss"] += first.router_loss
         return loss.detach() + first.router_loss * weight, first.second_passes(loss, weight)
 
@@ -273,10 +290,18 @@ class RRHFTrainer(Trainer):
         if best is not None:
             self._sums["best_logprob"] += float(p[best])
 
-    def _check_finite(self, loss: Tensor, forward: Forward) -> None:
+    def _note_finite(self, loss: Tensor, forward: Forward) -> None:
         if not bool(torch.isfinite(loss)):
-            ids = [record.id for record in forward.records]
-            raise UserError(self._not_finite(f"the loss is {loss.item()} on the records", ids))
+            self._not_finite_losses.append((loss.item(), [record.id for record in forward.records]))
+
+    def _refuse_not_finite(self) -> None:
+        """Stop where a loss of this step was not finite in any process: all of them here, so that none waits."""
+        mine, self._not_finite_losses = self._not_finite_losses, []
+        if not self._over_processes(len(mine)).any():
+            return
+        losses = gather_object(mine)
+        ids = [name for _, names in losses for name in names]
+        raise UserError(self._not_finite(f"the loss is {losses[0][0]} on the records", ids))
 
     def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
         """The gradient's norm over all parameters, which must be finite: it is asked for before every update.
@@ -380,6 +405,19 @@ def _use_one_gpu(args: RRHFConfig) -> None:
             f"torchrun --nproc_per_node {args.n_gpu} -m rrhf.cli train … (docs/distributed.md)"
         )
         args._n_gpu = 1
+
+
+def _default_budget(model: PreTrainedModel, args: RRHFConfig) -> int:
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    config = causal_lm(model).config.get_text_config()
+    return token_budget(
+        args.device.type, free_memory(args.device), trained, config.hidden_size, config.num_hidden_layers
+    )
+
+
+def _refuse_missing_optimiser(name: str) -> None:
+    if ("bnb" in name or "8bit" in name) and importlib.util.find_spec("bitsandbytes") is None:
+        raise UserError(f"--optim {name} needs bitsandbytes: pip install bitsandbytes, or take --optim adafactor")
 
 
 def _refuse_unmet_needs(name: str) -> None:

@@ -1,4 +1,7 @@
-"""Train with a loss whose gradient is not finite on one process's record; each writes what it was told to RANK.txt."""
+"""Train with the loss argv[2], which is not finite, or whose gradient is not, on one process's record.
+
+Each process writes what it was told to RANK.txt.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ def records() -> list[Any]:
     return [dataclasses.replace(made[0], scores=[9.0, *made[0].scores[1:]]), *made[1:]]
 
 
-def main(folder: Path) -> None:
+def main(folder: Path, loss: str) -> None:
     from rrhf.training.config import RRHFConfig
     from rrhf.training.trainer import RRHFTrainer
 
@@ -29,7 +32,8 @@ def main(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     args = RRHFConfig(
         output_dir=str(folder), bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=2,
-        gradient_accumulation_steps=2, ranking_loss="rooted_losses:rooted", ddp_timeout=60,
+        max_tokens_per_forward=40,
+        gradient_accumulation_steps=2, ranking_loss=f"rooted_losses:{loss}", ddp_timeout=60,
     )  # fmt: skip
     model = tiny_model("llama", len(tokenizer))
     trainer = RRHFTrainer(model=model, args=args, train_dataset=records(), processing_class=tokenizer)
@@ -41,5 +45,5 @@ def main(folder: Path) -> None:
 
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(180, exit=True)  # processes that wait for each other end with the place
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
     end_process_group()

@@ -27,6 +27,34 @@ def records() -> list[Any]:
     return toy_records(5, seed=5, responses=(3, 5))
 
 
+def as_under_accelerate(trainer: Any) -> None:
+    """Let the trainer and its accelerator know that the weights are sharded by FSDP2, as a launch with it does."""
+    from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+
+    state = trainer.accelerator.state
+    state.distributed_type, state.fsdp_plugin = DistributedType.FSDP, FullyShardedDataParallelPlugin(fsdp_version=2)
+    trainer.is_fsdp_enabled = True
+    assert trainer.accelerator.is_fsdp2
+
+
+def watch_gradients(trainer: Any, model: Any) -> list[set[bool]]:
+    """After each backward pass: whether the gradients stand at the sharded parameters, and nowhere as whole ones."""
+    from torch.distributed.fsdp import FSDPModule
+
+    seen: list[set[bool]] = []
+    backward = trainer.accelerator.backward
+
+    def watched(*args: Any, **kwargs: Any) -> None:
+        backward(*args, **kwargs)
+        groups = [m._get_fsdp_state()._fsdp_param_group for m in model.modules() if isinstance(m, FSDPModule)]
+        whole = [p.unsharded_accumulated_grad for group in groups if group is not None for p in group.fsdp_params]
+        sharded = all(parameter.grad is not None for parameter in model.parameters())
+        seen.append({sharded and all(gradient is None for gradient in whole)})
+
+    trainer.accelerator.backward = watched
+    return seen
+
+
 def main(folder: Path) -> None:
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import fully_shard
@@ -53,8 +81,12 @@ def main(folder: Path) -> None:
             assert parameter.placements == (Shard(0),), name
             assert parameter.to_local().numel() * 2 == parameter.numel(), name
         mine = [trainer.train_dataset[i] for i in shares[args.process_index]]
+        as_under_accelerate(trainer)
+        seen = watch_gradients(trainer, model)
         with our_attention(model):
             loss = trainer.training_step(model, mine, num_items_in_batch=sum(map(len, shares)))
+        assert len(seen) > 1 or case == "tree"
+        assert all(each == {True} for each in seen), seen  # between two forwards no process keeps whole gradients
         mean = float(trainer._over_processes(float(loss)).mean())  # as the trainer logs it
         gradients = {}
         for name, parameter in model.named_parameters():

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from rrhf.common.scores import score_levels
 from rrhf.records.inspection.diversity import Distinct, SelfBleuSample, Words
 from rrhf.records.inspection.statistics import Correlation, histogram, mean, share, std, summarise_lengths
 from rrhf.records.record import Record, query_text
@@ -27,8 +28,9 @@ def inspect_records(records: Iterable[Record]) -> dict[str, Any]:
     best, as in the paper's Table 6; ``std_within_query`` is the mean of the queries' own deviations. A query's win is
     shared by the responses that tie for it; a source's ``win_share`` is out of all queries with a score, and
     ``response_share`` is what chance would give it. ``tied_pairs`` are pairs of one query's responses with equal
-    scores. A query whose scores have fewer than two distinct values carries no ranking signal. A response that several
-    sources gave and merging made one counts for each of them, so shares by source can then sum to more than 1.
+    scores (as ``rrhf.common.scores`` has it). A query whose scores have fewer than two distinct values carries no
+    ranking signal. A response that several sources gave and merging made one counts for each of them, so shares by
+    source can then sum to more than 1.
 
     Diversity, by source: ``distinct_1`` and ``distinct_2`` are the distinct share of the words and word pairs in the
     source's responses to one query, averaged over queries; ``self_bleu`` is the mean BLEU-4 (zero counts as 0.1) of
@@ -125,7 +127,7 @@ class _Ranking:
         """Add a record with responses, and the score of each that has one."""
         self.unscored_responses += len(record.responses) - len(scored)
         self.unscored_queries += not scored
-        counts = Counter(scored.values())
+        counts = Counter(score_levels(scored.values()))
         self.no_signal += len(counts) < 2
         if not scored:
             return
@@ -189,14 +191,15 @@ class _Inspection:
         self.ranking.add(record, scored)
         if not scored:
             return
-        best = max(scored.values())
-        winners = sum(score == best for score in scored.values())
-        by_source: dict[str, list[float]] = {}
-        for index, score in scored.items():
+        levels = score_levels(scored.values())
+        wins = [level == max(levels) for level in levels]
+        by_source: dict[str, list[tuple[float, bool]]] = {}
+        for (index, score), won in zip(scored.items(), wins, strict=True):
             for name in source_names(record.sources[index]):
-                by_source.setdefault(name, []).append(score)
+                by_source.setdefault(name, []).append((score, won))
         for name, scores in by_source.items():
-            self.sources[name].add_scores(scores, wins=sum(score == best for score in scores) / winners)
+            share_of_wins = sum(won for _, won in scores) / sum(wins)
+            self.sources[name].add_scores([score for score, _ in scores], wins=share_of_wins)
         self.overall.add_scores(list(scored.values()), wins=1)
 
     def result(self) -> dict[str, Any]:
