@@ -15,7 +15,10 @@ from torch import Tensor
 
 from oracles.logprobs import all_sums
 from rrhf.models.attention import our_attention
+from rrhf.models.kernels.cpu import device as cpu
+from rrhf.models.kernels.cuda import flex_attention
 from rrhf.models.passes import response_logprobs
+from rrhf.sampling import decoding
 from support.families import FAMILIES, QUERIES, draw, table
 from support.trees import path_and_reason, random_record
 
@@ -75,6 +78,25 @@ def test_several_slots_a_query(name: str) -> None:
         drawn = draw(model, "tree", **options)
         assert drawn == draw(model, "padded", **options)
         assert len({tuple(tokens) for tokens in drawn}) == 9
+
+
+@pytest.mark.parametrize("name", ["llama4", "gpt-oss", "mistral"])
+def test_slots_that_read_their_own_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As long responses are drawn: chunks, sinks and windows there too."""
+    model = FAMILIES[name].make()
+    expected = draw(model, "padded", policy="top-p", num_responses=3)
+    monkeypatch.setattr(decoding, "LONG", 1)
+    assert draw(model, "tree", policy="top-p", num_responses=3) == expected
+
+
+@pytest.mark.parametrize("name", ["llama4", "gpt-oss"])
+def test_flex_attention_has_chunks_and_sinks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Forward alone, as it runs on a CPU."""
+    monkeypatch.setattr(cpu, "tree_attention", flex_attention.tree_attention)
+    model = FAMILIES[name].make()
+    with torch.no_grad():
+        sums = response_logprobs(model, RECORDS, "tree").sums
+        assert float((sums - all_sums(model, RECORDS)).abs().max()) <= 1e-5
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -171,7 +171,7 @@ def compiled(backend: str | Callable[..., Any] = "inductor") -> Callable[..., An
 class FlexTrees:
     """Attention over trees by FlexAttention, compiled on CUDA and elsewhere (forward alone) not; results [1, T, H, E].
 
-    All layers share a ``BlockMask`` a window. Dropout, which FlexAttention lacks, goes to ``masked``.
+    All layers share a ``BlockMask`` a window. Dropout, which FlexAttention lacks, and chunks go to ``masked``.
     """
 
     def __init__(
@@ -188,9 +188,12 @@ class FlexTrees:
         self.masks: dict[int | None, BlockMask] = {}
 
     def __call__(self, call: AttentionCall) -> Tensor:
-        if call.dropout:
+        if call.dropout or (call.chunk is not None and self.reach > call.chunk):
             return self.masked(call)
-        return self._attend(call)[0]
+        if call.sinks is None:
+            return self._attend(call)[0]
+        output, lse = self.with_lse(call)
+        return reference.with_sinks(output, lse[..., None], call.sinks)
 
     def with_lse(self, call: AttentionCall) -> tuple[Tensor, Tensor]:
         """The result, and each row's log Σ e^score, [1, T, H] in fp32 (fp64) with a graph.
