@@ -11,7 +11,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.training.forward import IDLE, accept_records, forward_records
-from support.families import FAMILIES, draw
 from support.models import tiny_model
 
 
@@ -95,12 +94,3 @@ def test_a_forward_and_backward_pass_wait_for_the_device_twice_at_most(
     assert outputs.sums.shape == (3,) and outputs.sums.device.type == "cpu"
     assert all(parameter.grad is not None for parameter in model.parameters())
     assert 1 <= waits.count <= 2
-
-
-@pytest.mark.parametrize("name", ["gpt-neo", "bloom", "stablelm"])
-def test_padded_decoding_while_training_knows_positions(name: str) -> None:
-    """As ``--watch_steps`` draws: queries are padded on the left, and not every model takes position_ids."""
-    model = FAMILIES[name].make()
-    expected = draw(model, "padded", policy="greedy")
-    accept_records(model)
-    assert draw(model, "padded", policy="greedy") == expected
