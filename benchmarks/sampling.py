@@ -164,7 +164,7 @@ def main() -> None:
     peaks.append(peak_gb())
     lines += [
         f"Peak memory: {peaks[0]:.1f} GB up to the end of the others' runs, {peaks[1]:.1f} GB in all.",
-        f"Queries of {len(queries)} {data_name()}, up to 128 tokens, 4 responses each, {options.new_tokens} new tokens.",
+        f"Queries of {len(queries)} {data_name()}, up to 128 tokens, 4 responses each, {options.new_tokens} tokens.",
         "",
         table(["policy", "type", "rrhf tok/s", "other tok/s", "ratio", "other"], rows),
     ]
