@@ -12,6 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rrhf.models.attention import takes_layouts
+from rrhf.models.flex_check import check_flex
 from rrhf.models.forward import causal_lm
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.padded_rows import padded_logprobs
@@ -41,6 +42,7 @@ def usable_path(model: PreTrainedModel, longest_row: int = 0) -> str:
     was_training = model.training
     model.eval()
     try:
+        check_flex(model, _probe(model, longest_row))
         with torch.no_grad():
             fault = _layers_without_layout(model) or _other_numbers(model, longest_row) or _leak(model)
     except Exception as error:  # whatever a model's code raises on an unusual layout, the padded pass remains
