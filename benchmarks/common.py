@@ -82,19 +82,28 @@ def _rate(product: Callable[..., Any], dtype: torch.dtype, device: torch.device)
     return 2 * size**3 * 4 / seconds(lambda: [product(a, b) for _ in range(4)], 3) / 1e9
 
 
+def _hh_file() -> Path | None:
+    file = Path(os.environ.get("RRHF_TEST_DATA", "")) / "hh_harmless.jsonl.gz"
+    return file if file.exists() else None
+
+
+def data_name() -> str:
+    """What ``hh_records`` are, for the table."""
+    return "HH records" if _hh_file() else "made-up records with HH's lengths"
+
+
 def hh_records(limit: int, max_query: int = 128, k: int = 6, max_length: int = 192) -> tuple[Any, list[EncodedRecord]]:
     """``limit`` HH records with ``k`` responses: the row's own two, and those of other rows (RRHF_TEST_DATA).
 
-    Where the data is not at hand, texts of made-up words with HH's lengths take their place, and the table says so.
+    Where the data is not at hand, texts of made-up words with HH's lengths take their place (``data_name``).
     """
     tokenizer = load_tokenizer()
-    folder = os.environ.get("RRHF_TEST_DATA")
     format = TextFormat(tokenizer, TextSettings(max_query_length=max_query))
-    if folder and (Path(folder) / "hh_harmless.jsonl.gz").exists():
-        found = load_dataset_records(str(Path(folder) / "hh_harmless.jsonl.gz"), "hh", limit=limit + 100)
-        records = [record for record in found if len(record.responses) == 2]
+    file = _hh_file()
+    if file:
+        pairs = load_dataset_records(str(file), "hh", limit=limit + 100)
+        records = [record for record in pairs if len(record.responses) == 2]
     else:
-        print("no RRHF_TEST_DATA: made-up texts with HH's lengths")
         records = _made_up(limit + 100)
     generator = random.Random(0)
     others = [response for record in records for response in record.responses]

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from common import arguments, hh_records, load, machine, memory_gb, peak_gb, report, table
+from common import arguments, data_name, hh_records, load, machine, memory_gb, peak_gb, report, table
 from rrhf.models.batching import tree_tokens
 from rrhf.models.kernels.cpu.memory import keep_freed_memory
 from rrhf.models.tokenization import EncodedRecord
@@ -153,7 +153,7 @@ def main() -> None:
             ]
         )
     header = ["trainer", "records/s", "tokens/s that it computes", "peak GB", "records/s against DPO"]
-    lines = [f"Machine: {machine()}. {options.model}, HH records, k = 6; medians of {options.rounds} rounds.", ""]
+    lines = [f"Machine: {machine()}. {options.model}, {data_name()}, k = 6; medians of {options.rounds} rounds.", ""]
     report("\n".join([*lines, table(header, rows)]), options.output)
 
 

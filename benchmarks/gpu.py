@@ -34,7 +34,7 @@ from torch import Tensor
 import dpo
 import sampling
 import training
-from common import arguments, hh_records, load, machine, memory_gb, peak_gb, seconds, table
+from common import arguments, data_name, hh_records, load, machine, memory_gb, peak_gb, seconds, table
 from rrhf.models.devices import resolve_device
 from rrhf.models.kernels.choice import ask_for_flex
 from rrhf.models.passes import response_logprobs
@@ -274,7 +274,7 @@ def main() -> None:
             faults += result["status"] == "failed" or result.get("equal") is False
             lines.append(shown(result))
             print(" | ".join(lines[-1]), file=sys.stderr, flush=True)
-    print(f"Machine: {machine()}. {options.queries} HH records, k = 6, bf16 weights.\n")
+    print(f"Machine: {machine()}. {options.queries} {data_name()}, k = 6, bf16 weights.\n")
     print(table(["row", "model", "numbers"], lines))
     sys.exit(1 if faults else 0)
 

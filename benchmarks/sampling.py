@@ -13,7 +13,19 @@ from typing import Any
 
 import torch
 
-from common import arguments, hh_records, load, machine, matmul_peak, memory_gb, peak_gb, report, seconds, table
+from common import (
+    arguments,
+    data_name,
+    hh_records,
+    load,
+    machine,
+    matmul_peak,
+    memory_gb,
+    peak_gb,
+    report,
+    seconds,
+    table,
+)
 from rrhf.models.kernels.cpu.memory import keep_freed_memory
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
@@ -152,7 +164,7 @@ def main() -> None:
     peaks.append(peak_gb())
     lines += [
         f"Peak memory: {peaks[0]:.1f} GB up to the end of the others' runs, {peaks[1]:.1f} GB in all.",
-        f"{len(queries)} real prompts of up to 128 tokens, 4 responses a query, {options.new_tokens} new tokens.",
+        f"Queries of {len(queries)} {data_name()}, up to 128 tokens, 4 responses each, {options.new_tokens} tokens.",
         "",
         table(["policy", "type", "rrhf tok/s", "other tok/s", "ratio", "other"], rows),
     ]

@@ -24,6 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from common import (
     arguments,
+    data_name,
     fastest_peak,
     hh_records,
     load,
@@ -262,7 +263,7 @@ def main() -> None:
         "GB of tensors above them",
     ]
     lines = [
-        f"Machine: {machine()}. {options.queries} HH records, queries up to 128 tokens, k = 6; medians of "
+        f"Machine: {machine()}. {options.queries} {data_name()}, queries up to 128 tokens, k = 6; medians of "
         f"{options.rounds} rounds, each the faster of 2 runs; in brackets the lowest and highest.",
         "",
         table(header, rows),
@@ -292,7 +293,8 @@ def _line(precision: str, results: list[dict[str, float]]) -> list[str]:
 def _ratio(precision: str, budget: int, found: dict[Any, list[dict[str, float]]]) -> str:
     """The tree pass against the opponent's faster pass in like precision, round by round."""
     others = ("fp32",) if precision == "fp32" else ("bf16 autocast", "bf16 weights")
-    rounds = zip(found["tree", precision, budget, 6], *(found["padded", other, 0, 6] for other in others), strict=True)
+    passes = [found["padded", other, 0, 6] for other in others if ("padded", other, 0, 6) in found]  # --precision
+    rounds = zip(found["tree", precision, budget, 6], *passes, strict=True)
     rates = [[result["queries_per_second"] for result in results] for results in rounds]
     ratios = [ours / max(theirs) for ours, *theirs in rates]
     return (

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from rrhf.common.errors import UserError
 from rrhf.models.attention import takes_layouts
+from rrhf.models.flex_check import check_flex
 from rrhf.models.forward import causal_lm
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.padded_rows import padded_logprobs
@@ -56,6 +57,7 @@ def usable_path(model: PreTrainedModel, longest_row: int = 0) -> str:
     was_training = model.training
     model.eval()
     try:
+        check_flex(model, _probe(model, longest_row))
         with torch.no_grad(), _full_precision():
             fault = _layers_without_layout(model) or _other_numbers(model, longest_row) or _leak(model)
     except Exception as error:  # whatever a model's code raises on an unusual layout, the padded pass remains

@@ -125,12 +125,12 @@ def kernels_for(device: torch.device, flex: bool = False) -> Kernels:
     return flex_kernels if flex else KERNELS.get(device.type, reference)
 
 
-def ask_for_flex(model: nn.Module) -> None:
-    """Let ``model``'s trees attend by FlexAttention. With gradients that takes a CUDA GPU.
+def ask_for_flex(model: nn.Module, flex: bool = True) -> None:
+    """Let ``model``'s trees attend by FlexAttention, or no longer. With gradients that takes a CUDA GPU.
 
     It has not run on one yet, so that masked calls of torch's own attention are what GPUs take unless asked.
     """
-    vars(model)[_FLEX] = True
+    vars(model)[_FLEX] = flex
 
 
 def wants_flex(model: nn.Module) -> bool:

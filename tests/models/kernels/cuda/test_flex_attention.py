@@ -33,6 +33,7 @@ from rrhf.models.kernels.cuda.flex_attention import (
     padded_row,
     tree_attention,
 )
+from rrhf.models.path_check import usable_path
 from rrhf.models.shared_prefix import lay_out, tree_logprobs
 from rrhf.models.trees import Tree, column_ends, visible
 from support.models import tiny_model
@@ -308,8 +309,55 @@ def test_a_model_that_asks_for_it(family: str, monkeypatch: pytest.MonkeyPatch) 
         found = tree_logprobs(asked, RECORDS).sums
     assert len(calls) == 2  # layers
     assert float((found - expected).abs().max()) < 1e-4
-    assert silently(asked, longest_row=49) == "tree"  # the check at start-up runs what was asked for
-    assert len(calls) > 2
+
+
+def test_the_check_at_start_up_takes_masked_calls_where_it_does_not_run() -> None:
+    """On a CPU it has no backward pass."""
+    model = tiny_model("llama")
+    ask_for_flex(model)
+    with pytest.warns(UserWarning, match="flex is not taken .NotImplementedError: FlexAttention does not"):
+        assert usable_path(model) == "tree"
+    assert not wants_flex(model)
+    assert silently(model, longest_row=0) == "tree"
+
+
+class Wrong(torch.autograd.Function):
+    """Its values are right or twice what they should be, and so are its gradients."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, value: float, gradient: float) -> Tensor:
+        ctx.factor = gradient
+        return x * value
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        return gradients[0] * ctx.factor, None, None
+
+
+@pytest.mark.parametrize(
+    ("value", "gradient", "fault"),
+    [
+        (1.0, 1.0, None),
+        (2.0, 2.0, "its log-probabilities differ by"),
+        (1.0, 2.0, "its gradients differ by"),
+        (1.0, math.nan, "its gradients differ by nan"),
+    ],
+)
+def test_the_check_at_start_up_compares_values_and_gradients(
+    value: float, gradient: float, fault: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Masked calls with an error put in stand in for a kernel that a CPU cannot run."""
+    monkeypatch.setattr(FlexTrees, "__call__", lambda self, one: Wrong.apply(self.masked(one), value, gradient))
+    model = tiny_model("llama")
+    ask_for_flex(model)
+    if fault is None:
+        assert silently(model, longest_row=0) == "tree"
+        assert wants_flex(model)
+        return
+    with pytest.warns(UserWarning, match=f"flex is not taken .{fault}"):
+        assert usable_path(model) == "tree"
+    assert not wants_flex(model)
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_gpus_take_masked_calls_unless_asked() -> None:
