@@ -92,6 +92,17 @@ def test_a_plan_of_smollm2_is_within_15_per_cent_of_the_peak(smollm2: tuple[Any,
     assert plan.total == pytest.approx(measured_peak(trainer), rel=0.15), plan
 
 
+def test_checkpoints_of_activations_are_planned_for(tmp_path: Path) -> None:
+    plans = [
+        trainer_of(
+            small_model("llama"), TOKENIZER, toy_records(8, seed=2), tmp_path, gradient_checkpointing=checkpointing
+        ).memory_plan()
+        for checkpointing in (False, True)
+    ]
+    assert plans[1].activations < 0.6 * plans[0].activations
+    assert plans[1].weights == plans[0].weights
+
+
 def test_a_plan_disturbs_nothing(tmp_path: Path) -> None:
     trainer = trainer_of(small_model("llama"), TOKENIZER, toy_records(4, seed=2), tmp_path)
     trainer.model.eval()

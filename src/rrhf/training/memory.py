@@ -311,10 +311,12 @@ def _activations(
     finally:
         model.train(was_training)
     slope = max(kept[1] - kept[0], 0) / max(sizes[1] - sizes[0], 1)
-    if args.gradient_checkpointing:  # a hidden state a layer, and all of one layer that is computed again
-        config = causal_lm(model).config.get_text_config()
-        width = config.hidden_size * next(model.parameters()).element_size()
-        slope = slope / config.num_hidden_layers + width * config.num_hidden_layers
+    # newer transformers call the same activation_checkpointing
+    if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
+        # a hidden state a layer, and all of one layer that is computed again
+        layers = causal_lm(model).config.get_text_config().num_hidden_layers
+        embedding = model.get_input_embeddings().weight
+        slope = slope / layers + embedding.shape[-1] * embedding.element_size() * layers
     return max(kept[0] - slope * sizes[0], 0.0), slope
 
 
