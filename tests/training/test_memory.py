@@ -64,6 +64,7 @@ CASES: dict[str, tuple[str, torch.dtype, dict[str, Any]]] = {
     "masters": ("llama", torch.bfloat16, {}),
     "adafactor": ("llama", torch.bfloat16, {"optim": "adafactor"}),
     "sgd": ("llama-tied", torch.float32, {"optim": "sgd", "keep_logits": False}),
+    "one forward a step": ("llama-tied", torch.float32, {"max_tokens_per_forward": 2000}),
     "padded": ("bloom", torch.float32, {}),
 }
 
@@ -75,8 +76,9 @@ def test_a_plan_is_within_15_per_cent_of_the_peak(case: str, tmp_path: Path) -> 
     family, dtype, options = CASES[case]
     records = toy_records(16, seed=2, responses=(4, 5))
     model = small_model(family).to(dtype)
-    trainer = trainer_of(model, TOKENIZER, records, tmp_path, max_tokens_per_forward=160, **options)
+    trainer = trainer_of(model, TOKENIZER, records, tmp_path, **{"max_tokens_per_forward": 160, **options})
     plan = trainer.memory_plan()
+    assert plan.one_forward is (case == "one forward a step")
     assert plan.total == pytest.approx(measured_peak(trainer), rel=0.15), plan
 
 
@@ -88,6 +90,17 @@ def test_a_plan_of_smollm2_is_within_15_per_cent_of_the_peak(smollm2: tuple[Any,
     trainer = trainer_of(model, tokenizer, records, tmp_path, max_tokens_per_forward=192)
     plan = trainer.memory_plan()
     assert plan.total == pytest.approx(measured_peak(trainer), rel=0.15), plan
+
+
+def test_checkpoints_of_activations_are_planned_for(tmp_path: Path) -> None:
+    plans = [
+        trainer_of(
+            small_model("llama"), TOKENIZER, toy_records(8, seed=2), tmp_path, gradient_checkpointing=checkpointing
+        ).memory_plan()
+        for checkpointing in (False, True)
+    ]
+    assert plans[1].activations < 0.6 * plans[0].activations
+    assert plans[1].weights == plans[0].weights
 
 
 def test_a_plan_disturbs_nothing(tmp_path: Path) -> None:
@@ -141,7 +154,16 @@ def test_a_dry_run_prints_the_table_and_writes_nothing(tmp_path: Path) -> None:
     train = ("train", "--model", "model", "--data", "scored.jsonl", "--output", "out", "--device", "cpu",
              "--dtype", "bfloat16", "--report_to", "none", "--max_steps", "1")  # fmt: skip
     done = tiny.warm(*train, "--dry_run", cwd=tmp_path).done()
-    for row in ("weights", "gradients", "fp32 masters", "optimiser's moments", "activations", "logits", "sum", "has"):
+    for row in (
+        "weights",
+        "gradients",
+        "fp32 masters",
+        "optimiser's moments",
+        "activations",
+        "logits",
+        "fullest",
+        "has",
+    ):
         assert row in done.out, row
     assert not (tmp_path / "out").exists()
     trained = tiny.warm(*train, cwd=tmp_path).done()

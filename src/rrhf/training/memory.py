@@ -1,9 +1,10 @@
 """How much memory a training run needs, before it starts, and how many tokens a forward pass may have.
 
-At its fullest, in the backward pass of a step's last forward, a process holds
+At its fullest, before the backward pass of a step's last forward, a process holds
 
     weights + gradients + fp32 masters + the optimiser's moments + activations + logits
 
+A step of one forward has no gradients yet at that moment.
 Activations grow linearly with a forward's tokens; what a token takes depends on the model's code, the precision and the
 kernels, so it is counted: two small forward passes, whose difference gives the bytes of one token.
 """
@@ -87,7 +88,8 @@ class MemoryPlan:
     """Bytes of one process at its fullest.
 
     ``activations`` and ``logits`` are those of a forward of ``tokens`` tokens; ``step`` is what an optimiser's step
-    takes in passing, when activations are gone. ``free``: what the device has, the weights that are loaded counted.
+    takes in passing, when activations are gone. ``one_forward``: a step has no second one, so that gradients come only
+    as the activations go. ``free``: what the device has, the weights that are loaded counted.
     """
 
     weights: int
@@ -98,13 +100,16 @@ class MemoryPlan:
     logits: int
     step: int
     tokens: int
+    one_forward: bool
     device: str
     free: int | None
 
     @property
     def total(self) -> int:
-        kept = self.weights + self.gradients + self.masters + self.moments
-        return kept + max(self.activations + self.logits, self.step)
+        forward, kept = self.activations + self.logits, self.weights + self.masters + self.moments
+        if self.one_forward:
+            return kept + max(forward, self.gradients + self.step)
+        return kept + self.gradients + max(forward, self.step)
 
     @property
     def fits(self) -> bool:
@@ -118,7 +123,7 @@ class MemoryPlan:
             ("optimiser's moments", self.moments),
             (f"activations, {self.tokens} tokens a forward", self.activations),
             ("logits and the output layer's gradient", self.logits),
-            ("sum", self.total),
+            ("sum, at its fullest", self.total),
             (f"the device has ({self.device})", self.free),
         ]
 
@@ -261,6 +266,7 @@ def plan_memory(
         logits=_logit_bytes(head, int(answered * tokens), args.keep_logits),
         step=step_bytes(str(args.optim.value), trained),
         tokens=tokens,
+        one_forward=sum(step) <= budget and copies == 1,
         device=str(device),
         free=None if free is None else free + weights,
     )
@@ -305,10 +311,12 @@ def _activations(
     finally:
         model.train(was_training)
     slope = max(kept[1] - kept[0], 0) / max(sizes[1] - sizes[0], 1)
-    if args.gradient_checkpointing:  # a hidden state a layer, and all of one layer that is computed again
-        config = causal_lm(model).config.get_text_config()
-        width = config.hidden_size * next(model.parameters()).element_size()
-        slope = slope / config.num_hidden_layers + width * config.num_hidden_layers
+    # newer transformers call the same activation_checkpointing
+    if args.gradient_checkpointing or getattr(args, "activation_checkpointing", False):
+        # a hidden state a layer, and all of one layer that is computed again
+        layers = causal_lm(model).config.get_text_config().num_hidden_layers
+        embedding = model.get_input_embeddings().weight
+        slope = slope / layers + embedding.shape[-1] * embedding.element_size() * layers
     return max(kept[0] - slope * sizes[0], 0.0), slope
 
 

@@ -409,10 +409,9 @@ def _use_one_gpu(args: RRHFConfig) -> None:
 
 def _default_budget(model: PreTrainedModel, args: RRHFConfig) -> int:
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    config = causal_lm(model).config.get_text_config()
-    return token_budget(
-        args.device.type, free_memory(args.device), trained, config.hidden_size, config.num_hidden_layers
-    )
+    width = model.get_input_embeddings().weight.shape[-1]
+    layers = causal_lm(model).config.get_text_config().num_hidden_layers
+    return token_budget(args.device.type, free_memory(args.device), trained, width, layers)
 
 
 def _refuse_missing_optimiser(name: str) -> None:
