@@ -12,7 +12,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 
 from rrhf.common.errors import UserError
-from rrhf.common.launch import leave
+from rrhf.common.launch import end_process_group
 from support.models import tiny_model, tiny_tokenizer, toy_records
 
 
@@ -42,4 +42,4 @@ def main(folder: Path) -> None:
 if __name__ == "__main__":
     faulthandler.dump_traceback_later(180, exit=True)  # processes that wait for each other end with the place
     main(Path(sys.argv[1]))
-    leave()
+    end_process_group()
