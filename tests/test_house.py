@@ -227,3 +227,52 @@ def test_a_lock_with_faults_is_seen() -> None:
         "d is missing: run `make lock`",
         "f is missing: run `make lock`",
     ]
+
+
+# --- the lower bounds ------------------------------------------------------------------------------------------------
+
+
+def bound_faults(project: dict[str, object], page: str) -> Iterator[str]:
+    """Requirements of ``project`` without a lower bound, or with another one than ``page`` has in its table."""
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in page.splitlines() if line[:1] == "|"]
+    column = rows[0].index("lowest version tested")
+    tested = {canonicalize_name(name): row[column].split()[0] for row in rows[2:] for name in row[0].split(", ")}
+    extras = project["optional-dependencies"]
+    assert isinstance(extras, dict) and isinstance(project["dependencies"], list)
+    bounds: dict[str, set[str]] = {}
+    for line in [*project["dependencies"], *(line for lines in extras.values() for line in lines)]:
+        requirement = Requirement(line)
+        lowest = {part.version for part in requirement.specifier if part.operator in (">=", "==")}
+        bounds.setdefault(canonicalize_name(requirement.name), set()).update(lowest)
+    bounds.pop(canonicalize_name(str(project["name"])), None)
+    for name, versions in bounds.items():
+        if len(versions) != 1:
+            yield f"{name} has {len(versions)} lower bounds in pyproject.toml"
+        elif name not in tested:
+            yield f"{name} is not in the table of docs/dependencies.md"
+        elif {tested[name]} != versions:
+            yield f"{name}: {tested[name]} was tested, {versions.pop()} is allowed"
+
+
+def test_every_requirement_has_a_lower_bound_that_was_tested() -> None:
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert list(bound_faults(project, (ROOT / "docs" / "dependencies.md").read_text(encoding="utf-8"))) == []
+
+
+def test_a_bound_with_faults_is_seen() -> None:
+    project = {
+        "name": "rrhf",
+        "dependencies": ["a>=1.5", "B_c>=1,<2", "d", "e<3", "f>=1"],
+        "optional-dependencies": {"dev": ["rrhf[demo]", "a[extra]", "g>=2", "f>=2", "h>=6.0"]},
+    }
+    page = (
+        "words\n\n| package | lowest version tested | why |\n| --- | --- | --- |\n| a | 1.5 | x |\n"
+        "| b-c | 1 (no GPU) | |\n| d, e, f | 1 | |\n| h | 5.4 | |\n"
+    )
+    assert list(bound_faults(project, page)) == [
+        "d has 0 lower bounds in pyproject.toml",
+        "e has 0 lower bounds in pyproject.toml",
+        "f has 2 lower bounds in pyproject.toml",
+        "g is not in the table of docs/dependencies.md",
+        "h: 5.4 was tested, 6.0 is allowed",
+    ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,16 @@ def test_another_file_of_the_same_name_is_another_model(tmp_path: Path, cache: P
     second = gguf_as_folder(path)
     assert first != second
     assert not torch.equal(logits(load_policy(cpu(first))[0]), logits(load_policy(cpu(second))[0]))
+
+
+def test_another_transformers_reads_a_gguf_file_anew(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, _ = gguf_file(tmp_path)
+    first = gguf_as_folder(path)
+    installed = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "4.0" if name == "transformers" else installed(name))
+    assert gguf_as_folder(path) != first
 
 
 @pytest.mark.parametrize("content", [b"", b"this is no GGUF file, only some bytes " * 20, b"GGUF\x03\x00\x00\x00"])

@@ -13,6 +13,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -312,10 +313,11 @@ def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], 
 
 
 def gguf_as_folder(path: Path) -> Path:
-    """Convert a GGUF file once into an ordinary model folder in the cache, and return that folder.
+    """Convert a GGUF file into an ordinary model folder in the cache, and return that folder.
 
-    The object transformers makes of a GGUF file is marked quantised and refuses to be saved, so its state goes into
-    a fresh model of the same configuration.
+    Each version of transformers converts a file once: older ones read some tokenizers wrongly. The object transformers
+    makes of a GGUF file is marked quantised and refuses to be saved, so its state goes into a fresh model of the same
+    configuration.
 
     Raises:
         UserError: no such file, or it is no GGUF file that transformers reads.
@@ -323,7 +325,8 @@ def gguf_as_folder(path: Path) -> Path:
     if not path.exists():
         raise UserError(f"--model {path}: no such file")
     state = path.stat()
-    digest = hashlib.sha256(f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}".encode()).hexdigest()[:16]
+    key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{metadata.version('transformers')}"
+    digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest}"
     if (folder / "config.json").exists():
         return folder
