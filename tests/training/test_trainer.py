@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import inspect
 import json
+import logging
 import math
 import os
 import subprocess
@@ -728,7 +729,10 @@ def test_deepspeed_is_refused(how: str, tmp_path: Path, monkeypatch: pytest.Monk
         config(tmp_path, **({"deepspeed": "zero3.json"} if how == "flag" else {}))
 
 
-def test_one_process_uses_one_of_several_gpus(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_one_process_uses_one_of_several_gpus(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logging.getLogger("rrhf"), "propagate", True)  # an earlier command may have set it
     args = config(tmp_path, max_steps=1, per_device_train_batch_size=2)
     args._n_gpu = 2  # as transformers counts them on such a machine
     with caplog.at_level("WARNING", logger="rrhf"):
