@@ -18,6 +18,8 @@ PART = 256  # tokens whose probabilities are summed in fp32, and those sums in f
 NEVER = -1.0e9  # the score of what cannot be
 
 StopCheck = Callable[[list[int]], bool]
+EndTokens = Sequence[Collection[int]]  # of every query, the tokens that end its responses
+Device = torch.device
 
 
 def uniforms(seed: int, key: str, slot: int, count: int) -> np.ndarray:
@@ -94,7 +96,7 @@ def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return values[:, :count], places[:, :count]
 
 
-def _padded(end_tokens: Sequence[Collection[int]], device: torch.device) -> Tensor:
+def _padded(end_tokens: EndTokens, device: Device) -> Tensor:
     """Each query's end tokens, [queries, most of them], and −1, which is no token."""
     most = max((len(set(ends)) for ends in end_tokens), default=0)
     rows = [sorted(set(ends)) for ends in end_tokens]
@@ -111,15 +113,10 @@ class Draws:
     independent = True
 
     def __init__(
-        self,
-        settings: SamplingSettings,
-        keys: Sequence[str],
-        end_tokens: Sequence[Collection[int]],
-        stops: StopCheck | None,
-        device: torch.device,
+        self, settings: SamplingSettings, keys: Sequence[str], ends: EndTokens, stops: StopCheck | None, device: Device
     ) -> None:
         self.settings, self.stops, self.width, self.device = settings, stops, settings.width, device
-        self.ends = _padded(end_tokens, device)
+        self.ends = _padded(ends, device)
         count, steps = len(keys) * self.width, settings.max_new_tokens
         self.tokens = torch.zeros(count, steps, dtype=torch.long, device=device)
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
@@ -196,17 +193,12 @@ class Beams:
     """
 
     def __init__(
-        self,
-        settings: SamplingSettings,
-        keys: Sequence[str],
-        end_tokens: Sequence[Collection[int]],
-        stops: StopCheck | None,
-        device: torch.device,
+        self, settings: SamplingSettings, keys: Sequence[str], ends: EndTokens, stops: StopCheck | None, device: Device
     ) -> None:
         self.settings, self.stops, self.width, self.device = settings, stops, settings.width, device
         self.groups, self.size = settings.groups, settings.num_beams // settings.groups
-        self.end_sets = [set(ends) for ends in end_tokens]
-        self.ends = _padded(end_tokens, device)
+        self.end_sets = [set(tokens) for tokens in ends]
+        self.ends = _padded(ends, device)
         most = max((len(ends) for ends in self.end_sets), default=0)
         self.keep = max(2, 1 + most) * self.size  # candidates a group: enough to go on if all the best ones end
         shape, steps = (len(keys), self.groups, self.size), settings.max_new_tokens

@@ -50,7 +50,7 @@ def test_it_is_written_with_its_folder() -> None:
 )
 def test_what_its_beams_cannot_do_is_refused(changes: dict[str, Any], says: str) -> None:
     with pytest.raises(UserError, match=says):
-        OpenVINO("anything", sampling(**changes))
+        OpenVINO("anything", sampling(**changes), TextSettings())
 
 
 @pytest.mark.skipif(INSTALLED, reason="OpenVINO GenAI is installed")
@@ -60,7 +60,7 @@ def test_without_the_package_the_cure_is_named(tmp_path: Path, caplog: pytest.Lo
     flags = ["--data", str(queries), "--output", str(tmp_path / "out.jsonl"), "--source", "openvino:folder@top-p:2"]
     assert main(["sample", *flags]) == 2
     with pytest.raises(UserError, match=r"pip install 'rrhf\[openvino\]'"):
-        OpenVINO("folder")
+        OpenVINO("folder", SamplingSettings(), TextSettings())
 
 
 # --- with the engine ---------------------------------------------------------------------------------------------
@@ -160,7 +160,7 @@ def test_an_end_token_ends_a_response(source: Source, converted: str, tmp_path: 
     folder = tmp_path / "ends"
     shutil.copytree(converted, folder)
     (folder / "generation_config.json").write_text(f'{{"eos_token_id": {sorted(set(tokens.values()))}}}')
-    ended = EngineModel(OpenVINO(str(folder), sampling(policy="greedy"), None, "float32"), "t", {})
+    ended = EngineModel(OpenVINO(str(folder), sampling(policy="greedy"), TextSettings(), "float32"), "t", {})
     assert set(map(tuple, (r for v in answers(ended, records).values() for r in v))) == {("", "stop")}
 
 
@@ -193,6 +193,6 @@ def test_a_stopped_call_takes_its_requests_back(source: Source) -> None:
 @needs_openvino
 def test_what_is_not_converted_is_refused(source: Source, model: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"no openvino_model\.xml; convert a model first: optimum-cli export openvino"):
-        EngineModel(OpenVINO(str(model), sampling()), "t", {}).check()
+        EngineModel(OpenVINO(str(model), sampling(), TextSettings()), "t", {}).check()
     with pytest.raises(UserError, match="more than the context of 128"):
         source(max_new_tokens=200).check()

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
-from typing import Protocol
+from types import SimpleNamespace
+from typing import Protocol, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from rrhf.models.kernels import reference
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.cpu import device as cpu
-from rrhf.models.kernels.cuda import device as flex_kernels
+from rrhf.models.kernels.cuda import flex_attention
 from rrhf.models.kernels.key_cache import KeyCache
 from rrhf.models.trees import Tree
 
@@ -116,13 +117,15 @@ class Kernels(Protocol):
 
 
 KERNELS: dict[str, Kernels] = {"cpu": cpu}
+# Plain torch, but for the attention over trees.
+WITH_FLEX = cast(Kernels, SimpleNamespace(**{**vars(reference), "tree_attention": flex_attention.tree_attention}))
 
 _FLEX = "_rrhf_flex"  # the attribute in which a model carries that its trees attend by FlexAttention
 
 
 def kernels_for(device: torch.device, flex: bool = False) -> Kernels:
     """The kernels of a device, plain torch where none are listed; those with FlexAttention if ``flex``."""
-    return flex_kernels if flex else KERNELS.get(device.type, reference)
+    return WITH_FLEX if flex else KERNELS.get(device.type, reference)
 
 
 def ask_for_flex(model: nn.Module, flex: bool = True) -> None:

@@ -44,14 +44,8 @@ class OpenVINO:
         UserError: OpenVINO GenAI is not installed, or the settings are not to be had.
     """
 
-    def __init__(
-        self,
-        model: str,
-        settings: SamplingSettings | None = None,
-        text: TextSettings | None = None,
-        dtype: str = "auto",
-    ) -> None:
-        self.settings, self.text = settings or SamplingSettings(), text or TextSettings()
+    def __init__(self, model: str, settings: SamplingSettings, text: TextSettings, dtype: str = "auto") -> None:
+        self.settings, self.text = settings, text
         policy = self.settings.policy
         if self.settings.is_beam and self.settings.stop:
             raise UserError(f"--policy {policy}: OpenVINO's beams cannot end at --stop strings: use a local model")
