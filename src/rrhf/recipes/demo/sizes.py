@@ -44,7 +44,7 @@ class Speed:
 
 
 def measure_machine(model: ModelSettings) -> Speed:
-    """Time the demo's own work on its own model: two passes of a few records, an optimiser step, some decoded tokens."""
+    """Time the demo's work on its own model: passes of a few records, an optimiser step, some decoded tokens."""
     policy, tokenizer = load_policy(model, training=True)
     return Speed(_sampling_seconds(policy, tokenizer), *_training_seconds(policy))
 
