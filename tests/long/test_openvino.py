@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import importlib.util
 import os
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +16,20 @@ from rrhf.models.tokenization import TextSettings
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.engine import EngineModel
 from rrhf.sampling.sources.openvino import OpenVINO
-from support.engines import answers, differences, first_gap, hh_records, local_answers
+from support.engines import (
+    CAN_CONVERT,
+    answers,
+    convert_for_openvino,
+    differences,
+    first_gap,
+    hh_records,
+    local_answers,
+)
 from support.models import smollm2_folder
 
 pytestmark = [
     pytest.mark.skipif(
-        any(importlib.util.find_spec(name) is None for name in ("openvino_genai", "optimum")),
+        importlib.util.find_spec("openvino_genai") is None or not CAN_CONVERT,
         reason="OpenVINO GenAI and optimum-intel are not installed here",
     ),
     pytest.mark.skipif(os.environ.get("RRHF_LONG") != "1", reason="takes minutes: set RRHF_LONG=1"),
@@ -38,10 +44,7 @@ def sampling(**changes: Any) -> SamplingSettings:
 
 
 def convert(folder: Path, weights: str) -> str:
-    command = Path(sys.executable).with_name("optimum-cli")
-    task = ["--task", "text-generation-with-past", "--weight-format", weights]
-    subprocess.run([command, "export", "openvino", "--model", smollm2_folder(), *task, folder], check=True)
-    return str(folder)
+    return convert_for_openvino(Path(smollm2_folder()), folder, weights)
 
 
 @pytest.fixture(scope="module")

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import gzip
 import json
+import os
+import shutil
+import subprocess
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,6 +26,20 @@ def write_engine_model(folder: Path) -> Path:
     torch.manual_seed(0)
     LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder)
     return folder
+
+
+# What converts models for OpenVINO; it lies in an environment of its own (make openvino-env).
+OPTIMUM = os.environ.get("RRHF_OPTIMUM_CLI", "optimum-cli")
+CAN_CONVERT = shutil.which(OPTIMUM) is not None
+
+
+def convert_for_openvino(model: Path, folder: Path, weights: str) -> str:
+    """Convert a model by the command that docs/sources.md gives; its weights as ``weights`` (fp32, int8) say."""
+    task = ["--task", "text-generation-with-past", "--weight-format", weights]
+    command = [OPTIMUM, "export", "openvino", "--model", str(model), *task, str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return str(folder)
 
 
 def river_records(count: int) -> list[Record]:

@@ -147,12 +147,12 @@ def free_memory(device: torch.device, system: Path = Path("/")) -> int | None:
 def resolve_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:
     """The type of the weights: see ``ModelSettings.dtype``.
 
-    FSDP and DeepSpeed hold fp32 weights and cast them on their own, so training under them is ``auto`` in fp32.
+    FSDP holds fp32 weights and casts them on its own, so training under it is ``auto`` in fp32.
     """
     import torch
 
     if name == "auto":
-        apart = training and any(os.environ.get(f"ACCELERATE_USE_{kind}") == "true" for kind in ("FSDP", "DEEPSPEED"))
-        return torch.bfloat16 if native_bfloat16(device) and not apart else torch.float32
+        sharded = training and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        return torch.bfloat16 if native_bfloat16(device) and not sharded else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -166,7 +166,7 @@ class PartsFolder:
         return True
 
     def _refuse_other(self, begun: dict[str, Any], wanted: dict[str, Any]) -> None:
-        cure = "run with those to finish it, or give --overwrite to begin anew"
+        cure = "run with those to finish it; to begin anew give --overwrite or, in a run, remove that folder"
         refuse_other_settings(begun, wanted, f"{self.folder} holds unfinished work with other settings", cure)
         self._read_manifests(everyone=True)
 

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import importlib.util
 import shutil
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -25,7 +23,7 @@ from rrhf.sampling.sources.engine import EngineModel
 from rrhf.sampling.sources.local import LocalModel
 from rrhf.sampling.sources.openvino import OpenVINO
 from rrhf.sampling.sources.parsing import parse_source
-from support.engines import answers, differences, river_records, write_engine_model
+from support.engines import CAN_CONVERT, answers, convert_for_openvino, differences, river_records, write_engine_model
 
 INSTALLED = importlib.util.find_spec("openvino_genai") is not None
 needs_openvino = pytest.mark.skipif(not INSTALLED, reason="OpenVINO GenAI is not installed here: make test-engines")
@@ -74,13 +72,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def converted(model: Path) -> str:
     """The same model, converted by the command that the documentation gives."""
-    if not INSTALLED or importlib.util.find_spec("optimum") is None:
+    if not INSTALLED or not CAN_CONVERT:
         pytest.skip("OpenVINO GenAI and optimum-intel are not installed here: make test-engines")
-    folder = model.with_name("converted")
-    command = Path(sys.executable).with_name("optimum-cli")
-    task = ["--task", "text-generation-with-past", "--weight-format", "fp32"]
-    subprocess.run([command, "export", "openvino", "--model", model, *task, folder], check=True, capture_output=True)
-    return str(folder)
+    return convert_for_openvino(model, model.with_name("converted"), "fp32")
 
 
 Source = Callable[..., EngineModel]
