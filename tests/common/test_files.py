@@ -69,6 +69,12 @@ def test_an_error_of_another_file_is_not_ours(tmp_path: Path) -> None:
         (tmp_path / "input.txt").read_text()
 
 
+def test_an_error_of_a_connection_is_not_ours(tmp_path: Path) -> None:
+    """What is written may be read from somewhere on the way."""
+    with pytest.raises(ConnectionResetError), replacing(tmp_path / "out.txt"):
+        raise ConnectionResetError(104, "Connection reset by peer")
+
+
 def test_what_a_killed_process_left_is_cleared_away(tmp_path: Path) -> None:
     place = tmp_path / "out.txt"
     script = (

@@ -127,8 +127,11 @@ def test_free_memory_is_what_the_system_and_the_container_leave(tmp_path: Path) 
     assert free_memory(cpu, tmp_path) == 4000 * 1024
     (group / "memory.max").write_text("max\n")
     (group / "memory.current").write_text("1000000\n")
+    (group / "memory.stat").write_text("anon 5\ninactive_file 400000\nactive_file 7\n")
     assert free_memory(cpu, tmp_path) == 4000 * 1024
     (group / "memory.max").write_text("3000000\n")
+    assert free_memory(cpu, tmp_path) == 2400000  # files that were read and can be read again are not in the way
+    (group / "memory.stat").write_text("inactive_file 0\n")
     assert free_memory(cpu, tmp_path) == 2000000
     (group / "memory.current").write_text("3500000\n")
     assert free_memory(cpu, tmp_path) == 0

@@ -19,6 +19,8 @@ from rrhf.models.kernels.cpu import device as cpu
 from rrhf.models.kernels.cuda import flex_attention
 from rrhf.models.passes import response_logprobs
 from rrhf.sampling import decoding
+from rrhf.sampling.batch_size import queries_at_once, query_bytes
+from rrhf.sampling.settings import SamplingSettings
 from support.families import FAMILIES, QUERIES, draw, table
 from support.trees import path_and_reason, random_record
 
@@ -97,6 +99,15 @@ def test_flex_attention_has_chunks_and_sinks(name: str, monkeypatch: pytest.Monk
     with torch.no_grad():
         sums = response_logprobs(model, RECORDS, "tree").sums
         assert float((sums - all_sums(model, RECORDS)).abs().max()) <= 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_a_batch_size_is_found_for_every_family(name: str) -> None:
+    """Mamba's have no heads to count."""
+    model, settings = FAMILIES[name].make(), SamplingSettings(num_responses=3, max_new_tokens=5)
+    tree, padded = (query_bytes(model, settings, 100, path) for path in ("tree", "padded"))
+    assert tree > 0 and queries_at_once(model, settings, 100) >= 1
+    assert padded > tree if hasattr(model.config.get_text_config(), "num_attention_heads") else padded == tree
 
 
 @pytest.mark.parametrize("name", FAMILIES)

@@ -421,6 +421,8 @@ class EndpointClient:
         message = entry.get("message")
         text = message.get("content") if isinstance(message, dict) else entry.get("text")
         finish = entry.get("finish_reason")
+        if text is None and finish in CUT:  # all its tokens went into hidden reasoning, or a filter took them
+            return Choice("", "length")
         if not isinstance(text, str) or finish in BROKEN:
             raise _Failed(f"a choice is no text but {self._quote(entry)}")
         if any("\ud800" <= character <= "\udfff" for character in text):

@@ -21,11 +21,11 @@ class EndpointLimits:
     max_retries: int = field(default=8, metadata={"help": "tries after a first one that failed"})
     max_requests: int | None = field(
         default=None,
-        metadata={"help": "budget: most requests to a server, by all processes together, failed ones counted"},
+        metadata={"help": "budget: most requests of a server source, by all processes together, failed ones counted"},
     )
     max_tokens: int | None = field(
         default=None,
-        metadata={"help": "budget: most tokens of a server, prompts and responses, by all processes together"},
+        metadata={"help": "budget: most tokens of a server source, prompts and responses, by all processes together"},
     )
     api_key_env: str = field(
         default="OPENAI_API_KEY", metadata={"help": "the environment variable that holds the server's key"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
+
+WRITING_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # and name no file
 
 
 def fsync_folder(folder: Path) -> None:
@@ -43,7 +46,9 @@ def replacing(path: str | Path, tidy: bool = True) -> Iterator[Path]:
         temporary.replace(path)
         fsync_folder(path.parent)
     except OSError as error:
-        if error.filename is not None and Path(error.filename) not in (temporary, path, path.parent):
+        named = error.filename is not None
+        ours = Path(error.filename) in (temporary, path, path.parent) if named else error.errno in WRITING_FAILED
+        if not ours:  # of what is read on the way: another file, a connection
             raise
         raise UserError(
             f"{path}: cannot write: {error.strerror or error}. What stood there before is untouched; "

@@ -123,7 +123,7 @@ def _value(flag: Flag) -> str:
 def _words(flag: Flag) -> str:
     if flag.required:
         return f"{flag.text} (required)"
-    if flag.default in (None, False, "", []) or "default:" in flag.text:
+    if flag.default is None or flag.default is False or flag.default in ("", []) or "default:" in flag.text:
         return flag.text
     default = flag.default
     words = " ".join(map(str, default)) if isinstance(default, list) else str(getattr(default, "value", default))

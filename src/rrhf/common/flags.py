@@ -69,6 +69,9 @@ def as_arguments(section: Mapping[str, Any], where: str) -> list[str]:
         if value is None:
             continue
         if isinstance(value, list):
+            for entry in value:
+                if str(entry).startswith("-") and not isinstance(entry, (int, float)):
+                    raise UserError(f"{where}: {key}: {entry!r}: an entry of a list cannot begin with a hyphen")
             arguments += [f"--{key}", *map(str, value)]
         elif isinstance(value, dict):
             arguments += [f"--{key}", json.dumps(value)]

@@ -93,7 +93,7 @@ def load_policy_or_adapter(
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model {folder}: {ADAPTER_CONFIG} cannot be read: {error}") from error
     try:
-        model, tokenizer = load_policy(replace(settings, model=location.base), training)
+        model, tokenizer = load_policy(replace(settings, model=location.base), training, location.tokenizer)
     except UserError as error:
         raise UserError(f"the base model that {folder / ADAPTER_CONFIG} names: {error}") from error
     misfit = f"--model {folder}: the adapter does not fit its base model {location.base}"
@@ -107,10 +107,6 @@ def load_policy_or_adapter(
     if missing or result.unexpected_keys:
         wrong = f"no weights for {missing[0]}" if missing else f"the model has no {result.unexpected_keys[0]}"
         raise UserError(f"{misfit}: {wrong}")
-    if location.tokenizer != location.source:
-        from transformers import AutoTokenizer
-
-        tokenizer = AutoTokenizer.from_pretrained(location.tokenizer)
     return adapted.merge_and_unload().eval(), tokenizer
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
 from collections.abc import Mapping, MutableMapping, Sequence
 from pathlib import Path
@@ -138,7 +139,9 @@ def free_memory(device: torch.device, system: Path = Path("/")) -> int | None:
             if line.startswith("MemAvailable:"):
                 limits.append(1024 * int(line.split()[1]))
         group = system / "sys/fs/cgroup"
-        limits.append(int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+        cached = re.search(r"^inactive_file (\d+)$", (group / "memory.stat").read_text(), re.M)
+        used = int((group / "memory.current").read_text()) - (int(cached[1]) if cached else 0)  # the cache gives way
+        limits.append(int((group / "memory.max").read_text()) - used)
     except (OSError, ValueError):  # another system, or a group without a limit ("max")
         pass
     return max(0, min(limits)) if limits else None

@@ -1,4 +1,4 @@
-"""Load and save policies: a hub id, a local folder, a GGUF file, or a file that an installed package carries."""
+"""Load policies: a hub id, a local folder, a GGUF file, or a file that an installed package carries."""
 
 from __future__ import annotations
 
@@ -42,8 +42,12 @@ class ModelSettings:
             raise UserError(f"--dtype {self.dtype}: known: {', '.join(DTYPES)}")
 
 
-def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
+def load_policy(
+    settings: ModelSettings, training: bool = False, tokenizer_at: str | None = None
+) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a causal language model and its tokenizer, in evaluation mode, on the device asked for.
+
+    ``tokenizer_at``: where the tokenizer is, if not with the model.
 
     Raises:
         UserError: nothing loadable is there; the message says what is missing. Or the name is an adapter's, which
@@ -63,14 +67,15 @@ def load_policy(settings: ModelSettings, training: bool = False) -> tuple[PreTra
     options = attention_options(settings, device)
     logging.disable_progress_bar()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(location.source)
+        tokenizer = AutoTokenizer.from_pretrained(tokenizer_at or location.source)
         # Only safetensors: nothing is unpickled.
         model = AutoModelForCausalLM.from_pretrained(location.source, dtype=dtype, use_safetensors=True, **options)
+        model = model.to(device).eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {settings.model}: cannot be loaded: {error}") from error
     if settings.attn_implementation == FLEX:
         ask_for_flex(model)
-    return model.to(device).eval(), tokenizer
+    return model, tokenizer
 
 
 def attention_options(settings: ModelSettings, device: torch.device) -> dict[str, Any]:

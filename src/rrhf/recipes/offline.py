@@ -126,9 +126,10 @@ def _sampled(config: RunConfig) -> dict[str, str]:
         return {}
     if not config.sources.source:
         return {config.model.model: model_digest(config.model.model)}
-    sources = [parse_source(written) for written in config.sources.source]
-    files = {source.name: checksum_of_file(Path(source.name)) for source in sources if source.kind == "file"}
-    return files | {source.name: model_digest(source.name) for source in sources if source.kind in ("local", "vllm")}
+    from rrhf.sampling.sources.build import source_digest
+
+    digests = {spec.name: source_digest(spec) for spec in map(parse_source, config.sources.source)}
+    return {name: digest for name, digest in digests.items() if digest is not None}
 
 
 def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:

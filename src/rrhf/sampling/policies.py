@@ -125,7 +125,7 @@ class Draws:
         self.texts: list[list[int]] = [[] for _ in range(count)]  # for stop strings, which the host looks for
         self.step = 0
         self.greedy = settings.policy == "greedy"
-        self.top_k = settings.top_k or (50 if settings.policy == "top-k" else None)
+        self.top_k = settings.tokens_kept
         if not self.greedy:
             streams = [uniforms(settings.seed, key, slot, steps) for key in keys for slot in range(self.width)]
             self.uniforms = torch.from_numpy(np.stack(streams)).to(kernels_for(device).fp64_device(device))

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 class Sampler:
-    """A model ready to draw responses: its decode path is checked once, then reused for every batch."""
+    """A model ready to draw responses: its path, the tree's or padded rows, is found out once for all batches."""
 
     def __init__(
         self,
@@ -103,7 +103,7 @@ class Sampler:
         from rrhf.sampling.batch_size import queries_at_once
 
         if self.chosen is None or longest > self.chosen[0]:
-            self.chosen = longest, queries_at_once(self.model, self.settings, longest)
+            self.chosen = longest, queries_at_once(self.model, self.settings, longest, self.path)
         return self.chosen[1]
 
     def extend(self, records: Sequence[Record]) -> Iterator[tuple[int, Record]]:

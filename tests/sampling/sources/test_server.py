@@ -201,14 +201,17 @@ def test_finish_and_stop_strings(make: Any, server: bad.Misbehaving) -> None:
         bad.text("nobody says", None),
         bad.text("left in: END and more", "length"),
         bad.text(" first\n\nthen END", "stop"),
+        bad.text(None, "length"),  # all of it went into hidden reasoning
     ]
-    got, _ = collect(endpoint, RECORDS[:5])
-    assert [(texts[0], finish[0]) for texts, finish in (got[i] for i in range(5))] == [
+    got, error = collect(endpoint, RECORDS[:6])
+    assert error is None and endpoint.waits == []
+    assert [(texts[0], finish[0]) for texts, finish in (got[i] for i in range(6))] == [
         ("cut by the limit", "length"),
         ("cut by a filter", "length"),
         ("nobody says", "stop"),
         ("left in: ", "stop"),
         (" first", "stop"),
+        ("", "length"),
     ]
 
 

@@ -15,15 +15,18 @@ import torch
 from rrhf.cli.main import main
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
+from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings, load_policy
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
 from rrhf.sampling.sampler import sample
 from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.sources.build import build_sources, source_digest
 from rrhf.sampling.sources.local import LocalModel
 from rrhf.sampling.sources.paid import PaidSource
 from rrhf.sampling.sources.parsing import SourceSpec, parse_source
+from rrhf.sampling.sources.source import Shared
 from rrhf.sampling.stage import sample_file
 from support import misbehaving as bad
 from support import tiny
@@ -228,6 +231,7 @@ class _Server:
 
     def __init__(self, fails_at: int | None) -> None:
         self.fails_at, self.asked = fails_at, 0
+        self.model = "m"
 
     def respond(self, records: list[Record]) -> Any:
         for i, record in enumerate(records):
@@ -265,6 +269,39 @@ def test_what_a_server_answered_is_kept_when_it_fails(tmp_path: Path) -> None:
         fourth = _Server(None)
         answers = dict(PaidSource(fourth, tag, {}, folder).answer(changed, counts))
         assert fourth.asked == 6 and answers[3].query == changed[3].query
+
+
+def test_answers_of_another_model_at_the_same_address_are_not_taken_up(tmp_path: Path) -> None:
+    """Its name was not given: it is what the server said it has."""
+    records = [Record(f"q {i}", id=str(i)) for i in range(6)]
+    first, second = _Server(4), _Server(None)
+    second.model = "another"
+    with pytest.raises(UserError, match="gone"):
+        dict(PaidSource(first, "server", {}, tmp_path).answer(records, Counter()))
+    paid = PaidSource(second, "server", {"url": "u"}, tmp_path)
+    assert paid.settings == {"url": "u", "name": "another"}
+    dict(paid.answer(records, Counter()))
+    assert second.asked == 6
+
+
+def test_greedy_stays_greedy_at_a_server_and_engines_refuse_policies_they_lack(tmp_path: Path) -> None:
+    shared = Shared(
+        ModelSettings("m"), sampling(policy="greedy", num_responses=1), TextSettings(), EndpointLimits(),
+        PolicyCache(), tmp_path,
+    )  # fmt: skip
+    (server,) = build_sources(["http://localhost:1/v1@chat:1"], shared)
+    assert server.responder.sampling.policy == "greedy"
+    for engine in ("vllm", "openvino"):
+        with pytest.raises(UserError, match="policies of its own alone"):
+            build_sources([f"{engine}:m@my_policies:best:2"], shared)
+
+
+def test_every_source_but_a_server_has_a_digest(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "human.jsonl").write_text("{}")
+    kinds = [f"{model}@top-p:1", f"vllm:{model}@top-p:1", f"openvino:{model}@top-p:1"]
+    assert len({source_digest(parse_source(kind)) for kind in kinds}) == 1  # of one folder
+    assert source_digest(parse_source(str(tmp_path / "human.jsonl"))) != source_digest(parse_source(kinds[0]))
+    assert source_digest(parse_source("http://localhost:1/v1@chat:1")) is None
 
 
 # --- faults before any long work ---------------------------------------------------------------------------------

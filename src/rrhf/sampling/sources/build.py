@@ -11,6 +11,7 @@ from pathlib import Path
 from rrhf.common.endpoint_settings import EndpointSettings, share_of_process
 from rrhf.common.errors import UserError
 from rrhf.models.identity import model_digest
+from rrhf.records.checksums import checksum_of_file
 from rrhf.sampling.settings import SamplingSettings, policy_named
 from rrhf.sampling.sources.engine import Engine, EngineModel
 from rrhf.sampling.sources.file import ResponseFile
@@ -47,6 +48,13 @@ def build_sources(written: Sequence[str], shared: Shared) -> list[Source]:
         except UserError as error:
             raise UserError(f"--source {shown_source(text)}: {error}") from error
     return sources
+
+
+def source_digest(spec: SourceSpec) -> str | None:
+    """A digest of the file or model that responses come from; ``None`` of a server's, which nobody knows."""
+    if spec.kind == "file":
+        return checksum_of_file(Path(spec.name))
+    return None if spec.kind == "endpoint" else model_digest(spec.name)
 
 
 def source_seed(seed: int, tag: str, number: int) -> int:
@@ -91,9 +99,9 @@ def _endpoint(spec: SourceSpec, tag: str, shared: Shared) -> Source:
     text = replace(shared.text, max_query_length=None)  # it counts tokens, and a server's are not known
     url, _, name = spec.name.partition("#")
     settings = EndpointSettings(url, spec.policy, name or None, **asdict(share_of_process(shared.limits)))
-    policy = "top-k" if shared.sampling.policy == "top-k" else "top-p"
+    policy = shared.sampling.policy if shared.sampling.policy in ("greedy", "top-k") else "top-p"
     drawn = replace(shared.sampling, policy=policy, num_responses=spec.count, num_beam_groups=None)
-    described = {"url": url, "kind": spec.policy, "name": name, **asdict(drawn), **asdict(text), "tag": tag}
+    described = {"url": url, "kind": spec.policy, **asdict(drawn), **asdict(text), "tag": tag}
     return PaidSource(Endpoint(settings, drawn, text), tag, described, shared.journals)
 
 

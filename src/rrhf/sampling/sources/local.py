@@ -39,6 +39,7 @@ class LocalModel:
             "model": self.model.model,
             "weights": model_digest(self.model.model),
             "dtype": self.model.dtype,
+            "attn_implementation": self.model.attn_implementation,
             **asdict(self.sampling),
             **asdict(self.text),
             "tag": self.tag,

@@ -47,6 +47,8 @@ class OpenVINO:
     def __init__(self, model: str, settings: SamplingSettings, text: TextSettings, dtype: str = "auto") -> None:
         self.settings, self.text = settings, text
         policy = self.settings.policy
+        if self.settings.how.outside:
+            raise UserError(f"--policy {policy}: OpenVINO has policies of its own alone: use a local model")
         if self.settings.is_beam and self.settings.stop:
             raise UserError(f"--policy {policy}: OpenVINO's beams cannot end at --stop strings: use a local model")
         if self.settings.is_beam and self.settings.temperature != 1.0:

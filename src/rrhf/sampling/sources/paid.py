@@ -1,4 +1,4 @@
-"""Sources whose answers were paid for, a server's in money and vLLM's in time: each is kept in a journal at once."""
+"""Sources whose answers were paid for: each is kept in a journal at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rrhf.sampling.sources.source import Answers, Responder
 
 
 class PaidSource:
-    """A server, or vLLM in this process, with a journal of what it has answered.
+    """A server, with a journal of what it has answered.
 
     Args:
         responder: what is asked.
@@ -26,7 +26,13 @@ class PaidSource:
     uses_policy_cache = False
 
     def __init__(self, responder: Responder, tag: str, settings: Mapping[str, Any], folder: Path) -> None:
-        self.responder, self.tag, self.settings, self.folder = responder, tag, settings, folder
+        self.responder, self.tag, self.folder = responder, tag, folder
+        self._settings = settings
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What its responses depend on; of a server that was not told which model, the one that it has."""
+        return {**self._settings, "name": self.responder.model}
 
     def check(self) -> None:
         self.responder.check()
@@ -35,7 +41,7 @@ class PaidSource:
         self.responder.check_query(record)
 
     def answer(self, records: list[Record], counts: Counter[str]) -> Answers:
-        journal = Journal(self.folder, f"{self.tag} {checksum_of_records(records)}")
+        journal = Journal(self.folder, f"{self.tag} {self.responder.model} {checksum_of_records(records)}")
         known = _records_of(journal)
         for i, record in enumerate(records):
             if record.id in known:

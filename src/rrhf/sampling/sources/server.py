@@ -59,6 +59,11 @@ class Endpoint:
         if has_text and self.settings.kind != "chat":
             raise UserError(f"{self.settings.url}: --system_prompt and --chat_template_kwargs need the kind chat")
 
+    @property
+    def model(self) -> str | None:
+        """The name of the server's model; where none was given, after ``check`` its only one."""
+        return self.client.model
+
     def check(self) -> None:
         """Ask the server for one token, as the work will ask for many.
 

@@ -59,7 +59,12 @@ class Source(Protocol):
 
 
 class Responder(Protocol):
-    """A server, or an engine in this process, that returns texts: what ``PaidSource`` makes a ``Source`` of."""
+    """A server that returns texts: what ``PaidSource`` makes a ``Source`` of."""
+
+    @property
+    def model(self) -> str | None:
+        """The name of the model that answers; where none was given it is known once ``check`` has asked."""
+        ...
 
     def check(self) -> None:
         """As a ``Source``'s."""

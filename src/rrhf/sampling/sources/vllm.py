@@ -45,6 +45,8 @@ class VLLM:
         **engine: Any,
     ) -> None:
         self.settings, self.text = settings or SamplingSettings(), text or TextSettings()
+        if self.settings.how.outside:
+            raise UserError(f"--policy {self.settings.policy}: vLLM has policies of its own alone: use a local model")
         if self.settings.is_beam:
             cure = "use top-p, top-k or greedy, or a local model as the source"
             raise UserError(f"--policy {self.settings.policy}: vLLM has no diverse beam search: {cure}")
