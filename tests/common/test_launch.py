@@ -80,6 +80,28 @@ def test_mpi_processes_train_together(place: Path) -> None:
     assert "2 process(es)" in first.err
 
 
+def test_a_signal_that_one_process_gets_stops_both_at_one_step(place: Path) -> None:
+    """A launcher signals one after another: between them a step may end."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    forks = tiny.forks(*tiny.PRELOADED)
+    shared = {"PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    step = "rrhf.training.trainer:RRHFTrainer.training_step"
+    faults = {"0": [], "1": [tiny.die(step, 2, "TERM")]}
+    longer = [*TRAIN, "--max_steps", "6", "--save_strategy", "steps", "--save_steps", "100"]
+    started = [
+        forks.start(
+            "rrhf.cli.main:main", longer, cwd=place, faults=faults[rank],
+            env={**shared, "PMI_RANK": rank, "RANK": rank, "WORLD_SIZE": "2", "MPI_LOCALRANKID": rank},
+        )
+        for rank in ("0", "1")
+    ]  # fmt: skip
+    assert [forks.wait(process).code for process in started] == [143, 143]
+    (checkpoint,) = (place / "out").glob("checkpoint-*")
+    assert {"rng_state_0.pth", "rng_state_1.pth", "trainer_state.json"} <= {path.name for path in checkpoint.iterdir()}
+
+
 def test_a_second_training_into_the_same_folder(place: Path) -> None:
     """Whatever started two processes that do not know of each other, the second finds the folder taken."""
     (place / "out").mkdir()

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from rrhf.common.errors import UserError
-from rrhf.evaluation.stage import EvaluationSettings, evaluate_models
+from rrhf.evaluation.stage import EvaluationSettings, evaluate_models, refuse_unusable
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.rewards.stage import RewardSettings
@@ -160,6 +160,17 @@ def test_the_perplexity_models_context_is_looked_at_before_anything_is_drawn(pla
     (judge / "config.json").write_text(json.dumps({**config, "max_position_embeddings": 6}))
     with pytest.raises(UserError, match=r"--max_new_tokens 6 .* context of 6 tokens of the perplexity model .*judge"):
         evaluate(place, settings=EvaluationSettings(perplexity_model=str(judge)))
+    assert not (place / "e.pi.jsonl").exists()
+
+
+def test_what_cannot_judge_new_texts_or_would_be_ignored_is_refused(place: Path) -> None:
+    (place / "e.pi.jsonl").unlink()
+    with pytest.raises(UserError, match="--reward provided: reads scores that records bring"):
+        evaluate(place, reward="provided")
+    with pytest.raises(UserError, match="--num_responses 3: an evaluation draws one"):
+        evaluate(place, replace(SAMPLING, num_responses=3))
+    with pytest.raises(UserError, match="--reward_weights: an evaluation shows every reward by itself"):
+        refuse_unusable(RewardSettings([f"{__name__}:characters"], [2.0]), SAMPLING)
     assert not (place / "e.pi.jsonl").exists()
 
 

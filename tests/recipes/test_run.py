@@ -237,6 +237,45 @@ def test_a_result_that_was_made_of_something_else_is_refused(changed: str, undis
     assert command(*RUN, cwd=folder).code == 0
 
 
+def test_what_changes_no_result_may_change(undisturbed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    (folder / "data.jsonl").rename(folder / "elsewhere.jsonl")  # its records are in the run
+    free = [
+        "train.max_tokens_per_forward=512",
+        "train.logging_steps=7",
+        "sample.max_requests=5",
+        "train.watch_prompts=3",
+    ]
+    result = command(*RUN, *free, cwd=folder).done()
+    assert "evaluate: evaluation.json is complete" in result.err
+    assert "max_tokens_per_forward: 512" in (folder / "run/config.yaml").read_text(encoding="utf-8")
+
+
+def test_a_result_of_a_reward_that_was_edited_is_refused(undisturbed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    rewards = folder / "tiny_rewards.py"
+    code = rewards.read_text(encoding="utf-8")
+    rewards.write_text(
+        code.replace(
+            "def vowels(prompts, completions, **columns):",
+            "def vowels(prompts, completions, **columns):\n    # another one",
+            1,
+        ),
+        encoding="utf-8",
+    )
+    assert code != rewards.read_text(encoding="utf-8")
+    result = command(*RUN, cwd=folder)
+    assert result.code == 2 and "run/scored.jsonl was made before the code of tiny_rewards:vowels changed" in result.err
+
+
+def test_lost_queries_are_made_again(undisturbed: Path, tmp_path: Path) -> None:
+    folder = shutil.copytree(undisturbed, tmp_path / "copy")
+    before = (folder / "run/queries.jsonl").read_bytes()
+    (folder / "run/queries.jsonl").unlink()
+    command(*RUN, cwd=folder).done()
+    assert (folder / "run/queries.jsonl").read_bytes() == before
+
+
 def test_an_input_that_is_not_known_now_is_no_other_input(tmp_path: Path) -> None:
     run = RunFolder(tmp_path / "run")
     run.remember_inputs("train", run.model, {"hub/name": "commit"}, kept=False)

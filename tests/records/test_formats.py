@@ -114,6 +114,22 @@ def test_alpaca_and_alpacafarm_and_vicuna(tmp_path: Path) -> None:
     assert record == Record(query=user("How?"), extra={"question_id": 4, "category": "generic"})
 
 
+def test_a_prompt_that_the_completions_repeat_in_part() -> None:
+    def said(role: str, content: str) -> dict[str, str]:
+        return {"role": role, "content": content}
+
+    system, first, answer, second = said("system", "s"), said("user", "1"), said("assistant", "a"), said("user", "2")
+    good, bad = said("assistant", "good"), said("assistant", "bad")
+    for prompt, shared, query in (
+        ([first], [first, answer, second], [first, answer, second]),  # they hold the whole dialogue
+        ([system, first], [first], [system, first]),  # the prompt begins earlier
+        ([system, first], [answer, second], [system, first, answer, second]),  # they go on where it ends
+        ([first], [], [first]),
+    ):
+        row = FORMATS["preference"]({"prompt": prompt, "chosen": [*shared, good], "rejected": [*shared, bad]})
+        assert row is not None and row["query"] == query and row["responses"] == ["good", "bad"]
+
+
 def test_reviews_and_prompts_out_of_csv_and_text(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text('\ufefftext,label\n"Good, they ""said"".\nYes.",1\nBad.,0\n', encoding="utf-8")
     first, second = load_dataset_records(tmp_path / "a.csv")

@@ -523,6 +523,8 @@ def test_transformers_own_push_leaves_our_card(hub: Hub, tmp_path: Path) -> None
     assert main([*flags, "--push_to_hub", "--hub_model_id", "me/trained"]) == 0
     assert {commit[0] for commit in hub.commits} == {"models/me/trained"}
     assert MARK in hub.files[CARD].decode()
+    for card in (hub.files[CARD].decode(), (tmp_path / "out" / CARD).read_text(encoding="utf-8")):
+        assert "- records: 4" in card and "Mean training loss" in card and "# trained" in card
     assert hub.files["model.safetensors"] == (tmp_path / "out" / "model.safetensors").read_bytes()
     assert TOKEN not in "".join(
         path.read_text(encoding="utf-8") for path in (tmp_path / "out").rglob("*") if path.suffix in (".json", ".md")

@@ -93,12 +93,26 @@ def test_going_on_with_other_settings_says_which(models: dict[str, Path], tmp_pa
     assert refused.code == 2 and "Traceback" not in refused.err
     for said in (
         "learning_rate was 0.0002, is 0.5", "lora_r was 16, is 4", "ranking_loss was 'hinge', is 'margin'",
-        "data was 'scored.jsonl', is 'other.jsonl'", "--overwrite",
+        "--overwrite",
     ):  # fmt: skip
         assert said in refused.err
+    assert "other.jsonl" not in refused.err  # it holds the same
     assert "seed was" not in refused.err
-    on = tiny.warm(*train, "--logging_steps", "1", cwd=tmp_path).done()  # what changes no result may differ
+    ours = tiny.warm(*train, "--resume_from_checkpoint", "true", cwd=tmp_path)
+    assert ours.code == 2 and "--resume_from_checkpoint: leave it out" in ours.err
+    # What changes no result may differ, and where files lie.
+    on = tiny.warm(*train, "--logging_steps", "1", "--data", str(tmp_path / "other.jsonl"), cwd=tmp_path).done()
     assert "checkpoint-2" in on.err
+
+
+def test_held_out_records_are_measured_while_training(models: dict[str, Path], tmp_path: Path) -> None:
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
+    train = ("train", "--model", str(models["plain"]), "--data", "scored.jsonl", "--eval_data", "scored.jsonl",
+             "--output", "out", "--device", "cpu", "--eval_steps", "1", "--max_steps", "2",
+             "--report_to", "none")  # fmt: skip
+    tiny.warm(*train, cwd=tmp_path).done()
+    history = json.loads((tmp_path / "out/trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    assert [row["step"] for row in history if "eval_rank_accuracy" in row] == [1, 2]
 
 
 def test_other_contents_under_the_same_names_are_refused(models: dict[str, Path], tmp_path: Path) -> None:

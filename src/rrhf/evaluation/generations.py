@@ -51,9 +51,10 @@ def draw_to_file(
     """
     from rrhf.sampling.stage import sample_file
 
+    weights = model_digest(model.model)
     made_of = {
-        "model": model.model,
-        "weights": model_digest(model.model),
+        "model": None if weights else model.model,  # the same weights elsewhere are the same model
+        "weights": weights,
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
         **asdict(sampling),

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.evaluation.generations import draw_to_file
 from rrhf.evaluation.metrics import TURN_MARKERS
@@ -38,6 +39,28 @@ class EvaluationSettings:
         return self.perplexity_model or models.get("rho", models["pi"]).model
 
 
+def refuse_unusable(rewards: RewardSettings, sampling: SamplingSettings) -> None:
+    """Refuse, before any work, what cannot judge new texts or would be ignored.
+
+    Raises:
+        UserError: a reward is unknown or reads scores that records bring; weights, or several responses, are asked for.
+    """
+    from rrhf.rewards.scoring import is_provided, score_records
+
+    score_records([], rewards.reward)
+    faults = [
+        f"--reward {reward}: reads scores that records bring, and new texts have none: name pkg.module:function"
+        for reward in rewards.reward
+        if is_provided(reward)
+    ]
+    if rewards.reward_weights:
+        faults.append("--reward_weights: an evaluation shows every reward by itself: leave it out")
+    if sampling.num_responses not in (None, 1):
+        faults.append(f"--num_responses {sampling.num_responses}: an evaluation draws one response a prompt")
+    if faults:
+        raise UserError("\n".join(faults))
+
+
 def evaluate_models(
     held_out: Path,
     output: Path,
@@ -60,13 +83,12 @@ def evaluate_models(
     """
     from rrhf.evaluation.perplexity import nll_under, refuse_short_context
     from rrhf.evaluation.texts import evaluate_texts
-    from rrhf.rewards.scoring import score_records
 
     policies = policies or PolicyCache()
-    sampling = replace(sampling, num_responses=1)
     judge = settings.judge(models)
-    score_records([], rewards.reward)  # an unknown reward is refused before any work
+    refuse_unusable(rewards, sampling)
     refuse_short_context(judge, sampling.max_new_tokens)
+    sampling = replace(sampling, num_responses=1)
     prompts = [record.without_responses() for record in read_records(held_out)]
     texts = {}
     for name, model in models.items():

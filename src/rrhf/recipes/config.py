@@ -151,10 +151,12 @@ class _Section:
     def unknown(self, given: Mapping[str, Any]) -> list[str]:
         """A fault for each key that no flag has."""
         faults = []
+        # No command has the flags of the section data.
+        seen = f"(known: {', '.join(sorted(self.keys))})" if self.name == "data" else f"(see `rrhf {self.name} --help`)"
         for key in given:
             if key not in self.keys:
                 close = nearest(key, self.keys).partition("known:")[0].strip()
-                more = f"{': ' + close if close else ''} (see `rrhf {self.name} --help`)"
+                more = f"{': ' + close if close else ''} {seen}"
                 faults.append(f"{self.name}.{key}: unknown key{more}")
         return faults
 

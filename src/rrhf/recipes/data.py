@@ -63,6 +63,8 @@ def write_queries(settings: DataSettings, queries: Path, held_out_file: Path) ->
     if not settings.provided:
         training = (record.without_responses() for record in training)
     count = write_records(queries, training, overwrite=True)
+    if not count:
+        raise UserError(f"data: every query of {settings.source} is held out, none is left to train on")
     write_records(held_out_file, held_out, overwrite=True)
     dropped = describe_counts(counts)
     log.info(f"data: {count} queries to train on, {len(held_out)} held out{'; ' + dropped if dropped else ''}")

@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.errors import UserError
 from rrhf.evaluation.stage import evaluate_models
 from rrhf.models.cache import PolicyCache
 from rrhf.models.identity import model_digest
@@ -21,6 +23,7 @@ from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records, write_records
 from rrhf.report.card import write_card
+from rrhf.rewards.scoring import reward_digest
 from rrhf.rewards.stage import score_file
 from rrhf.sampling.sources.parsing import parse_source
 from rrhf.training.folder import is_trained, last_checkpoint
@@ -39,8 +42,11 @@ class Stage:
     result: Path
     inputs: Callable[[], dict[str, str]]
     work: Callable[[], object]
+    beside: Path | None = None  # another file that it makes
 
     def is_complete(self) -> bool:
+        if self.beside is not None and not self.beside.exists():
+            return False
         return is_trained(self.result) if self.name == "train" else self.result.exists()
 
     def is_kept(self) -> bool:
@@ -92,6 +98,7 @@ def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[St
             run.held_out,
             lambda: data_digests(config.data),
             lambda: write_queries(config.data, run.queries, run.held_out),
+            beside=run.queries,
         ),
         Stage(
             "sample",
@@ -102,7 +109,7 @@ def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[St
         Stage(
             "score",
             run.scored,
-            lambda: files(run.responses),
+            lambda: {**files(run.responses), **_code(config.score.reward)},
             lambda: score_file(run.responses, run.scored, config.score),
         ),
         Stage(
@@ -114,10 +121,19 @@ def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[St
         Stage(
             "evaluate",
             run.evaluation,
-            lambda: {**files(run.held_out), **models(), run.model.name: model_digest(str(run.model))},
+            lambda: {
+                **files(run.held_out),
+                **models(),
+                run.model.name: model_digest(str(run.model)),
+                **_code(config.evaluate_rewards.reward),
+            },
             lambda: _evaluate(run, config, policies),
         ),
     ]
+
+
+def _code(rewards: Sequence[str]) -> dict[str, str]:
+    return {f"the code of {reward}": reward_digest(reward) for reward in rewards}
 
 
 def _sampled(config: RunConfig) -> dict[str, str]:
@@ -128,8 +144,12 @@ def _sampled(config: RunConfig) -> dict[str, str]:
         return {config.model.model: model_digest(config.model.model)}
     from rrhf.sampling.sources.build import source_digest
 
-    digests = {spec.name: source_digest(spec) for spec in map(parse_source, config.sources.source)}
-    return {name: digest for name, digest in digests.items() if digest is not None}
+    digests = {}
+    for written in config.sources.source:
+        with suppress(UserError):  # a file that is no more there: sampling says so, where it is still to be done
+            spec = parse_source(written)
+            digests[spec.name] = source_digest(spec) or ""
+    return digests
 
 
 def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
@@ -167,7 +187,9 @@ def _evaluated(run: RunFolder, config: RunConfig) -> dict[str, ModelSettings]:
 def _check_evaluation(run: RunFolder, config: RunConfig) -> None:
     """Refuse, before any work, what would end the evaluation after all of it."""
     from rrhf.evaluation.perplexity import refuse_short_context
+    from rrhf.evaluation.stage import refuse_unusable
 
+    refuse_unusable(config.evaluate_rewards, config.evaluate_sampling)
     refuse_short_context(config.evaluate.judge(_evaluated(run, config)), config.evaluate_sampling.max_new_tokens)
 
 

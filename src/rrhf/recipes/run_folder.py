@@ -6,14 +6,23 @@ import json
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.files import read_object, write_text
 from rrhf.common.settings import differences, refuse_other_settings
+from rrhf.training.folder import FREE as TRAINING_FREE
 
-FREE = ("train.watch_", "train.alarm")  # what these set changes no result: a run may go on with others
+# What these set changes no result: a run may go on with others. Those that end in "_" are beginnings of names.
+FREE = (
+    "train.watch_",
+    "train.alarm",
+    *(f"train.{name}" for name in sorted(TRAINING_FREE)),
+    *(f"sample.{limit.name}" for limit in fields(EndpointLimits)),
+)
 
 
 class RunFolder:
@@ -65,7 +74,7 @@ class RunFolder:
         """
         noted = read_object(self.made_of)
         before = noted.get(stage)
-        changed = [name for name in differences(before or {}, inputs) if inputs.get(name) != ""]
+        changed = [name for name in differences(before or {}, inputs) if inputs.get(name)]  # of the others nobody knows
         if kept and before is not None and changed:
             raise UserError(
                 f"{result} was made before {' and '.join(changed)} changed: put back what it was made of, remove "

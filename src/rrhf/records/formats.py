@@ -144,8 +144,9 @@ def _preference_messages(prompt: Any, chosen: list[Message], rejected: list[Mess
         query = prompt
     elif not query and isinstance(prompt, str):
         query = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and query != prompt[-len(query) :]:
-        query = [*prompt, *query]  # a completion of several messages, the first of them shared
+    elif isinstance(prompt, list) and query[: len(prompt)] != prompt:
+        # The prompt begins earlier, with a system message; or completions have several messages, the first shared.
+        query = prompt if prompt[-len(query) :] == query else [*prompt, *query]
     answers = chosen[shared:], rejected[shared:]
     for answer in answers:
         if len(answer) != 1 or not isinstance(answer[0], dict) or answer[0].get("role") != "assistant":

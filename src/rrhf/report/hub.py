@@ -58,15 +58,14 @@ def push_model(source: str | Path, repo_id: str, *, private: bool = False, messa
 
 def card_of_training(folder: Path, training: dict[str, Any], repository: str | None, token: str | None = None) -> None:
     """Write the card of a model that was trained just now, also over the draft that transformers pushed to the hub."""
-    write_card(folder, training=training)
+    card = write_card(folder, training=training, name=repository)
     if repository is not None:
-        push_card(folder, repository, token)
+        push_card(card, repository, token)
 
 
-def push_card(folder: Path, repo_id: str, token: str | None = None) -> None:
+def push_card(card: Path, repo_id: str, token: str | None = None) -> None:
     """Upload the card alone, over the draft that transformers' ``--push_to_hub`` leaves in the repository."""
     with _hub_client(repo_id, token) as api:
-        card = write_card(folder, name=repo_id)
         api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repo_id, commit_message="Model card of rrhf")
 
 

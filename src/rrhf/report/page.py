@@ -94,9 +94,9 @@ def _facts(run: Run) -> dict[str, str]:
     """Say what was run, from the settings and the evaluation."""
     named = {
         "Model (ρ)": setting(run.settings, "model"),
-        "Data": setting(run.settings, "data", "dataset"),
-        "Sampling policy": setting(run.settings, "policy", "source", "sources", "sampling"),
-        "Reward": " · ".join(run.rewards) or setting(run.settings, "reward", "rewards"),
+        "Data": setting(run.settings, "data"),
+        "Sampling policy": run.settings.get("sample.source") or run.settings.get("sample.policy"),
+        "Reward": " · ".join(run.rewards) or setting(run.settings, "reward"),
         "Perplexity by": run.evaluation.get("perplexity_model"),
         "Seed": run.evaluation.get("seed", setting(run.settings, "seed")),
     }

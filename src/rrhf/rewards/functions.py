@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import hashlib
 import inspect
 import math
 import numbers
@@ -27,15 +26,6 @@ USAGE = "a function f(prompts, completions, **columns)"
 def load_reward(name: str) -> RewardFunction:
     """Import the reward function ``pkg.module:function``. Raises ``UserError`` where there is none."""
     return load_function(name, "reward", USAGE)
-
-
-def code_digest(function: RewardFunction) -> str:
-    """16 hexadecimal digits of a function's source text; ``""`` where it has none. What it calls is not looked at."""
-    code = function if inspect.isroutine(function) else type(function)
-    try:
-        return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()[:16]
-    except (OSError, TypeError):
-        return ""
 
 
 def function_scorer(function: RewardFunction, name: str) -> Scorer:

@@ -11,11 +11,22 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.imports import code_digest
 from rrhf.records.record import Record
-from rrhf.rewards.functions import RewardFunction, Scorer, code_digest, function_scorer, load_reward
+from rrhf.rewards.functions import RewardFunction, Scorer, function_scorer, load_reward
 from rrhf.rewards.provided import provided_scorer
 
-__all__ = ["REWARDS", "Scorer", "load_reward", "make_scorer", "reward_digest", "reward_name", "score", "score_records"]
+__all__ = [
+    "REWARDS",
+    "Scorer",
+    "is_provided",
+    "load_reward",
+    "make_scorer",
+    "reward_digest",
+    "reward_name",
+    "score",
+    "score_records",
+]
 
 REWARDS: dict[str, Callable[[str], Scorer]] = {"provided": provided_scorer}  # what stands before ":" → its scorer
 FORMS = ("pkg.module:function", "provided", "provided:NAME")
@@ -43,6 +54,11 @@ def make_scorer(reward: str | RewardFunction) -> Scorer:
     if not colon or not argument:
         raise UserError(f"reward {reward!r} has an unknown form: {nearest(reward, FORMS)}")
     return function_scorer(load_reward(reward), reward)
+
+
+def is_provided(reward: str | RewardFunction) -> bool:
+    """Whether a reward reads scores that stand in the records, and so has none for new texts."""
+    return isinstance(reward, str) and reward.partition(":")[0] == "provided"
 
 
 def reward_digest(reward: str | RewardFunction) -> str:

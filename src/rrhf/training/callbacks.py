@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from transformers import TrainerCallback
 
 from rrhf.common.progress import Progress
@@ -24,13 +25,22 @@ class Stopped(Exception):  # noqa: N818 - it is no error
 
 
 class StopOnSignal(TrainerCallback):
-    """On SIGINT or SIGTERM: finish the optimiser step, write a checkpoint, stop."""
+    """On SIGINT or SIGTERM: finish the optimiser step, write a checkpoint, stop; all processes at the same step.
+
+    A launcher signals its processes one after another: some may have ended a step that others have not begun.
+    """
 
     def __init__(self) -> None:
-        self.signal: int | None = None
+        self.signal: int | None = None  # that this process has got
+        self.agreed: int | None = None  # that all of them stop for
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.signal is not None:
+        self.agreed = self.signal
+        if args.world_size > 1:
+            signals = torch.tensor([self.signal or 0], device=args.device)
+            torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX)
+            self.agreed = int(signals) or None
+        if self.agreed is not None:
             control.should_save = control.should_training_stop = True
 
     @contextmanager

@@ -11,9 +11,12 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rrhf.common.errors import UserError
-from rrhf.training.config import RRHFConfig
+
+if TYPE_CHECKING:
+    from rrhf.training.config import RRHFConfig
 
 log = logging.getLogger("rrhf")
 
@@ -31,13 +34,14 @@ SETTINGS = "training-settings.json"
 
 # What a resumed run may change without becoming another run.
 FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "disable_tqdm", "report_to", "run_name",
-        "logging_dir", "overwrite", "eval_steps", "eval_strategy", "max_tokens_per_forward",
+        "logging_dir", "eval_steps", "eval_strategy", "max_tokens_per_forward",
         "keep_logits"}  # fmt: skip
 
 
 BUDGET = "max_tokens_per_forward"  # stands in the settings, chosen or given, and is not compared
 # Compared only where both runs know them: older versions did not write them down.
 INPUTS = {"data_checksum", "eval_data", "eval_data_checksum", "model_digest"}
+NAMED = {"data": "data_checksum", "eval_data": "eval_data_checksum", "model": "model_digest"}  # name → its content
 
 
 @contextmanager

@@ -15,7 +15,6 @@ import weakref
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +25,7 @@ from transformers import PreTrainedModel
 
 from rrhf.common.presentation import text_table
 from rrhf.models.batching import SIZES
+from rrhf.models.devices import free_memory
 from rrhf.models.forward import causal_lm
 from rrhf.models.logprobs import KEPT_BYTES
 from rrhf.models.tokenization import EncodedRecord
@@ -60,24 +60,6 @@ def token_budget(device: str, free_bytes: int | None, parameters: int, width: in
     left = SHARE * (free_bytes - 14 * parameters)
     tokens = int(left / max(34 * 2 * width * layers, 1))
     return min(max(tokens - tokens % TOKEN_STEP, LEAST_TOKENS), MOST_TOKENS)
-
-
-def free_memory(device: torch.device) -> int | None:
-    """Bytes that a process can still take on ``device``; None where the device does not tell."""
-    if device.type == "cuda":
-        free, _ = torch.cuda.mem_get_info(device)
-        return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    if device.type == "cpu":
-        return _available()
-    return None
-
-
-def _available() -> int | None:
-    try:
-        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines())
-        return int(lines["MemAvailable"].split()[0]) * 1024
-    except (OSError, KeyError, ValueError):  # no Linux
-        return None
 
 
 # -- what a run needs

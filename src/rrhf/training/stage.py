@@ -11,12 +11,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from transformers import PrinterCallback, ProgressCallback, TrainerCallback
+from transformers import IntervalStrategy, PrinterCallback, ProgressCallback, TrainerCallback
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
+from rrhf.common.imports import code_digest
 from rrhf.common.launch import warn_of_whole_weights
 from rrhf.common.settings import refuse_other_settings
+from rrhf.losses import ranking_loss
 from rrhf.models.adapters import (
     AdapterSettings,
     load_policy_or_adapter,
@@ -37,6 +39,7 @@ from rrhf.training.folder import (
     BUDGET,
     FREE,
     INPUTS,
+    NAMED,
     SETTINGS,
     TRAINED,
     claimed,
@@ -82,15 +85,7 @@ def train_model(
         Stopped: a signal came; everything up to the last step is kept.
     """
     folder = Path(str(config.output_dir))
-    if adapter.peft is not None:
-        if config.learning_rate_by_default:
-            config.learning_rate = ADAPTER_LEARNING_RATE
-        if not adapter.merge_adapter and locate(model.model).adapter is not None:
-            raise UserError(
-                f"--merge_adapter false: {model.model} is an adapter itself, and its sum with its base, on which the "
-                "new one would stand, is saved nowhere: leave --merge_adapter true"
-            )
-    model = replace(model, device=str(config.place(model.device)))
+    model = _settle(model, config, adapter, eval_data)
     job = Job(folder, data, eval_data, model, config, adapter, watch or WatchSettings(), callbacks or [])
     with claimed(folder, config, overwrite):
         with config.main_process_first(local=False):
@@ -114,9 +109,30 @@ def plan_training(
     """
     with TemporaryDirectory() as folder:
         config.output_dir, config.push_to_hub = folder, False
+        model = _settle(model, config, adapter, eval_data)
         job = Job(Path(folder), data, eval_data, model, config, adapter, WatchSettings(), [])
         plan: MemoryPlan = _build(job, *_load(job)).trainer.memory_plan()
         return plan
+
+
+def _settle(
+    model: ModelSettings, config: RRHFConfig, adapter: AdapterSettings, eval_data: Path | None
+) -> ModelSettings:
+    """Settle in ``config`` what depends on the other settings; returns the model's with the device that is taken."""
+    if config.resume_from_checkpoint:
+        raise UserError("--resume_from_checkpoint: leave it out: the same command goes on from the last checkpoint")
+    if eval_data is not None and config.eval_strategy == IntervalStrategy.NO:
+        config.eval_strategy = IntervalStrategy.STEPS
+        config.eval_steps = config.eval_steps or config.logging_steps
+    if adapter.peft is not None:
+        if config.learning_rate_by_default:
+            config.learning_rate = ADAPTER_LEARNING_RATE
+        if not adapter.merge_adapter and locate(model.model).adapter is not None:
+            raise UserError(
+                f"--merge_adapter false: {model.model} is an adapter itself, and its sum with its base, on which the "
+                "new one would stand, is saved nowhere: leave --merge_adapter true"
+            )
+    return replace(model, device=str(config.place(model.device)))
 
 
 @dataclass(frozen=True)
@@ -201,8 +217,8 @@ def _run(job: Job, training: Training) -> float:
         log.info(f"train: going on from {checkpoint}")
     with stop.listening(), naming_full_disk(job.folder):
         result = trainer.train(resume_from_checkpoint=checkpoint)
-    if stop.signal is not None and trainer.state.global_step < trainer.state.max_steps:
-        raise Stopped(128 + stop.signal)
+    if stop.agreed is not None and trainer.state.global_step < trainer.state.max_steps:
+        raise Stopped(128 + stop.agreed)
     if watch is not None and watch.stopped is not None:
         raise UserError(watch.stopped)
     return float(result.training_loss)
@@ -257,11 +273,13 @@ def _remember_settings(job: Job) -> dict[str, Any]:
         if job.config.max_tokens_per_forward is None:
             job.config.max_tokens_per_forward = budget  # as it was chosen: the numbers go on bit for bit
         unknown = {name for name in INPUTS if name not in before or name not in settings}
+        # Where the contents are known, where they lie is of no interest.
+        unknown |= {name for name, content in NAMED.items() if content in before and content in settings}
         refuse_other_settings(
             {name: value for name, value in before.items() if name not in unknown},
             {name: value for name, value in settings.items() if name not in unknown},
             f"{job.folder} holds a training run with other settings",
-            "run with those to go on, or give --overwrite to train anew",
+            "run with those to go on; to train anew give --overwrite or, in a run, remove that folder",
         )
     else:
         write_text(place, json.dumps(settings, indent=1) + "\n")
@@ -290,4 +308,10 @@ def _inputs(job: Job) -> dict[str, str | None]:
         "model": job.model.model,
         "model_digest": model_digest(job.model.model) or None,
         "dtype": job.model.dtype,
+        "ranking_loss_code": _loss_code(job.config.ranking_loss),
     }
+
+
+def _loss_code(name: str) -> str | None:
+    """The digest of the code of somebody's own loss; ours are named."""
+    return (code_digest(ranking_loss(name)) or None) if ":" in name else None

@@ -24,6 +24,7 @@ from rrhf.losses import Loss, best_response, needed_by, ordered_pairs, ranking_l
 from rrhf.models.adapters import load_policy_or_adapter, with_adapter
 from rrhf.models.attention import our_attention, takes_layouts
 from rrhf.models.batching import SIZES, Forward, plan_forwards, tree_tokens
+from rrhf.models.devices import free_memory
 from rrhf.models.forward import causal_lm
 from rrhf.models.load import ModelSettings
 from rrhf.models.path_check import usable_path
@@ -33,7 +34,7 @@ from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
 from rrhf.training.forward import IDLE, ForwardOutputs, accept_records, forward_records
 from rrhf.training.master_weights import MasterWeights, has_low_precision
-from rrhf.training.memory import MemoryPlan, free_memory, plan_memory, token_budget
+from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
 from rrhf.training.two_pass import Compute, SecondPass, first_pass
 
 log = logging.getLogger("rrhf")
@@ -321,7 +322,7 @@ class RRHFTrainer(Trainer):
         return (
             f"step {self.state.global_step + 1}: {what} {', '.join(ids[:NAMED])}{more}. "
             "Nothing was updated; the last checkpoint is whole. "
-            "Lower --learning_rate, or look at these records with `rrhf inspect`"
+            "Lower --learning_rate, or look at these records in the data"
         )
 
     # -- metrics
@@ -415,7 +416,8 @@ def _default_budget(model: PreTrainedModel, args: RRHFConfig) -> int:
 
 
 def _refuse_missing_optimiser(name: str) -> None:
-    if ("bnb" in name or "8bit" in name) and importlib.util.find_spec("bitsandbytes") is None:
+    others = name.startswith("adamw_torch_")  # torchao's, which transformers asks for itself
+    if ("bnb" in name or "8bit" in name) and not others and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--optim {name} needs bitsandbytes: pip install bitsandbytes, or take --optim adafactor")
 
 

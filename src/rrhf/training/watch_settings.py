@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rrhf.common.errors import UserError, nearest
-from rrhf.rewards.functions import RewardFunction
+from rrhf.rewards.scoring import is_provided
 from rrhf.sampling.settings import SamplingSettings
 
 ALARMS = ("warn", "stop", "off")
@@ -88,8 +88,3 @@ class WatchSettings:
         """With these prompts and rewards where none are named; rewards that need provided scores are left out."""
         usable = [reward for reward in rewards if not is_provided(reward)]
         return replace(self, watch_data=self.watch_data or str(data), watch_reward=self.watch_reward or usable)
-
-
-def is_provided(reward: str | RewardFunction) -> bool:
-    """Whether a reward reads scores that stand in the records, and so has none for new texts."""
-    return isinstance(reward, str) and reward.partition(":")[0] == "provided"

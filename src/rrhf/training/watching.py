@@ -34,10 +34,10 @@ from rrhf.models.load import ModelSettings
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.rewards.functions import RewardFunction
-from rrhf.rewards.scoring import make_scorer, reward_name
+from rrhf.rewards.scoring import is_provided, make_scorer, reward_name
 from rrhf.sampling.sampler import Sampler
 from rrhf.training.alarms import Measurement, alarms, measurements, pearson
-from rrhf.training.watch_settings import WatchSettings, is_provided
+from rrhf.training.watch_settings import WatchSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
