@@ -255,14 +255,8 @@ def test_a_result_of_a_reward_that_was_edited_is_refused(undisturbed: Path, tmp_
     folder = shutil.copytree(undisturbed, tmp_path / "copy")
     rewards = folder / "tiny_rewards.py"
     code = rewards.read_text(encoding="utf-8")
-    rewards.write_text(
-        code.replace(
-            "def vowels(prompts, completions, **columns):",
-            "def vowels(prompts, completions, **columns):\n    # another one",
-            1,
-        ),
-        encoding="utf-8",
-    )
+    signature = "def vowels(prompts, completions, **columns):"
+    rewards.write_text(code.replace(signature, f"{signature}\n    # another one", 1), encoding="utf-8")
     assert code != rewards.read_text(encoding="utf-8")
     result = command(*RUN, cwd=folder)
     assert result.code == 2 and "run/scored.jsonl was made before the code of tiny_rewards:vowels changed" in result.err
