@@ -16,12 +16,14 @@ class Logprobs:
 
     ``sums``: Σ_t log P(y_t | …), [R], fp32 with a graph. ``lengths``: ‖y‖, [R]. ``router_loss``: the auxiliary loss of
     a mixture of experts, where its configuration asks for it. ``tokens``: rows of the forward pass.
+    ``token_logprobs``: log P(y_t | …) of the N = Σ ‖y‖ response tokens in order, [N].
     """
 
     sums: Tensor
     lengths: Tensor
     tokens: int
     router_loss: Tensor | None = None
+    token_logprobs: Tensor | None = None
 
 
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:

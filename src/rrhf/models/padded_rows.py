@@ -27,11 +27,12 @@ def padded_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord]) ->
     input_ids, mask, target = input_ids.to(device), mask.to(device), target.to(device)
     outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **router_options(model))
     logits = outputs.logits[:, :-1]
-    sums = []
+    each = []
     for i in range(len(rows)):  # a row at a time: its log-softmax in fp32 is the largest tensor of the pass
         keep = target[i, 1:]
         rest = logits[i][keep]
         logprobs = torch.log_softmax(rest if rest.dtype == torch.float64 else rest.float(), dim=-1)
-        sums.append(logprobs.gather(1, input_ids[i, 1:][keep][:, None]).sum())
+        each.append(logprobs.gather(1, input_ids[i, 1:][keep][:, None])[:, 0])
     lengths = torch.tensor([len(response) for _, response in rows], device=device)
-    return Logprobs(torch.stack(sums), lengths, int(mask.sum()), router_loss(model, outputs))
+    sums = torch.stack([logprobs.sum() for logprobs in each])
+    return Logprobs(sums, lengths, int(mask.sum()), router_loss(model, outputs), torch.cat(each))

@@ -114,4 +114,4 @@ def forest_logprobs(
     logprobs = token_logprobs(model, hidden[forest.rows], forest.targets, keep_logits)
     sums = torch.zeros(len(forest.lengths), dtype=logprobs.dtype, device=logprobs.device)
     sums = sums.index_add(0, forest.owners, logprobs)
-    return Logprobs(sums, forest.lengths, forest.input_ids.shape[1], router_loss(model, outputs))
+    return Logprobs(sums, forest.lengths, forest.input_ids.shape[1], router_loss(model, outputs), logprobs)

@@ -14,11 +14,9 @@ from typing import Any
 from rrhf.common.errors import UserError
 from rrhf.common.imports import last_line, load_function
 from rrhf.records.record import Record
+from rrhf.rewards.kind import Item, Scorer
 
 RewardFunction = Callable[..., Any]  # f(prompts, completions, **columns) -> list[float | None], plain or async
-Item = tuple[Record, int]  # one response: its record and its index in it
-Scorer = Callable[[Sequence[Item]], list[float | None]]  # a score a response
-
 
 USAGE = "a function f(prompts, completions, **columns)"
 

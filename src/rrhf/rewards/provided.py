@@ -6,10 +6,10 @@ from collections.abc import Sequence
 
 from rrhf.common.errors import UserError
 from rrhf.records.record import Record
-from rrhf.rewards.functions import Item, Scorer
+from rrhf.rewards.kind import Item, RewardContext, RewardKind, Scorer
 
 
-def provided_scorer(argument: str) -> Scorer:
+def provided_scorer(argument: str, context: RewardContext) -> Scorer:
     """Return the scorer of ``provided`` (the records' ``scores``) or ``provided:NAME`` (their ``rewards[NAME]``).
 
     Raises (the scorer):
@@ -38,3 +38,6 @@ def _values(record: Record, argument: str) -> list[float | None]:
             "give them in the file, or score with --reward pkg.module:function"
         )
     return values
+
+
+PROVIDED = RewardKind("provided, provided:NAME", provided_scorer, lambda argument, context: "", judges_new=False)

@@ -7,17 +7,20 @@ own ``scores``) or ``provided:NAME`` (their ``rewards[NAME]``).
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import code_digest
 from rrhf.records.record import Record
-from rrhf.rewards.functions import RewardFunction, Scorer, function_scorer, load_reward
-from rrhf.rewards.provided import provided_scorer
+from rrhf.rewards.functions import RewardFunction, function_scorer, load_reward
+from rrhf.rewards.kind import RewardContext, RewardKind, Scorer
+from rrhf.rewards.provided import PROVIDED
 
 __all__ = [
     "REWARDS",
+    "RewardContext",
+    "Rewards",
     "Scorer",
     "is_provided",
     "load_reward",
@@ -28,8 +31,8 @@ __all__ = [
     "score_records",
 ]
 
-REWARDS: dict[str, Callable[[str], Scorer]] = {"provided": provided_scorer}  # what stands before ":" → its scorer
-FORMS = ("pkg.module:function", "provided", "provided:NAME")
+REWARDS: dict[str, RewardKind] = {"provided": PROVIDED}  # what stands before ":" → its kind
+FORMS = ("pkg.module:function", *(kind.form for kind in REWARDS.values()))
 
 
 def reward_name(reward: str | RewardFunction) -> str:
@@ -40,7 +43,7 @@ def reward_name(reward: str | RewardFunction) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def make_scorer(reward: str | RewardFunction) -> Scorer:
+def make_scorer(reward: str | RewardFunction, context: RewardContext | None = None) -> Scorer:
     """Return the scorer of a reward: of its name, or of a function with TRL's signature.
 
     Raises:
@@ -50,7 +53,7 @@ def make_scorer(reward: str | RewardFunction) -> Scorer:
         return function_scorer(reward, reward_name(reward))
     kind, colon, argument = reward.partition(":")
     if kind in REWARDS:
-        return REWARDS[kind](argument)
+        return REWARDS[kind].make(argument, context or RewardContext())
     if not colon or not argument:
         raise UserError(f"reward {reward!r} has an unknown form: {nearest(reward, FORMS)}")
     return function_scorer(load_reward(reward), reward)
@@ -58,14 +61,70 @@ def make_scorer(reward: str | RewardFunction) -> Scorer:
 
 def is_provided(reward: str | RewardFunction) -> bool:
     """Whether a reward reads scores that stand in the records, and so has none for new texts."""
-    return isinstance(reward, str) and reward.partition(":")[0] == "provided"
+    kind = REWARDS.get(reward.partition(":")[0]) if isinstance(reward, str) else None
+    return kind is not None and not kind.judges_new
 
 
-def reward_digest(reward: str | RewardFunction) -> str:
-    """The digest of a reward function's code; ``""`` for what records hold already."""
-    if isinstance(reward, str):
-        return "" if reward.partition(":")[0] in REWARDS else code_digest(load_reward(reward))
-    return code_digest(reward)
+def reward_digest(reward: str | RewardFunction, context: RewardContext | None = None) -> str:
+    """A digest of what a reward's scores depend on; ``""`` for what records hold already and what nobody knows."""
+    if not isinstance(reward, str):
+        return code_digest(reward)
+    name, _, argument = reward.partition(":")
+    if name in REWARDS:
+        return REWARDS[name].digest(argument, context or RewardContext())
+    return code_digest(load_reward(reward))
+
+
+class Rewards:
+    """R = Σ_j w_j R_j, ready to score many times; what its rewards hold (models, servers) is held until ``close``.
+
+    Args:
+        rewards: names (see ``REWARDS`` and ``load_reward``) or functions.
+        weights: w_j, one a reward; 1 each by default.
+        batch_size: records whose responses one call of a reward gets.
+        missing_only: keep the values that stand in ``record.rewards`` already and ask only for the others.
+        context: what rewards need beside their names.
+
+    Raises:
+        UserError: a reward is unknown or named twice, or the weights do not fit.
+    """
+
+    def __init__(
+        self,
+        rewards: Sequence[str | RewardFunction],
+        *,
+        weights: Sequence[float] | None = None,
+        batch_size: int = 64,
+        missing_only: bool = False,
+        context: RewardContext | None = None,
+    ) -> None:
+        names = [reward_name(reward) for reward in rewards]
+        if not names:
+            raise UserError(f"no reward is named: give --reward, one of {', '.join(FORMS)}")
+        if len(set(names)) < len(names):
+            raise UserError(f"a reward is named twice: {', '.join(names)}")
+        factors = [float(weight) for weight in weights] if weights is not None else [1.0] * len(names)
+        if len(factors) != len(names) or not all(map(math.isfinite, factors)):
+            raise UserError(f"reward weights {factors} for the rewards {', '.join(names)}: give one finite number each")
+        if batch_size < 1:
+            raise UserError(f"--batch_size {batch_size}: must be at least 1")
+        self.weights, self.batch_size, self.missing_only = factors, batch_size, missing_only
+        self.scorers = {name: make_scorer(reward, context) for name, reward in zip(names, rewards)}
+
+    def score(self, records: Iterable[Record]) -> Iterator[Record]:
+        """Score the responses of each record, in a stream; see ``score_records``."""
+        for batch in _batches(records, self.batch_size):
+            scored = batch
+            for name, scorer in self.scorers.items():
+                scored = _with_reward(scored, name, scorer, self.missing_only)
+            for record in scored:
+                columns = [record.rewards[name] for name in self.scorers] if record.responses else []
+                yield replace(record, scores=[_weighted_sum(values, self.weights) for values in zip(*columns)])
+
+    def close(self) -> None:
+        """Let go of what the rewards hold."""
+        for scorer in self.scorers.values():
+            getattr(scorer, "close", lambda: None)()
 
 
 def score_records(
@@ -75,49 +134,29 @@ def score_records(
     weights: Sequence[float] | None = None,
     batch_size: int = 64,
     missing_only: bool = False,
+    context: RewardContext | None = None,
 ) -> Iterator[Record]:
     """Score the responses of each record, in a stream: new records come out, in order; those given stay as they are.
 
     ``rewards[name]`` of a new record holds each reward's values, and ``scores`` their sum R = Σ_j w_j R_j, None where
-    one of them is None. Other rewards that ``rewards`` of the given record holds stay in it.
-
-    Args:
-        records: records with responses; one without has no scores afterwards.
-        rewards: names (see ``REWARDS`` and ``load_reward``) or functions.
-        weights: w_j, one a reward; 1 each by default.
-        batch_size: records whose responses one call of a reward gets.
-        missing_only: keep the values that stand in ``record.rewards`` already and ask only for the others.
+    one of them is None. Other rewards that ``rewards`` of the given record holds stay in it. A record without
+    responses has no scores afterwards. The arguments are those of ``Rewards``, which is for scoring many times.
 
     Raises:
         UserError: at once for an unknown reward or unfit weights; while iterating where a reward fails.
     """
-    names = [reward_name(reward) for reward in rewards]
-    if not names:
-        raise UserError(f"no reward is named: give --reward, one of {', '.join(FORMS)}")
-    if len(set(names)) < len(names):
-        raise UserError(f"a reward is named twice: {', '.join(names)}")
-    factors = [float(weight) for weight in weights] if weights is not None else [1.0] * len(names)
-    if len(factors) != len(names) or not all(map(math.isfinite, factors)):
-        raise UserError(f"reward weights {factors} for the rewards {', '.join(names)}: give one finite number each")
-    if batch_size < 1:
-        raise UserError(f"--batch_size {batch_size}: must be at least 1")
-    scorers = {name: make_scorer(reward) for name, reward in zip(names, rewards)}
-    return _score(records, scorers, factors, batch_size, missing_only)
+    kept = Rewards(rewards, weights=weights, batch_size=batch_size, missing_only=missing_only, context=context)
+
+    def scored() -> Iterator[Record]:
+        try:
+            yield from kept.score(records)
+        finally:
+            kept.close()
+
+    return scored()
 
 
 score = score_records  # the name of the stage
-
-
-def _score(
-    records: Iterable[Record], scorers: dict[str, Scorer], weights: list[float], batch_size: int, missing_only: bool
-) -> Iterator[Record]:
-    for batch in _batches(records, batch_size):
-        scored = batch
-        for name, scorer in scorers.items():
-            scored = _with_reward(scored, name, scorer, missing_only)
-        for record in scored:
-            columns = [record.rewards[name] for name in scorers] if record.responses else []
-            yield replace(record, scores=[_weighted_sum(values, weights) for values in zip(*columns)])
 
 
 def _batches(records: Iterable[Record], size: int) -> Iterator[list[Record]]:
