@@ -43,7 +43,7 @@ class RewardKind(NamedTuple):
     """A line of ``REWARDS``.
 
     Attributes:
-        form: how such a reward is written, for help texts and messages.
+        forms: how such a reward is written, for help texts and messages.
         make: the argument after the name's colon (or the whole name) and the context → its scorer. What can be found
             wrong without work is refused here; what is heavy (weights) is loaded when the scorer is first called. A
             scorer that holds something has a method ``close``.
@@ -52,7 +52,7 @@ class RewardKind(NamedTuple):
         judges_new: whether it scores any text, not only those that the records bring scores for.
     """
 
-    form: str
+    forms: tuple[str, ...]
     make: Callable[[str, RewardContext], Scorer]
     digest: Callable[[str, RewardContext], str]
     judges_new: bool = True

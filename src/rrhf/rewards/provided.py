@@ -40,4 +40,4 @@ def _values(record: Record, argument: str) -> list[float | None]:
     return values
 
 
-PROVIDED = RewardKind("provided, provided:NAME", provided_scorer, lambda argument, context: "", judges_new=False)
+PROVIDED = RewardKind(("provided", "provided:NAME"), provided_scorer, lambda argument, context: "", judges_new=False)

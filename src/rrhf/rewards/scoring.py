@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 REWARDS: dict[str, RewardKind] = {"provided": PROVIDED}  # what stands before ":" → its kind
-FORMS = ("pkg.module:function", *(kind.form for kind in REWARDS.values()))
+FORMS = ("pkg.module:function", *(form for kind in REWARDS.values() for form in kind.forms))
 
 
 def reward_name(reward: str | RewardFunction) -> str:
