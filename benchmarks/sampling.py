@@ -1,7 +1,9 @@
 """Sampling: tokens a second against transformers' ``generate``, each side at its best batch size, in one run.
 
 Diverse beam is held against the group beam search of transformers 4.46 where ``--old PYTHON`` names an interpreter that
-has it (``make bench`` makes one), else against ``generate`` with as many plain beams.
+has it (``make bench`` makes one), else against ``generate`` with as many plain beams. ``--openvino FOLDER`` holds all
+policies against OpenVINO GenAI instead, by ``.venv-openvino`` (``make openvino-env``), on a model that it has converted
+(docs/sources.md): with its cache of 8 bits, and with one of the type that it computes in.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -113,6 +116,40 @@ def old(python: str, folder: str, queries: list[list[int]], dtype: str, new_toke
     return float(done.stdout.split()[-1])
 
 
+PRECISION = {"float32": "f32", "bfloat16": "bf16"}
+
+
+def openvino(options: Any, queries: list[list[int]], policy: str, dtype: str, batch: int, cache: str) -> float:
+    """OpenVINO GenAI's continuous batching, in the interpreter that has it."""
+    properties = {"INFERENCE_PRECISION_HINT": PRECISION[dtype], "KV_CACHE_PRECISION": cache}
+    job = {
+        "folder": options.openvino, "queries": queries, "policy": policy, "new_tokens": options.new_tokens,
+        "sequences": batch * 4, "options": properties,
+    }  # fmt: skip
+    script = Path(__file__).with_name("openvino_rival.py")
+    command = [options.openvino_python, str(script)]
+    done = subprocess.run(command, input=json.dumps(job), capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    return float(done.stdout.split()[-1])
+
+
+def rivals(options: Any, queries: list[list[int]], dtype: str, policy: str, model: Any) -> dict[str, dict[int, float]]:
+    """Name → batch size → seconds, of those that this policy is held against."""
+    batches = options.other_batches
+    if options.openvino:
+        return {
+            f"OpenVINO GenAI, {cache} cache": {b: openvino(options, queries, policy, dtype, b, cache) for b in batches}
+            for cache in ("u8", PRECISION[dtype])
+        }
+    if policy == "diverse-beam" and options.old:
+        folder, tokens = model.config._name_or_path, options.new_tokens
+        found = {b: old(options.old, folder, queries, dtype, tokens, b) for b in batches}
+        return {"group beam search of transformers 4.46": found}
+    name = "generate" + (", 4 plain beams" if policy == "diverse-beam" else "")
+    return {name: {b: theirs(model, queries, policy, options.new_tokens, b) for b in batches}}
+
+
 def main() -> None:
     parser = arguments(__doc__ or "")
     parser.add_argument("--queries", type=int, default=64)
@@ -122,6 +159,8 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", default=["bfloat16", "float32"])
     parser.add_argument("--policies", nargs="+", default=list(POLICIES))
     parser.add_argument("--old", help="a Python with transformers 4.46, for diverse beam")
+    parser.add_argument("--openvino", help="a model that optimum-intel has converted: the rival is OpenVINO GenAI")
+    parser.add_argument("--openvino_python", default=".venv-openvino/bin/python")
     options = parser.parse_args()
     _, records = hh_records(options.queries, k=2)
     queries = sorted((list(record.query) for record in records), key=len, reverse=True)
@@ -129,38 +168,33 @@ def main() -> None:
     tokens = len(queries) * 4 * options.new_tokens
     memory_gb()
     plan = [(dtype, policy) for dtype in options.dtypes for policy in options.policies]
-    others: dict[tuple[str, str], tuple[str, dict[int, float]]] = {}
+    others: dict[tuple[str, str], dict[str, dict[int, float]]] = {}
     # All others first: what the command line does for its own process (kernels/cpu/memory.py) is not theirs.
     for dtype, policy in plan:
         model, tokenizer = load(options.model, options.device, dtype)
-        if policy == "diverse-beam" and options.old:
-            folder = model.config._name_or_path
-            found = {b: old(options.old, folder, queries, dtype, options.new_tokens, b) for b in options.other_batches}
-            others[dtype, policy] = "group beam search of transformers 4.46", found
-        else:
-            found = {b: theirs(model, queries, policy, options.new_tokens, b) for b in options.other_batches}
-            others[dtype, policy] = "generate" + (", 4 plain beams" if policy == "diverse-beam" else ""), found
-        print(dtype, policy, found, file=sys.stderr, flush=True)
+        others[dtype, policy] = rivals(options, queries, dtype, policy, model)
+        print(dtype, policy, others[dtype, policy], file=sys.stderr, flush=True)
     peaks = [peak_gb()]
     keep_freed_memory()
     for dtype, policy in plan:
         model, tokenizer = load(options.model, options.device, dtype)
         if policy == options.policies[0]:
             lines.append(f"Matmul peak in {dtype}: {matmul_peak(getattr(torch, dtype), model.device):.0f} GFLOP/s.")
-        name, other = others[dtype, policy]
         found = {b: ours(model, tokenizer, queries, policy, options.new_tokens, b) for b in options.batches}
-        best, opponent = min(found, key=lambda b: found[b]), min(other, key=lambda b: other[b])
-        rows.append(
-            [
-                policy,
-                dtype,
-                f"{tokens / found[best]:.0f} (batch {best})",
-                f"{tokens / other[opponent]:.0f} (batch {opponent})",
-                f"{other[opponent] / found[best]:.1f}×",
-                name,
-            ]
-        )
-        print("  ".join(rows[-1]), file=sys.stderr, flush=True)
+        best = min(found, key=lambda b: found[b])
+        for name, other in others[dtype, policy].items():
+            opponent = min(other, key=lambda b: other[b])
+            rows.append(
+                [
+                    policy,
+                    dtype,
+                    f"{tokens / found[best]:.0f} (batch {best})",
+                    f"{tokens / other[opponent]:.0f} (batch {opponent})",
+                    f"{other[opponent] / found[best]:.2f}×",
+                    name,
+                ]
+            )
+            print("  ".join(rows[-1]), file=sys.stderr, flush=True)
     peaks.append(peak_gb())
     lines += [
         f"Peak memory: {peaks[0]:.1f} GB up to the end of the others' runs, {peaks[1]:.1f} GB in all.",

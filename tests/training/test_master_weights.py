@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,8 @@ OPTIMISERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adafactor": (torch.optim.Adafactor, {"lr": 1e-2}),
     # as --optim adafactor makes it
     "adafactor of transformers": (Adafactor, {"lr": 1e-2, "scale_parameter": False, "relative_step": False}),
+    # as --optim adamw_bnb_8bit makes it, but with moments of 8 bits for tensors as small as these
+    "8-bit adamw": (bitsandbytes.optim.AdamW, {"lr": 1e-2, "optim_bits": 8, "min_8bit_size": 8}),
 }
 
 

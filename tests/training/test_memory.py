@@ -140,6 +140,22 @@ def test_eight_bit_adam_without_bitsandbytes_is_refused(tmp_path: Path, monkeypa
         trainer_of(small_model("llama"), TOKENIZER, toy_records(2), tmp_path, optim="adamw_bnb_8bit")
 
 
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_bnb_8bit", "adafactor"])
+def test_moments_are_as_large_as_planned(tmp_path: Path, optim: str) -> None:
+    trainer = trainer_of(small_model("llama").bfloat16(), TOKENIZER, toy_records(2), tmp_path, optim=optim)
+    trainer.train()
+    inner = trainer.optimizer.optimizer.inner
+    moments = [
+        value
+        for state in inner.state.values()
+        for name, value in state.items()
+        if isinstance(value, torch.Tensor) and value.dim() and not name.startswith("qmap")  # of the code, one for all
+    ]
+    planned = moment_bytes(optim, trainer.model.parameters())
+    assert sum(moment.nbytes for moment in moments) == pytest.approx(planned, rel=0.02)
+    assert (torch.uint8 in {moment.dtype for moment in moments}) == (optim == "adamw_bnb_8bit")
+
+
 def test_moments_worked_by_hand() -> None:
     parameters = [torch.nn.Parameter(torch.zeros(512, 256)), torch.nn.Parameter(torch.zeros(256))]
     assert moment_bytes("adamw_torch_fused", parameters) == 8 * (512 * 256 + 256)
