@@ -109,13 +109,8 @@ def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[St
         Stage(
             "score",
             run.scored,
-            lambda: {
-                **files(run.responses),
-                **rewards_digests(config.score, config.scoring.context(config.text, config.score_remote)),
-            },
-            lambda: score_file(
-                run.responses, run.scored, config.score, config.scoring, config.text, config.score_remote
-            ),
+            lambda: {**files(run.responses), **_scored(config)},
+            lambda: _score(run, config, policies),
         ),
         Stage(
             "train",
@@ -169,6 +164,18 @@ def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
         remote=config.remote,
         policies=policies,
     )
+
+
+def _scored(config: RunConfig) -> dict[str, str]:
+    """The digests of the rewards, and of the models whose log-probabilities shape their scores."""
+    context = config.scoring.context(config.text, config.score_remote)
+    columns = {model: name for name, model in config.scoring.sums_columns(context).items()}
+    return {**rewards_digests(config.score, context), **columns}
+
+
+def _score(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
+    policies.release()  # free the sampling weights
+    score_file(run.responses, run.scored, config.score, config.scoring, config.text, config.score_remote)
 
 
 def _train(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
