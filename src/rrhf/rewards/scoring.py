@@ -1,20 +1,25 @@
 """Responses → scores: r_i = R(x, y_i).
 
-A reward is named by its form: ``pkg.module:function`` (a function with TRL's signature), ``provided`` (the records'
-own ``scores``) or ``provided:NAME`` (their ``rewards[NAME]``).
+A reward is named by its form: ``pkg.module:function`` (a function with TRL's signature), or what a kind in ``REWARDS``
+says of its own, such as ``provided`` (the records' ``scores``) and ``logprob:MODEL``.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import code_digest
 from rrhf.records.record import Record
+from rrhf.rewards.combination import combination_of
 from rrhf.rewards.functions import RewardFunction, function_scorer, load_reward
 from rrhf.rewards.kind import RewardContext, RewardKind, Scorer
+from rrhf.rewards.kl import Shaping
+from rrhf.rewards.logprob import LOGPROB, LOGPROB_SUM
+from rrhf.rewards.normalise import Moments
 from rrhf.rewards.provided import PROVIDED
 
 __all__ = [
@@ -25,13 +30,18 @@ __all__ = [
     "is_provided",
     "load_reward",
     "make_scorer",
+    "opened",
     "reward_digest",
     "reward_name",
     "score",
     "score_records",
 ]
 
-REWARDS: dict[str, RewardKind] = {"provided": PROVIDED}  # what stands before ":" → its kind
+REWARDS: dict[str, RewardKind] = {  # what stands before ":" → its kind
+    "provided": PROVIDED,
+    "logprob": LOGPROB,
+    "logprob-sum": LOGPROB_SUM,
+}
 FORMS = ("pkg.module:function", *(form for kind in REWARDS.values() for form in kind.forms))
 
 
@@ -81,6 +91,9 @@ class Rewards:
     Args:
         rewards: names (see ``REWARDS`` and ``load_reward``) or functions.
         weights: w_j, one a reward; 1 each by default.
+        normalisation: of each reward before it is weighted, or one for all (``NORMALISATIONS``); "none" by default.
+        moments: of the rewards that are normalised over the data (``data_moments``), by their names.
+        shaping: the KL term that is taken off the sum, of columns that the records have.
         batch_size: records whose responses one call of a reward gets.
         missing_only: keep the values that stand in ``record.rewards`` already and ask only for the others.
         context: what rewards need beside their names.
@@ -94,6 +107,9 @@ class Rewards:
         rewards: Sequence[str | RewardFunction],
         *,
         weights: Sequence[float] | None = None,
+        normalisation: Sequence[str] | None = None,
+        moments: Mapping[str, Moments] | None = None,
+        shaping: Shaping | None = None,
         batch_size: int = 64,
         missing_only: bool = False,
         context: RewardContext | None = None,
@@ -103,23 +119,31 @@ class Rewards:
             raise UserError(f"no reward is named: give --reward, one of {', '.join(FORMS)}")
         if len(set(names)) < len(names):
             raise UserError(f"a reward is named twice: {', '.join(names)}")
-        factors = [float(weight) for weight in weights] if weights is not None else [1.0] * len(names)
-        if len(factors) != len(names) or not all(map(math.isfinite, factors)):
-            raise UserError(f"reward weights {factors} for the rewards {', '.join(names)}: give one finite number each")
         if batch_size < 1:
             raise UserError(f"--batch_size {batch_size}: must be at least 1")
-        self.weights, self.batch_size, self.missing_only = factors, batch_size, missing_only
+        self.combination = combination_of(names, weights, normalisation, shaping)
+        self.moments, self.batch_size, self.missing_only = moments, batch_size, missing_only
         self.scorers = {name: make_scorer(reward, context) for name, reward in zip(names, rewards)}
 
     def score(self, records: Iterable[Record]) -> Iterator[Record]:
         """Score the responses of each record, in a stream; see ``score_records``."""
+        missing = [name for name in self.combination.over_the_data if name not in (self.moments or {})]
+        if missing:
+            raise UserError(
+                f"rewards {', '.join(missing)} are to be normalised over the data, whose moments are not known here: "
+                "give the normalisation query, or score a file with `rrhf score`"
+            )
+        for record in self.judge(records):
+            yield self.combination.score(record, self.moments)
+
+    def judge(self, records: Iterable[Record], names: Iterable[str] | None = None) -> Iterator[Record]:
+        """The records with the values of each reward, or of those with these ``names``, in ``rewards``; in a stream."""
+        asked = list(self.scorers if names is None else names)
         for batch in _batches(records, self.batch_size):
-            scored = batch
-            for name, scorer in self.scorers.items():
-                scored = _with_reward(scored, name, scorer, self.missing_only)
-            for record in scored:
-                columns = [record.rewards[name] for name in self.scorers] if record.responses else []
-                yield replace(record, scores=[_weighted_sum(values, self.weights) for values in zip(*columns)])
+            judged = batch
+            for name in asked:
+                judged = _with_reward(judged, name, self.scorers[name], self.missing_only)
+            yield from judged
 
     def close(self) -> None:
         """Let go of what the rewards hold."""
@@ -127,11 +151,25 @@ class Rewards:
             getattr(scorer, "close", lambda: None)()
 
 
+@contextmanager
+def opened(rewards: Sequence[str | RewardFunction] | Rewards, **options: Any) -> Iterator[Rewards]:
+    """``rewards`` as they are where they are ``Rewards`` already; else made, with these options, and closed again."""
+    if isinstance(rewards, Rewards):
+        yield rewards
+        return
+    made = Rewards(rewards, **options)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
 def score_records(
     records: Iterable[Record],
     rewards: Sequence[str | RewardFunction],
     *,
     weights: Sequence[float] | None = None,
+    normalisation: Sequence[str] | None = None,
     batch_size: int = 64,
     missing_only: bool = False,
     context: RewardContext | None = None,
@@ -145,7 +183,14 @@ def score_records(
     Raises:
         UserError: at once for an unknown reward or unfit weights; while iterating where a reward fails.
     """
-    kept = Rewards(rewards, weights=weights, batch_size=batch_size, missing_only=missing_only, context=context)
+    kept = Rewards(
+        rewards,
+        weights=weights,
+        normalisation=normalisation,
+        batch_size=batch_size,
+        missing_only=missing_only,
+        context=context,
+    )
 
     def scored() -> Iterator[Record]:
         try:
@@ -187,9 +232,3 @@ def _known(record: Record, name: str, missing_only: bool) -> list[float | None]:
     if missing_only and len(values) == len(record.responses):
         return list(values)
     return [None] * len(record.responses)
-
-
-def _weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """Σ_j w_j R_j, rounded once: the order of the rewards cannot make two equal sums differ in their last bit."""
-    terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
-    return math.fsum(terms) if len(terms) == len(values) else None
