@@ -11,21 +11,27 @@ field of ``RecordTensors`` that may be None says so with ``@needs``. Functions e
     record.py      what a loss is given of one record; Eq. 1 and 3
     pairs.py       Eq. 2 and other losses of pairs; what equal scores do
     lists.py       losses of whole lists
+    reference.py   losses against a reference model
+    tokens.py      policy gradients over per-token log-probabilities
     settings.py    Eq. 4 and 5; every loss by name; LossSettings
 """
 
-from rrhf.losses.lists import listmle
+from rrhf.losses.lists import lire, listmle, ndcg, soft_sort
 from rrhf.losses.pairs import (
     TIES,
     Pairs,
     constant_margin,
+    cpo,
     halve_ties,
     hinge,
     leave_ties,
+    log_odds,
     logistic,
     ordered_pairs,
+    orpo,
     pair_weights,
     rank_margin,
+    simpo,
     tie_rule,
     weighted_pairs,
     widen_ties,
@@ -35,15 +41,19 @@ from rrhf.losses.record import (
     RankingLoss,
     RankingSettings,
     RecordTensors,
+    beside_the_mean,
     best_response,
     needed_by,
     needs,
     normalised_logprobs,
     ranks,
+    relevance,
     score_levels,
     scored,
 )
+from rrhf.losses.reference import dpo, dpo_listmle, ipo, kto, lambda_loss, log_ratios, swepo
 from rrhf.losses.settings import (
+    PRESETS,
     RANKING_LOSSES,
     SFT_REDUCTIONS,
     Loss,
@@ -54,11 +64,14 @@ from rrhf.losses.settings import (
     rrhf_loss,
     sft,
 )
+from rrhf.losses.tokens import grpo, grpo_advantages, k3, rloo, rloo_advantages
 
 __all__ = [
-    "OPTIONAL", "RANKING_LOSSES", "SFT_REDUCTIONS", "TIES", "Loss", "LossSettings", "Pairs", "RankingLoss",
-    "RankingSettings", "RecordTensors", "best_response", "constant_margin", "describe", "halve_ties", "hinge",
-    "leave_ties", "listmle", "logistic", "needed_by", "needs", "no_ranking", "normalised_logprobs", "ordered_pairs",
-    "pair_weights", "rank_margin", "ranking_loss", "ranks", "rrhf_loss", "score_levels", "scored", "sft", "tie_rule",
-    "weighted_pairs", "widen_ties",
+    "OPTIONAL", "PRESETS", "RANKING_LOSSES", "SFT_REDUCTIONS", "TIES", "Loss", "LossSettings", "Pairs",
+    "RankingLoss", "RankingSettings", "RecordTensors", "beside_the_mean", "best_response", "constant_margin",
+    "cpo", "describe", "dpo", "dpo_listmle", "grpo", "grpo_advantages", "halve_ties", "hinge", "ipo", "k3", "kto",
+    "lambda_loss", "leave_ties", "lire", "listmle", "log_odds", "log_ratios", "logistic", "ndcg", "needed_by",
+    "needs", "no_ranking", "normalised_logprobs", "ordered_pairs", "orpo", "pair_weights", "rank_margin",
+    "ranking_loss", "ranks", "relevance", "rloo", "rloo_advantages", "rrhf_loss", "score_levels", "scored", "sft",
+    "simpo", "soft_sort", "swepo", "tie_rule", "weighted_pairs", "widen_ties",
 ]  # fmt: skip

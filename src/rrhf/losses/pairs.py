@@ -141,3 +141,41 @@ def logistic(record: RecordTensors, settings: RankingSettings) -> Tensor:
     worse, better, weights = weighted_pairs(record, settings)
     difference = settings.logprob_scale * (record.logprobs[better] - record.logprobs[worse])
     return -(weights * torch.nn.functional.logsigmoid(difference - settings.margin)).sum()
+
+
+def simpo(record: RecordTensors, settings: RankingSettings) -> Tensor:
+    """SimPO (arXiv 2405.14734): logistic with β = logprob_scale 2 and γ = margin 1, and no cross-entropy, by default.
+
+    Σ_{r_i < r_j} − log σ(β·(p_j − p_i) − γ). The paper's other settings have β 2 to 10 and γ 0.3 to 1.6.
+    """
+    return logistic(record, settings)
+
+
+def cpo(record: RecordTensors, settings: RankingSettings) -> Tensor:
+    """CPO (arXiv 2401.08417): Σ_{r_i < r_j} − log σ(β·(s_j − s_i)), s the log-probability sums, β = dpo_beta.
+
+    DPO under a uniform reference. Its likelihood term is ``sft_weight`` with ``sft_reduction`` "mean", by default here.
+    """
+    worse, better, weights = weighted_pairs(record, settings)
+    difference = settings.dpo_beta * (record.sums[better] - record.sums[worse])
+    return -(weights * torch.nn.functional.logsigmoid(difference)).sum()
+
+
+CERTAIN = -1e-6  # the highest p that has odds: a response of probability 1 would have infinite ones
+
+
+def log_odds(logprobs: Tensor) -> Tensor:
+    """log( P / (1 − P) ) of P = e^p; p counts as at most ``CERTAIN``. Tensor of the shape of ``logprobs``."""
+    p = logprobs.clamp(max=CERTAIN)
+    return p - torch.log(-torch.expm1(p))
+
+
+def orpo(record: RecordTensors, settings: RankingSettings) -> Tensor:
+    """ORPO (arXiv 2403.07691): Σ_{r_i < r_j} − log σ(log odds_j − log odds_i), odds = e^p / (1 − e^p).
+
+    λ of the paper is ``rank_weight`` (0.1 by default here); its likelihood term is ``sft_weight`` with
+    ``sft_reduction`` "mean", by default here. Over the response alone, as the paper's formula has it.
+    """
+    worse, better, weights = weighted_pairs(record, settings)
+    odds = log_odds(record.logprobs)
+    return -(weights * torch.nn.functional.logsigmoid(odds[better] - odds[worse])).sum()

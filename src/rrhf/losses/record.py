@@ -18,7 +18,13 @@ class RankingSettings(Protocol):
 
     margin: float
     logprob_scale: float
+    length_exponent: float
     ties: str
+    dpo_beta: float
+    dpo_pairs: str
+    score_scale: float
+    clip_range: float
+    token_kl: float
 
 
 @dataclass(frozen=True)
@@ -30,8 +36,14 @@ class RecordTensors:
         lengths: ‖y_i‖ in tokens, Tensor of shape (k,).
         scores: r, Tensor of shape (k,), NaN where unscored.
         logprobs: p of Eq. 1, Tensor of shape (k,), with the graph.
-        reference_sums: ``sums`` under the reference model ρ, Tensor of shape (k,); given to losses that need it.
-        token_logprobs: log P_π(y_i,t | x, y_i,<t), k tensors of shape (‖y_i‖,); given to losses that need them.
+        reference_sums: ``sums`` under the reference model ρ, Tensor of shape (k,).
+        batch_kl: max(0, mean of log π(y|x) − log ρ(y|x) over all scored responses of the optimiser step), a scalar
+            without a graph.
+        token_logprobs: log P_π(y_i,t | x, y_i,<t), k tensors of shape (‖y_i‖,), with the graph.
+        old_token_logprobs: the same under the policy that drew the responses, when it drew them; without a graph.
+        reference_token_logprobs: the same under ρ; without a graph.
+
+    The last five are None unless the loss needs them (``needs``).
     """
 
     sums: Tensor
@@ -40,31 +52,39 @@ class RecordTensors:
     logprobs: Tensor
     reference_sums: Tensor | None = None
     token_logprobs: Sequence[Tensor] | None = None
+    batch_kl: Tensor | None = None
+    old_token_logprobs: Sequence[Tensor] | None = None
+    reference_token_logprobs: Sequence[Tensor] | None = None
 
 
 RankingLoss = Callable[[RecordTensors, RankingSettings], Tensor]
-OPTIONAL = ("reference_sums", "token_logprobs")
+OPTIONAL = ("reference_sums", "token_logprobs", "batch_kl", "old_token_logprobs", "reference_token_logprobs")
 
 
-def needs(*fields: str) -> Callable[[RankingLoss], RankingLoss]:
+def needs(*fields: str, **where: str) -> Callable[[RankingLoss], RankingLoss]:
     """Declare that a ranking loss reads these fields of ``RecordTensors``, which are None unless a loss needs them.
+
+    ``setting="field"``: it reads this field only where that setting is not 0.
 
     Raises:
         ValueError: a field is none of ``OPTIONAL``.
     """
-    if unknown := set(fields) - set(OPTIONAL):
+    if unknown := {*fields, *where.values()} - set(OPTIONAL):
         raise ValueError(f"needs({', '.join(sorted(unknown))}): {nearest(min(unknown), OPTIONAL)}")
 
     def declare(loss: RankingLoss) -> RankingLoss:
         loss.needs = frozenset(fields)  # type: ignore[attr-defined]
+        loss.needs_where = where  # type: ignore[attr-defined]
         return loss
 
     return declare
 
 
-def needed_by(loss: RankingLoss) -> frozenset[str]:
-    """The optional fields of ``RecordTensors`` that ``loss`` declares with ``@needs``."""
-    return getattr(loss, "needs", frozenset())
+def needed_by(loss: RankingLoss, settings: RankingSettings) -> frozenset[str]:
+    """The optional fields of ``RecordTensors`` that ``loss`` declares with ``@needs``, under these settings."""
+    always: frozenset[str] = getattr(loss, "needs", frozenset())
+    where: dict[str, str] = getattr(loss, "needs_where", {})
+    return always | {name for setting, name in where.items() if getattr(settings, setting)}
 
 
 def normalised_logprobs(logprob_sums: Tensor, lengths: Tensor, length_exponent: float = 1.0) -> Tensor:
@@ -125,3 +145,31 @@ def best_response(scores: Tensor) -> int | None:
         return None
     levels = score_levels(scores)
     return int(torch.nonzero(levels == levels.max())[0])
+
+
+def beside_the_mean(scores: Tensor) -> Tensor:
+    """1 for scores above the mean of the record's scores, −1 below, 0 at it (``SCORE_TOLERANCE``) and where unscored.
+
+    Args:
+        scores: Tensor of shape (k,), NaN where unscored.
+
+    Returns:
+        Tensor of shape (k,), the type of ``scores``.
+    """
+    mean = scores.nanmean() if len(scores) else scores.sum()
+    at = torch.isclose(scores, mean, SCORE_TOLERANCE, 0) | torch.isclose(mean, scores, SCORE_TOLERANCE, 0)
+    return torch.sign(scores - mean).masked_fill(at | ~scored(scores), 0)
+
+
+def relevance(scores: Tensor, scale: float) -> Tensor:
+    """ψ_i = mean over the other scored responses j of σ(scale·(r_i − r_j)): how likely y_i beats another one.
+
+    What learning to rank calls a label. Bradley-Terry on the scores makes one in (0, 1) of scores of any size, and
+    equal ones of equal scores.
+
+    Args:
+        scores: of scored responses alone, Tensor of shape (n,).
+    """
+    others = ~torch.eye(len(scores), dtype=torch.bool)
+    beats = torch.sigmoid(scale * (scores[:, None] - scores[None, :]))
+    return (beats * others).sum(dim=1) / max(len(scores) - 1, 1)

@@ -13,9 +13,10 @@ from torch import Tensor
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import load_function
-from rrhf.losses.lists import listmle
-from rrhf.losses.pairs import TIES, constant_margin, hinge, logistic, rank_margin, tie_rule
+from rrhf.losses.lists import lire, listmle, ndcg
+from rrhf.losses.pairs import TIES, constant_margin, cpo, hinge, logistic, orpo, rank_margin, simpo, tie_rule
 from rrhf.losses.record import (
+    OPTIONAL,
     RankingLoss,
     RankingSettings,
     RecordTensors,
@@ -23,6 +24,8 @@ from rrhf.losses.record import (
     needed_by,
     normalised_logprobs,
 )
+from rrhf.losses.reference import DPO_PAIRS, dpo, dpo_listmle, ipo, kto, lambda_loss, swepo
+from rrhf.losses.tokens import grpo, rloo
 
 
 def no_ranking(record: RecordTensors, settings: RankingSettings) -> Tensor:
@@ -58,9 +61,50 @@ RANKING_LOSSES: dict[str, RankingLoss] = {
     "margin": rank_margin,
     "constant-margin": constant_margin,
     "logistic": logistic,
+    "simpo": simpo,
+    "cpo": cpo,
+    "orpo": orpo,
     "listmle": listmle,
+    "ndcg": ndcg,
+    "lire": lire,
+    "dpo": dpo,
+    "ipo": ipo,
+    "kto": kto,
+    "dpo-listmle": dpo_listmle,
+    "lambda": lambda_loss,
+    "swepo": swepo,
+    "grpo": grpo,
+    "rloo": rloo,
     "none": no_ranking,
 }
+
+# What a flag that is left out stands for: Eq. 5's, or what the loss's own paper has.
+DEFAULTS: dict[str, float | str] = {
+    "rank_weight": 1.0,
+    "sft_weight": 1.0,
+    "sft_reduction": "sum",
+    "margin": 0.0,
+    "logprob_scale": 1.0,
+}
+ALONE = ("ndcg", "lire", "dpo", "ipo", "kto", "dpo-listmle", "lambda", "swepo", "grpo", "rloo")
+PRESETS: dict[str, dict[str, float | str]] = {
+    **{name: {"sft_weight": 0.0} for name in ALONE},
+    "simpo": {"sft_weight": 0.0, "logprob_scale": 2.0, "margin": 1.0},
+    "cpo": {"sft_reduction": "mean"},
+    "orpo": {"sft_reduction": "mean", "rank_weight": 0.1},
+}
+
+
+def default_words(name: str) -> str:
+    """What is taken where this flag is left out, in words."""
+    others: dict[float | str, list[str]] = {}
+    for loss, preset in PRESETS.items():
+        if name in preset:
+            others.setdefault(preset[name], []).append(loss)
+    words = [f"{value:g} for {', '.join(names)}" if name != "sft_reduction" else f"{value} for {', '.join(names)}"
+             for value, names in others.items()]  # fmt: skip
+    usual = DEFAULTS[name]
+    return "; ".join([f"default: {usual if isinstance(usual, str) else format(usual, 'g')}", *words])
 
 
 def describe(function: Callable[..., Tensor]) -> str:
@@ -93,16 +137,48 @@ class LossSettings:
             + ". Or pkg.module:function, called with rrhf.losses.RecordTensors and these settings"
         },
     )
-    rank_weight: float = field(default=1.0, metadata={"help": "weight of the ranking loss (Eq. 5: 1)"})
-    sft_weight: float = field(
-        default=1.0, metadata={"help": "weight of the cross-entropy on the best response (Eq. 5: 1)"}
+    rank_weight: float = field(
+        default=None,  # type: ignore[assignment]  # settled by the loss: ``DEFAULTS`` and ``PRESETS``
+        metadata={"help": f"weight of the ranking loss (Eq. 5: 1); {default_words('rank_weight')}"},
     )
-    sft_reduction: str = field(default="sum", metadata={"help": "sum over tokens (Eq. 4), or mean"})
+    sft_weight: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": f"weight of the cross-entropy on the best response (Eq. 5: 1); {default_words('sft_weight')}"
+        },
+    )
+    sft_reduction: str = field(
+        default=None,  # type: ignore[assignment]
+        metadata={"help": f"sum over tokens (Eq. 4), or mean; {default_words('sft_reduction')}"},
+    )
     length_exponent: float = field(default=1.0, metadata={"help": "p = log-probability / length ** this (Eq. 1: 1)"})
     margin: float = field(
-        default=0.0, metadata={"help": "of margin (times the difference of ranks), constant-margin and logistic"}
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "of margin (times the difference of ranks), constant-margin, logistic and simpo (γ); "
+            + default_words("margin")
+        },
     )
-    logprob_scale: float = field(default=1.0, metadata={"help": "multiplies p in logistic and listmle"})
+    logprob_scale: float = field(
+        default=None,  # type: ignore[assignment]
+        metadata={
+            "help": "multiplies p in logistic, simpo (β), listmle, ndcg and lire (1/T); "
+            + default_words("logprob_scale")
+        },
+    )
+    score_scale: float = field(
+        default=1.0, metadata={"help": "multiplies scores where their sizes count: lambda, ndcg, lire, and swepo (α)"}
+    )
+    dpo_beta: float = field(
+        default=0.1, metadata={"help": "β of dpo, dpo-listmle, ipo (its τ), kto, lambda, swepo and cpo"}
+    )
+    dpo_pairs: str = field(
+        default="all", metadata={"help": "pairs of dpo and ipo: all, or best: the best response with each other one"}
+    )
+    clip_range: float = field(default=0.2, metadata={"help": "ratios of grpo and rloo are clipped to 1 ± this"})
+    token_kl: float = field(
+        default=0.0, metadata={"help": "weight of a token's KL to the reference (k3) in grpo and rloo"}
+    )
     ties: str = field(
         default="none",
         metadata={"help": "what equal scores do. " + ". ".join(f"{name}: {describe(f)}" for name, f in TIES.items())},
@@ -112,9 +188,16 @@ class LossSettings:
     )
 
     def __post_init__(self) -> None:
+        self.settle()
         faults = self.faults()
         if faults:
             raise UserError("\n".join(faults))
+
+    def settle(self) -> None:
+        """Give what was left out the value that the loss's paper has."""
+        for name, value in {**DEFAULTS, **PRESETS.get(self.ranking_loss, {})}.items():
+            if getattr(self, name) is None:
+                setattr(self, name, value)
 
     def faults(self) -> list[str]:
         """What is wrong with the settings, one sentence a fault."""
@@ -129,7 +212,11 @@ class LossSettings:
             tie_rule(self.ties)
         except UserError as error:
             faults.append(f"--ties {self.ties}: {error}")
-        for name in ("rank_weight", "sft_weight", "margin", "logprob_scale"):
+        if self.dpo_pairs not in DPO_PAIRS:
+            faults.append(f"--dpo_pairs {self.dpo_pairs}: {nearest(self.dpo_pairs, DPO_PAIRS)}")
+        if not (math.isfinite(self.dpo_beta) and self.dpo_beta > 0):
+            faults.append(f"--dpo_beta {self.dpo_beta}: must be a number above 0")
+        for name in ("rank_weight", "sft_weight", "margin", "logprob_scale", "score_scale", "clip_range", "token_kl"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):
                 faults.append(f"--{name} {value}: must be a number that is not negative")
@@ -156,6 +243,9 @@ def rrhf_loss(
     *,
     reference_sums: Tensor | None = None,
     token_logprobs: Sequence[Tensor] | None = None,
+    batch_kl: Tensor | None = None,
+    old_token_logprobs: Sequence[Tensor] | None = None,
+    reference_token_logprobs: Sequence[Tensor] | None = None,
 ) -> Loss:
     """Eq. 5: L = L_rank + L_ft, with the weights and variants of ``settings``.
 
@@ -166,7 +256,8 @@ def rrhf_loss(
         settings: which losses and weights.
         padded_length: the longest row of the record, query and response, in tokens. The released code overwrites the
             labels before it counts them, so it divides every sum by this; used with ``settings.released_compat`` only.
-        reference_sums, token_logprobs: see ``RecordTensors``; only for ranking losses that need them.
+        reference_sums, token_logprobs, batch_kl, old_token_logprobs, reference_token_logprobs: see ``RecordTensors``;
+            only for ranking losses that need them.
 
     Raises:
         ValueError: something that the settings or the loss need is not given.
@@ -178,9 +269,10 @@ def rrhf_loss(
             raise ValueError("released_compat needs padded_length")
         divisors, reduction = torch.full_like(lengths, padded_length), "mean"
     logprobs = normalised_logprobs(logprob_sums, divisors, settings.length_exponent)
-    record = RecordTensors(logprob_sums, lengths, scores, logprobs, reference_sums, token_logprobs)
+    optional = (reference_sums, token_logprobs, batch_kl, old_token_logprobs, reference_token_logprobs)
+    record = RecordTensors(logprob_sums, lengths, scores, logprobs, *optional)
     loss = ranking_loss(settings.ranking_loss)
-    if missing := [name for name in sorted(needed_by(loss)) if getattr(record, name) is None]:
+    if missing := [name for name in OPTIONAL if name in needed_by(loss, settings) and getattr(record, name) is None]:
         raise ValueError(f"the ranking loss {settings.ranking_loss} needs {' and '.join(missing)}")
     rank = loss(record, settings)
     if not isinstance(rank, Tensor) or rank.shape != ():
