@@ -9,10 +9,10 @@ reference ρ, a value function V and a reward R of whole responses:
     L_π = E max(−u_t Â_t, −clip(u_t, 1 − ε, 1 + ε) Â_t),   u_t = π(y_t | s_t) / π_old(y_t | s_t)          (Eq. 6)
     L_V = ½ E max((V − G_t)², (clip(V, V_old − ε_V, V_old + ε_V) − G_t)²)
 
-E is the mean over the tokens of an optimiser step. Responses are drawn from all of π at temperature 1, dropout is off:
-u_t is 1 at the first step of a rollout. With ``NLPOSettings`` tokens are drawn from π_M, π on the top-p tokens of a copy
-of the policy that lags behind; u_t is then π_M / π_M,old under the masks of the rollout, and the penalty is still π's, as
-in the authors' code (RL4LMs; which adds the 100 likeliest tokens and all special ones to every mask: not done here).
+E is the mean over the tokens of an optimiser step. Responses are drawn from all of π at temperature 1 without dropout:
+u_t is 1 at the first step of a rollout. With ``NLPOSettings`` tokens are drawn from π_M, π on the top-p tokens of a
+copy of the policy that lags behind; u_t is then π_M / π_M,old under the rollout's masks, and the penalty still π's, as
+in the authors' code (RL4LMs; it adds the 100 likeliest tokens and all special ones to every mask: not done here).
 
 Tensors of tokens are flat, [N], the responses of a rollout behind each other.
 """
@@ -40,6 +40,7 @@ from rrhf.models.passes import response_hidden, response_logprobs
 from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord, TextSettings
 from rrhf.records.record import Record
+from rrhf.rewards.kl import adapted_beta
 from rrhf.rewards.scoring import Rewards
 from rrhf.sampling.nucleus import Nucleus, log_mass, nucleus_of
 from rrhf.sampling.sampler import Sampler
@@ -103,14 +104,9 @@ def value_loss(values: Tensor, old: Tensor, returns: Tensor, clip: float) -> Ten
 
 
 def explained_variance(values: Tensor, returns: Tensor) -> float:
-    """1 − Var(G − V) / Var(G): 1 where V knows the returns, 0 where it knows their mean alone."""
+    """1 − Var(G − V) / Var(G): 1 where V knows the returns, 0 where it knows their mean alone, or all are equal."""
     variance = float(returns.var(unbiased=False))
-    return 1 - float((returns - values).var(unbiased=False)) / variance if variance > 0 else math.nan
-
-
-def adapted_beta(beta: float, kl: float, target: float, count: int, horizon: int) -> float:
-    """β after a rollout of ``count`` responses whose mean KL was ``kl`` (Ziegler et al. 2019, section 2.2)."""
-    return beta * (1 + min(max(kl / target - 1, -0.2), 0.2) * count / horizon)
+    return 1 - float((returns - values).var(unbiased=False)) / variance if variance > 0 else 0.0
 
 
 # --- models and rollouts ---------------------------------------------------------------------------------------------
@@ -166,8 +162,8 @@ class PPO:
         names = ("num_responses", "max_new_tokens", "batch_size", "seed")
         sampling = SamplingSettings(**{name: getattr(config, name) for name in names})
         self.sampler = Sampler(policy, models.tokenizer, sampling, text)
-        longest = max(len(self.sampler.format.encode_query(query.query)) for query in queries)
-        row = longest + config.num_responses * config.max_new_tokens
+        row = max(len(self.sampler.format.encode_query(query.query)) for query in queries)
+        row += config.num_responses * config.max_new_tokens
         others = [model for model in (models.reference, models.value) if model is not None]
         paths = [usable_path(model, row) for model in (policy, *others)]
         self.path = "tree" if all(path == "tree" for path in paths) else "padded"
@@ -208,6 +204,8 @@ class PPO:
         began = time.perf_counter()
         scored, spent = self._sampled(began)
         rollout = self._measured(*scored)
+        if self.config.kl_target is not None:
+            self.beta = adapted_beta(self.beta, rollout.metrics["kl"], self.config.kl_target)
         updates = self._updated(rollout)
         self.done += 1
         seconds = time.perf_counter() - began
@@ -280,9 +278,6 @@ class PPO:
             "kl_beta": self.beta, "entropy": -float(old.mean()), "length_mean": float(lengths.float().mean()),
             "explained_variance": explained_variance(values, returns), "responses": len(lengths), "unscored": unscored,
         }  # fmt: skip
-        if self.config.kl_target is not None:
-            horizon = self.config.kl_horizon
-            self.beta = adapted_beta(self.beta, kl, self.config.kl_target, len(lengths), horizon)
         if self.config.whiten_advantages:
             advantage = whitened(advantage)
         return Rollout(records, old, values, advantage, returns, masks, metrics)
@@ -308,7 +303,8 @@ class PPO:
 
     def _updated(self, rollout: Rollout) -> dict[str, float]:
         """``ppo_epochs`` passes over the rollout; returns means over its tokens and optimiser steps."""
-        size, sums, steps, tokens = self.config.per_device_train_batch_size, torch.zeros(5).double(), 0, 0
+        size, before, tokens = self.config.per_device_train_batch_size, self.steps, 0
+        sums = torch.zeros(5, dtype=torch.float64)
         for epoch in range(self.config.ppo_epochs):
             order = list(range(len(rollout.records)))
             random.Random(f"{self.config.seed}/{self.done}/{epoch}").shuffle(order)
@@ -318,11 +314,14 @@ class PPO:
                 for part, places in self._passes(records):
                     sums[:4] += self._backward(part, places, rollout, count)
                 sums[4] += self._optimise()
-                steps, tokens = steps + 1, tokens + count
-        self.steps += steps
+                self.steps, tokens = self.steps + 1, tokens + count
         names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
         means = dict(zip(names, (sums[:4] / tokens).tolist(), strict=True))
-        return {**means, "grad_norm": float(sums[4]) / steps, "learning_rate": self.schedule.get_last_lr()[0]}
+        return {
+            **means,
+            "grad_norm": float(sums[4]) / (self.steps - before),
+            "learning_rate": self.schedule.get_last_lr()[0],
+        }
 
     def _backward(self, records: Sequence[EncodedRecord], places: Tensor, rollout: Rollout, count: int) -> Tensor:
         """Add the gradient of some of an optimiser step's ``count`` tokens; returns sums over them, [4]."""
@@ -358,14 +357,13 @@ class PPO:
     def _passes(self, records: Sequence[EncodedRecord]) -> Iterator[tuple[Sequence[EncodedRecord], Tensor]]:
         """The records of each forward pass, and where their tokens stand in a rollout's tensors."""
         for forward in plan_forwards(records, self.budget, self.path):
-            starts = {record.id: int(record.id) for record in forward.records}
-            for part in [(part,) for part in forward.slices] or [forward.records]:
-                places = []
-                for record in part:
-                    begin = starts[record.id]
-                    starts[record.id] = begin + sum(map(len, record.responses))
-                    places.append(torch.arange(begin, starts[record.id]))
-                yield part, torch.cat(places)
+            parts: list[Sequence[EncodedRecord]] = [[part] for part in forward.slices] or [forward.records]
+            begin = int(parts[0][0].id)
+            for part in parts:
+                begins = [begin] if forward.slices else [int(record.id) for record in part]
+                sizes = [sum(map(len, record.responses)) for record in part]
+                begin += sizes[0]  # where the next slice of the record is
+                yield part, torch.cat([torch.arange(a, a + n) for a, n in zip(begins, sizes, strict=True)])
 
     def _forward(
         self, records: Sequence[EncodedRecord], masks: np.ndarray | None

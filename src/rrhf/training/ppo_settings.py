@@ -48,7 +48,6 @@ class PPOConfig:
     kl_target: float | None = field(
         default=None, metadata={"help": "adapt β so that KL(π, ρ) a response comes to this (Ziegler et al. 2019)"}
     )
-    kl_horizon: int = field(default=10_000, metadata={"help": "responses after which an adapted β has settled"})
     reference_model: str | None = field(
         default=None,
         metadata={"help": "ρ; default: the model before training (with --peft the model without its adapter: no copy)"},
@@ -72,7 +71,7 @@ class PPOConfig:
         faults = [
             f"--{name} {getattr(self, name)}: must be at least 1"
             for name in (
-                "rollout_queries", "num_responses", "max_new_tokens", "batch_size", "ppo_epochs", "kl_horizon",
+                "rollout_queries", "num_responses", "max_new_tokens", "batch_size", "ppo_epochs",
                 "per_device_train_batch_size", "max_tokens_per_forward", "save_steps", "save_total_limit",
             )
             if getattr(self, name) is not None and getattr(self, name) < 1

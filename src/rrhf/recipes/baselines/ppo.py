@@ -112,11 +112,12 @@ def _remember(job: Job) -> dict[str, Any]:
     """Write down what this run is; refuse to go on with a run that was another."""
     config = asdict(job.config)
     models = {"model": job.model.model, **{name: config.pop(name) for name in ("reference_model", "value_model")}}
+    nlpo = asdict(job.nlpo) if job.nlpo else {}
     settings: dict[str, Any] = {
-        "baseline": job.name, "data": str(job.data), "data_checksum": checksum_of_file(job.data), "dtype": job.model.dtype,
-        "device": job.model.device, **models,
+        "baseline": job.name, "data": str(job.data), "data_checksum": checksum_of_file(job.data), **models,
         **{f"{name}_digest": model_digest(model) for name, model in models.items() if model},
-        **config, **asdict(job.text), **asdict(job.reward), **asdict(job.adapter), **(asdict(job.nlpo) if job.nlpo else {}),
+        "dtype": job.model.dtype, "device": job.model.device, **config, **nlpo,
+        **asdict(job.text), **asdict(job.reward), **asdict(job.adapter),
         **{f"code of {reward}": reward_digest(reward, job.context) for reward in job.reward.reward},
     }  # fmt: skip
     place = job.folder / SETTINGS

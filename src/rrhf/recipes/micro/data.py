@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
+from itertools import accumulate, islice
 from typing import TYPE_CHECKING
 
 from rrhf.recipes.demo.data import Review, load_reviews, prompt_records
@@ -31,11 +31,12 @@ class MicroSplits:
 
 def split_micro() -> MicroSplits:
     """Cut the list of different reviews, whose order depends on their texts alone, at fixed places."""
-    rest, sets = load_reviews(), []
-    for size in (HELD_OUT, RATES, TRAINING, REWARD, GOLD):
-        sets.append(rest[:size])
-        rest = rest[size:]
-    return MicroSplits(*sets, rest)
+    reviews = load_reviews()
+    ends = list(accumulate((HELD_OUT, RATES, TRAINING, REWARD, GOLD)))
+    held_out, rates, training, reward, gold, language = (
+        reviews[start:end] for start, end in zip([0, *ends], [*ends, len(reviews)], strict=True)
+    )
+    return MicroSplits(held_out, rates, training, reward, gold, language)
 
 
 def training_prompts(limit: int | None = None, seed: int = 0) -> Iterator[Record]:
