@@ -467,8 +467,8 @@ def test_a_stop_string_of_one_token_ends_beams_as_an_end_token_does(
     end = {tokenizer.eos_token_id}
     with_string = stopped.draw(queries, QUERIES, [end] * len(queries))
     with_token = ended.draw(queries, QUERIES, [end | {tokenizer.convert_tokens_to_ids(character)}] * len(queries))
-    found = [[(stopped._text(r), r.finish) for r in responses] for responses in with_string]
-    assert found == [[(ended._text(r), r.finish) for r in responses] for responses in with_token]
+    found = [[(stopped.text(r), r.finish) for r in responses] for responses in with_string]
+    assert found == [[(ended.text(r), r.finish) for r in responses] for responses in with_token]
     assert any(character in ended.format.decode(r.tokens) for responses in with_string for r in responses)
 
 
@@ -481,7 +481,7 @@ def test_a_stop_string_of_many_tokens_a_character(smollm2_tokenizer: PreTrainedT
     check = sampler._stop_check()
     assert check(ids)
     assert not check(ids[:-1])
-    assert sampler._text(Response(ids, "stop")) == "some text "
+    assert sampler.text(Response(ids, "stop")) == "some text "
 
 
 # --- messages -----------------------------------------------------------------------------------------------------
@@ -611,7 +611,7 @@ def test_special_tokens_that_a_model_draws_inside_a_response_are_in_its_text_and
     with_markers = [response.tokens for response in responses if markers & set(response.tokens)]
     assert len(with_markers) >= 4
     for response in responses:
-        text = sampler._text(response)
+        text = sampler.text(response)
         again = sampler.format.encode_response("ab", text, "length")
         assert [i for i in again if i in markers] == [i for i in response.tokens if i in markers]
     assert sampler.markers_lost == 0

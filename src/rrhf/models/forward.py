@@ -16,7 +16,8 @@ class Logprobs:
 
     ``sums``: Σ_t log P(y_t | …), [R], fp32 with a graph. ``lengths``: ‖y‖, [R]. ``router_loss``: the auxiliary loss of
     a mixture of experts, where its configuration asks for it. ``tokens``: rows of the forward pass.
-    ``token_logprobs``: log P(y_t | …) of the N = Σ ‖y‖ response tokens in order, [N].
+    ``token_logprobs``: log P(y_t | …) of the N = Σ ‖y‖ response tokens in order, [N]. ``hidden``: where asked for, the
+    last hidden states that predict them, [N, hidden_size].
     """
 
     sums: Tensor
@@ -24,6 +25,7 @@ class Logprobs:
     tokens: int
     router_loss: Tensor | None = None
     token_logprobs: Tensor | None = None
+    hidden: Tensor | None = None
 
 
 def causal_lm(model: PreTrainedModel) -> PreTrainedModel:

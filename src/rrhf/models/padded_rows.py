@@ -11,7 +11,7 @@ from rrhf.models.forward import Logprobs, router_loss, router_options
 from rrhf.models.tokenization import EncodedRecord
 
 
-def padded_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Logprobs:
+def padded_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord], keep_hidden: bool = False) -> Logprobs:
     """One row a response, padded on the right; for models that do not take trees. Eq. 1's sums, token for token."""
     device = model.get_input_embeddings().weight.device
     rows = [(record.query, response) for record in records for response in record.responses]
@@ -25,7 +25,8 @@ def padded_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord]) ->
         mask[i, :size] = 1
         target[i, len(query) : size] = True
     input_ids, mask, target = input_ids.to(device), mask.to(device), target.to(device)
-    outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **router_options(model))
+    options = {**router_options(model), **({"output_hidden_states": True} if keep_hidden else {})}
+    outputs = model(input_ids=input_ids, attention_mask=mask, use_cache=False, **options)
     logits = outputs.logits[:, :-1]
     each = []
     for i in range(len(rows)):  # a row at a time: its log-softmax in fp32 is the largest tensor of the pass
@@ -35,4 +36,5 @@ def padded_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord]) ->
         each.append(logprobs.gather(1, input_ids[i, 1:][keep][:, None])[:, 0])
     lengths = torch.tensor([len(response) for _, response in rows], device=device)
     sums = torch.stack([logprobs.sum() for logprobs in each])
-    return Logprobs(sums, lengths, int(mask.sum()), router_loss(model, outputs), torch.cat(each))
+    hidden = outputs.hidden_states[-1][:, :-1][target[:, 1:]] if keep_hidden else None
+    return Logprobs(sums, lengths, int(mask.sum()), router_loss(model, outputs), torch.cat(each), hidden)

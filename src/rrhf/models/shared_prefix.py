@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -90,28 +91,48 @@ def lay_out(records: Sequence[EncodedRecord], device: torch.device | str = "cpu"
     return Forest(tuple(trees), row[None], places[None], ends, predictors, answers, whose, sizes, flex)
 
 
-def tree_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord], keep_logits: bool = False) -> Logprobs:
+def tree_logprobs(
+    model: PreTrainedModel, records: Sequence[EncodedRecord], keep_logits: bool = False, keep_hidden: bool = False
+) -> Logprobs:
     """The tree pass; ``model`` must look its attention up in transformers' interface."""
     model = causal_lm(model)
     forest = lay_out(records, model.get_input_embeddings().weight.device, wants_flex(model))
-    return forest_logprobs(model, forest, keep_logits)
+    return forest_logprobs(model, forest, keep_logits, keep_hidden=keep_hidden)
 
 
-def forest_logprobs(
-    model: PreTrainedModel, forest: Forest, keep_logits: bool = False, layout: Layout | None = None
-) -> Logprobs:
-    """The tree pass over records laid out; ``layout`` may stand in for the forest itself."""
+def tree_hidden(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Tensor:
+    """``Logprobs.hidden`` by the tree pass, without the output layer."""
+    model = causal_lm(model)
+    forest = lay_out(records, model.get_input_embeddings().weight.device, wants_flex(model))
+    hidden: Tensor = _decoded(model, forest, forest).last_hidden_state[0][forest.rows]
+    return hidden
+
+
+def _decoded(model: PreTrainedModel, forest: Forest, layout: Layout) -> Any:
+    """What the decoder says of the forest's row."""
     with our_attention(model):
-        outputs = decoder(model)(
+        return decoder(model)(
             input_ids=forest.input_ids,
             position_ids=forest.position_ids,
             attention_mask=torch.zeros(NO_MASK.shape, device=forest.input_ids.device),
             use_cache=False,
-            rrhf_layout=forest if layout is None else layout,
+            rrhf_layout=layout,
             **router_options(model),
         )
-    hidden = outputs.last_hidden_state[0]
-    logprobs = token_logprobs(model, hidden[forest.rows], forest.targets, keep_logits)
+
+
+def forest_logprobs(
+    model: PreTrainedModel,
+    forest: Forest,
+    keep_logits: bool = False,
+    layout: Layout | None = None,
+    keep_hidden: bool = False,
+) -> Logprobs:
+    """The tree pass over records laid out; ``layout`` may stand in for the forest itself."""
+    outputs = _decoded(model, forest, forest if layout is None else layout)
+    hidden = outputs.last_hidden_state[0][forest.rows]
+    logprobs = token_logprobs(model, hidden, forest.targets, keep_logits)
     sums = torch.zeros(len(forest.lengths), dtype=logprobs.dtype, device=logprobs.device)
     sums = sums.index_add(0, forest.owners, logprobs)
-    return Logprobs(sums, forest.lengths, forest.input_ids.shape[1], router_loss(model, outputs), logprobs)
+    tokens, router = forest.input_ids.shape[1], router_loss(model, outputs)
+    return Logprobs(sums, forest.lengths, tokens, router, logprobs, hidden if keep_hidden else None)

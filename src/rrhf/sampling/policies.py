@@ -178,7 +178,12 @@ class Draws:
 
     def results(self) -> list[list[Response]]:
         ends = zip(self.tokens.tolist(), self.lengths.tolist(), self.stopped.tolist(), strict=True)
-        responses = [Response(tokens[:length], "stop" if stopped else "length") for tokens, length, stopped in ends]
+        responses = [
+            Response(tokens[:length], "stop", None if self.stops is not None else tokens[length])
+            if stopped
+            else Response(tokens[:length], "length")
+            for tokens, length, stopped in ends
+        ]
         return [responses[i : i + self.width] for i in range(0, len(responses), self.width)]
 
 

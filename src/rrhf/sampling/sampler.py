@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from rrhf.models.tokenization import TextFormat, TextSettings
     from rrhf.records.record import Record
     from rrhf.sampling.decoding import Response
+    from rrhf.sampling.nucleus import Nucleus
 
 
 class Sampler:
@@ -26,12 +27,13 @@ class Sampler:
         settings: SamplingSettings,
         text: TextSettings | None = None,
         source: str | None = None,
+        nucleus: Nucleus | None = None,
     ) -> None:
         from rrhf.models.load import context_length
         from rrhf.models.path_check import usable_path
         from rrhf.models.tokenization import TextFormat
 
-        self.model, self.settings = model, settings
+        self.model, self.settings, self.nucleus = model, settings, nucleus
         self.format: TextFormat = TextFormat(tokenizer, text)
         self.source = source or settings.policy
         self.context = context_length(model.config)
@@ -49,7 +51,7 @@ class Sampler:
         was_training = self.model.training
         self.model.eval()
         try:
-            return decode(self.model, queries, policy, self.settings.max_new_tokens, self.path)
+            return decode(self.model, queries, policy, self.settings.max_new_tokens, self.path, self.nucleus)
         finally:
             self.model.train(was_training)
 
@@ -62,7 +64,8 @@ class Sampler:
 
         return check
 
-    def _text(self, response: Response) -> str:
+    def text(self, response: Response) -> str:
+        """What a record holds of a response: its text, cut at the first stop string."""
         self.markers_lost += self.format.loses_markers(response.tokens)
         return cut_at_first(self.format.decode(response.tokens), self.settings.stop)[0]
 
@@ -75,6 +78,11 @@ class Sampler:
 
     def respond(self, records: Sequence[Record]) -> Iterator[tuple[int, list[str], list[str]]]:
         """Yield (index of the record, texts, finish reasons), batches of like length together, as they are done."""
+        for i, _, responses in self.respond_in_tokens(records):
+            yield i, [self.text(response) for response in responses], [response.finish for response in responses]
+
+    def respond_in_tokens(self, records: Sequence[Record]) -> Iterator[tuple[int, list[int], list[Response]]]:
+        """Yield (index of the record, its query's token ids, responses) in the same way."""
         from rrhf.common.errors import UserError
 
         encoded = [self.format.encode_query(record.query) for record in records]
@@ -96,7 +104,7 @@ class Sampler:
                 [self.end_tokens(records[i]) for i in batch],
             )
             for i, responses in zip(batch, drawn, strict=True):
-                yield i, [self._text(response) for response in responses], [response.finish for response in responses]
+                yield i, encoded[i], responses
 
     def _batch_size(self, longest: int) -> int:
         """Chosen once, and again where a longer query comes."""

@@ -11,12 +11,9 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from rrhf.common.errors import UserError
-
-if TYPE_CHECKING:
-    from rrhf.training.config import RRHFConfig
 
 log = logging.getLogger("rrhf")
 
@@ -47,8 +44,15 @@ NAMED = {  # name → its content
 }  # fmt: skip
 
 
+class Process(Protocol):
+    """Which of the connected processes this is; ``RRHFConfig`` knows it."""
+
+    @property
+    def process_index(self) -> int: ...
+
+
 @contextmanager
-def claimed(folder: Path, config: RRHFConfig, overwrite: bool) -> Iterator[None]:
+def claimed(folder: Path, config: Process, overwrite: bool) -> Iterator[None]:
     """Keep other trainings out of ``folder`` while this one works there; with ``overwrite`` empty it first.
 
     Processes that are not connected with this one, whatever started them, are met here too.

@@ -1,0 +1,55 @@
+"""Train by PPO or NLPO: responses drawn from the policy, a reward, a value function, a penalty on KL(π, ρ)."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rrhf.common.flag_help import Groups, flags_of, format_help, help_wanted
+from rrhf.common.flags import Flags
+from rrhf.common.logging import set_up_logging
+from rrhf.models.adapters import AdapterSettings
+from rrhf.models.load import ModelSettings
+from rrhf.models.tokenization import TextSettings
+from rrhf.rewards.stage import RewardSettings
+from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
+
+
+@dataclass(frozen=True)
+class Files:
+    data: str = field(metadata={"help": "records with queries (.jsonl, .jsonl.gz, .parquet)"})
+    output: str = field(metadata={"help": "the folder of the trained model"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+
+
+def short_help(name: str) -> Groups:
+    groups = {
+        "files": flags_of(Files),
+        "model": flags_of(ModelSettings),
+        "rewards": flags_of(RewardSettings),
+        "training": flags_of(PPOConfig),
+        "text": flags_of(TextSettings),
+        "adapter": flags_of(AdapterSettings),
+    }
+    return {**groups, "mask": flags_of(NLPOSettings)} if name.endswith("nlpo") else groups
+
+
+def main(arguments: list[str], name: str) -> int:
+    if help_wanted(arguments):
+        print(format_help(name, str(__doc__), short_help(name)), end="")
+        raise SystemExit(0)
+    masked = name.endswith("nlpo")
+    settings = [ModelSettings, Files, RewardSettings, PPOConfig, TextSettings, AdapterSettings]
+    model, files, reward, config, text, adapter, *nlpo = Flags(
+        settings + ([NLPOSettings] if masked else []), name
+    ).parse(arguments)
+    set_up_logging()
+    from rrhf.recipes.baselines.ppo import Job, train_ppo
+    from rrhf.training.callbacks import Stopped
+
+    job = Job(Path(files.data), Path(files.output), model, reward, config, text, adapter, *nlpo)
+    try:
+        train_ppo(job, overwrite=files.overwrite)
+    except Stopped as stopped:
+        return stopped.code
+    return 0
