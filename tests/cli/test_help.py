@@ -10,9 +10,11 @@ from pathlib import Path
 
 import pytest
 
+from rrhf.cli.baseline import BASELINES
 from rrhf.cli.main import COMMANDS, main
 from rrhf.common.flag_help import Flag, flags_of, format_help, settings_in_source
 
+PAGES = [*(name for name in COMMANDS if name != "baseline"), *(f"baseline {name}" for name in BASELINES)]
 PARSED = ["sample", "score", "train", "evaluate"]  # the commands whose flags are settings classes
 
 HELPS = """
@@ -21,7 +23,7 @@ from rrhf.cli.main import main
 heavy, pages = {}, {}
 for command in sys.argv[1:]:
     with contextlib.redirect_stdout(io.StringIO()) as page, contextlib.suppress(SystemExit):
-        main([command, "--help"])
+        main([*command.split(), "--help"])
     pages[command] = page.getvalue()
     heavy[command] = [name for name in ("torch", "transformers", "datasets", "matplotlib") if name in sys.modules]
 print(json.dumps([heavy, pages]))
@@ -31,16 +33,20 @@ print(json.dumps([heavy, pages]))
 @pytest.fixture(scope="module")
 def shown() -> tuple[dict[str, list[str]], dict[str, str]]:
     """What heavy modules each command's help has imported, and its page."""
-    ran = subprocess.run([sys.executable, "-c", HELPS, *COMMANDS], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", HELPS, "baseline", *PAGES], capture_output=True, text=True, check=True)
     heavy, pages = json.loads(ran.stdout)
     return heavy, pages
 
 
 def test_no_help_waits_for_the_libraries(shown: tuple[dict[str, list[str]], dict[str, str]]) -> None:
-    assert shown[0] == {command: [] for command in COMMANDS}
+    assert shown[0] == {command: [] for command in ("baseline", *PAGES)}
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+def test_the_baselines_are_listed(shown: tuple[dict[str, list[str]], dict[str, str]]) -> None:
+    assert all(f"rrhf baseline {name}" in shown[1]["baseline"] for name in BASELINES)
+
+
+@pytest.mark.parametrize("command", PAGES)
 def test_the_help_is_grouped(command: str, shown: tuple[dict[str, list[str]], dict[str, str]]) -> None:
     page = shown[1][command]
     assert page.startswith(f"usage: rrhf {command} ")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rrhf.common.flag_help import (
     Flag,
@@ -21,6 +22,9 @@ from rrhf.common.logging import set_up_logging
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.training.watch_settings import WatchSettings
+
+if TYPE_CHECKING:
+    from rrhf.training.config import RRHFConfig
 
 
 @dataclass(frozen=True)
@@ -93,22 +97,29 @@ def main(arguments: list[str]) -> int:
         groups = whole_help() if wanted == "--help-all" else short_help()
         print(format_help("train", str(__doc__), groups, "and every other training argument of transformers"), end="")
         raise SystemExit(0)
+    model, files, adapter, config, watch = flags().parse(with_output(arguments))
+    set_up_logging()
+    return carry_out(Path(files.data), model, files, adapter, config, watch)
+
+
+def carry_out(
+    data: Path, model: ModelSettings, files: Files, adapter: AdapterSettings, config: RRHFConfig, watch: WatchSettings
+) -> int:
+    """Train on ``data``, which need not be ``files.data``; the exit code."""
     from rrhf.report.hub import card_of_training
     from rrhf.training.callbacks import Stopped
     from rrhf.training.stage import plan_training, train_model
 
-    model, files, adapter, config, watch = flags().parse(with_output(arguments))
-    set_up_logging()
     eval_data = Path(files.eval_data) if files.eval_data else None
     if files.dry_run:
-        plan = plan_training(Path(files.data), model, config, adapter, eval_data=eval_data)
+        plan = plan_training(data, model, config, adapter, eval_data=eval_data)
         print(plan.table())
         if not plan.fits:
             print(plan.advice())
         return 0
     try:
         train_model(
-            Path(files.data),
+            data,
             model,
             config,
             adapter,

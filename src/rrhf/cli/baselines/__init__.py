@@ -1,0 +1,1 @@
+"""The flags of ``rrhf baseline NAME``: one module a baseline."""

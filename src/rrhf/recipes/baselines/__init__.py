@@ -1,0 +1,1 @@
+"""RRHF's rivals, made of the same stages."""
