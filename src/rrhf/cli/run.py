@@ -34,8 +34,9 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
     run = RunFolder(output)
     values = override(read_config(config), overrides)
     settings = parse_config(values, run.model)
+    context = settings.scoring.context(settings.text)
     for rewards in (settings.score, settings.evaluate_rewards):  # an unknown reward is refused before any work
-        score_records([], rewards.reward, weights=rewards.reward_weights or None)
+        score_records([], rewards.reward, weights=rewards.reward_weights or None, context=context)
     run.remember_config(values)
     set_up_logging(run.log)
     try:

@@ -6,10 +6,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rrhf.cli.parser import show_help
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
-from rrhf.rewards.stage import RewardSettings, score_file
+from rrhf.models.tokenization import TextSettings
+from rrhf.rewards.stage import RewardSettings, ScoringSettings, score_file
 
 
 @dataclass(frozen=True)
@@ -20,15 +22,21 @@ class Files:
 
 
 def short_help() -> Groups:
-    return {"files": flags_of(Files), "rewards": flags_of(RewardSettings)}
+    return {
+        "files": flags_of(Files),
+        "rewards": flags_of(RewardSettings),
+        "what rewards need": flags_of(ScoringSettings),
+        "text, for rewards that are policies": flags_of(TextSettings),
+        "judges, and what they may cost": flags_of(EndpointLimits),
+    }
 
 
 def flags() -> Flags:
-    return Flags([RewardSettings, Files], "score")
+    return Flags([RewardSettings, Files, ScoringSettings, TextSettings, EndpointLimits], "score")
 
 
 def main(arguments: list[str]) -> None:
     show_help(arguments, "score", __doc__, short_help())
-    reward, files = flags().parse(arguments)
+    reward, files, scoring, text, remote = flags().parse(arguments)
     set_up_logging()
-    score_file(Path(files.data), Path(files.output), reward, overwrite=files.overwrite)
+    score_file(Path(files.data), Path(files.output), reward, scoring, text, remote, overwrite=files.overwrite)

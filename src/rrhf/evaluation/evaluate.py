@@ -10,6 +10,7 @@ from rrhf.evaluation.perplexity import nll_under
 from rrhf.evaluation.texts import Text, evaluate_texts
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.record import Record
+from rrhf.rewards.kind import RewardContext
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
 
@@ -35,6 +36,7 @@ def evaluate(
     sampling: SamplingSettings | None = None,
     text: TextSettings | None = None,
     seed: int = 0,
+    context: RewardContext | None = None,
 ) -> dict[str, Any]:
     """Measure ``model`` (π), and ``reference_model`` (ρ) on the same prompts where one is given.
 
@@ -46,6 +48,7 @@ def evaluate(
         sampling: how to draw; one response a prompt. Default: greedy.
         text: system prompt, template arguments, query limit.
         seed: of the draws and of the bootstrap.
+        context: what rewards need beside their names.
 
     Returns:
         What ``evaluation.json`` holds, with the texts under ``"generations"``.
@@ -67,5 +70,6 @@ def evaluate(
         perplexity=nll_under(judge, tokenizer, text),
         perplexity_model=judge.name_or_path or type(judge).__name__,
         seed=seed,
+        context=context,
     )
     return {**result, "generations": rows}

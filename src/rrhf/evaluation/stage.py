@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.evaluation.generations import draw_to_file
@@ -16,6 +17,7 @@ from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import read_records
+from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
 
@@ -33,13 +35,36 @@ class EvaluationSettings:
         default_factory=lambda: list(TURN_MARKERS),
         metadata={"help": "dialogue responses are cut at the first of these before they are scored", "nargs": "*"},
     )
+    max_tokens_per_forward: int | None = field(
+        default=None, metadata={"help": "most tokens of a reward model's forward pass; default: by the device"}
+    )
 
     def judge(self, models: dict[str, ModelSettings]) -> str:
         """The name of the model whose perplexity is reported where ``models`` (``rho``, ``pi``) are evaluated."""
         return self.perplexity_model or models.get("rho", models["pi"]).model
 
 
-def refuse_unusable(rewards: RewardSettings, sampling: SamplingSettings) -> None:
+def reward_context(
+    model: ModelSettings,
+    sampling: SamplingSettings,
+    text: TextSettings,
+    settings: EvaluationSettings,
+    remote: EndpointLimits | None = None,
+    reference_model: str | None = None,
+) -> RewardContext:
+    """What an evaluation's rewards are given: the device and type of the policy, its seed and its texts."""
+    return RewardContext(
+        device=model.device,
+        dtype=model.dtype,
+        max_tokens_per_forward=settings.max_tokens_per_forward,
+        text=text,
+        reference_model=reference_model,
+        remote=remote or EndpointLimits(),
+        seed=sampling.seed,
+    )
+
+
+def refuse_unusable(rewards: RewardSettings, sampling: SamplingSettings, context: RewardContext | None = None) -> None:
     """Refuse, before any work, what cannot judge new texts or would be ignored.
 
     Raises:
@@ -47,7 +72,7 @@ def refuse_unusable(rewards: RewardSettings, sampling: SamplingSettings) -> None
     """
     from rrhf.rewards.scoring import is_provided, score_records
 
-    score_records([], rewards.reward)
+    score_records([], rewards.reward, context=context)
     faults = [
         f"--reward {reward}: reads scores that records bring, and new texts have none: name pkg.module:function"
         for reward in rewards.reward
@@ -70,6 +95,7 @@ def evaluate_models(
     text: TextSettings,
     settings: EvaluationSettings,
     *,
+    context: RewardContext | None = None,
     overwrite: bool = False,
     policies: PolicyCache | None = None,
 ) -> dict[str, Any]:
@@ -77,6 +103,9 @@ def evaluate_models(
 
     Writes ``output`` (evaluation.json), and beside it, with the stem of its name in front, ``.generations.jsonl`` and
     each model's ``.NAME.jsonl``, which a stopped evaluation takes up again where it was made of the same.
+
+    Args:
+        context: what the rewards need beside their names; see ``reward_context``.
 
     Raises:
         UserError: a model, a reward or a prompt is not usable; the perplexity model's context is too short.
@@ -86,7 +115,9 @@ def evaluate_models(
 
     policies = policies or PolicyCache()
     judge = settings.judge(models)
-    refuse_unusable(rewards, sampling)
+    context = context or reward_context(models["pi"], sampling, text, settings)
+    context = replace(context, journals=context.journals or output.with_name(f"{output.stem}.journals"))
+    refuse_unusable(rewards, sampling, context)
     refuse_short_context(judge, sampling.max_new_tokens)
     sampling = replace(sampling, num_responses=1)
     prompts = [record.without_responses() for record in read_records(held_out)]
@@ -105,6 +136,7 @@ def evaluate_models(
         cut_markers=settings.cut_markers,
         settings={"sampling": asdict(sampling), "models": {name: model.model for name, model in models.items()}},
         generations=f"{output.stem}.generations.jsonl",
+        context=context,
     )
     for name in models:
         if queries_cut := result[name]["perplexity_queries_cut"]:

@@ -11,7 +11,8 @@ import numpy as np
 from rrhf.evaluation.metrics import TURN_MARKERS, corpus_perplexity, cut_at_turn, distinct_n, paired_bootstrap
 from rrhf.records.record import Query, Record
 from rrhf.rewards.functions import RewardFunction
-from rrhf.rewards.scoring import reward_name, score_records
+from rrhf.rewards.kind import RewardContext
+from rrhf.rewards.scoring import Rewards, opened
 
 Text = tuple[str, str]  # a generation and its finish, "stop" or "length"
 Values = list[float | None]
@@ -47,7 +48,7 @@ def evaluate_texts(
     records: Sequence[Record],
     rho_texts: Sequence[Text] | None,
     pi_texts: Sequence[Text] | None,
-    rewards: Sequence[str | RewardFunction],
+    rewards: Sequence[str | RewardFunction] | Rewards,
     *,
     perplexity: Perplexity,
     perplexity_model: str,
@@ -56,6 +57,7 @@ def evaluate_texts(
     settings: dict[str, Any] | None = None,
     batch_size: int = 64,
     generations: str = "generations.jsonl",
+    context: RewardContext | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the content of ``evaluation.json`` and the rows of ``generations.jsonl``.
 
@@ -67,7 +69,7 @@ def evaluate_texts(
         records: the held-out prompts; their own responses are not looked at.
         rho_texts: ρ's generations, one a record; None to evaluate one model alone.
         pi_texts: π's generations, likewise.
-        rewards: names or functions as ``score_records`` takes them; the first is the main one.
+        rewards: names or functions as ``score_records`` takes them, or open ``Rewards``; the first is the main one.
         perplexity: gives the ``Likelihood`` of texts given records.
         perplexity_model: its name, for the file.
         seed: of the bootstrap; also noted in the file.
@@ -75,6 +77,7 @@ def evaluate_texts(
         settings: noted in the file.
         batch_size: prompts a call of a reward.
         generations: the name of the generations' file, noted in the file.
+        context: what rewards need beside their names, where they are not ``Rewards`` yet.
 
     Raises:
         UserError: a reward cannot be found or fails.
@@ -84,12 +87,13 @@ def evaluate_texts(
     texts = {name: list(of_model) for name, of_model in given.items() if of_model is not None}
     if not records or not texts or any(len(of_model) != len(records) for of_model in texts.values()):
         raise ValueError("an evaluation needs records, and one text of each model a record")
-    models = {name: _generations(records, texts[name], rewards, cut_markers, batch_size) for name in texts}
-    names = [reward_name(reward) for reward in rewards]
+    with opened(rewards, batch_size=batch_size, context=context) as judges:
+        names = list(judges.scorers)
+        models = {name: _generations(records, texts[name], judges, cut_markers) for name in texts}
+        result: dict[str, Any] = {
+            name: _model_numbers(records, model, judges, perplexity) for name, model in models.items()
+        }
     by_reward = {reward: _of_reward(reward, models, seed) for reward in names}
-    result: dict[str, Any] = {
-        name: _model_numbers(records, model, rewards[0], perplexity, batch_size) for name, model in models.items()
-    }
     if len(models) == 2:
         result["reward_gain"] = by_reward[names[0]]["gain"]
     result |= {
@@ -105,20 +109,18 @@ def evaluate_texts(
 def _generations(
     records: Sequence[Record],
     texts: list[Text],
-    rewards: Sequence[str | RewardFunction],
+    judges: Rewards,
     cut_markers: Sequence[str],
-    batch_size: int,
 ) -> _Generations:
     cut = [_cut(record.query, text, cut_markers) for record, text in zip(records, texts)]
-    return _Generations(texts, cut, _rewards(records, cut, rewards, batch_size))
+    return _Generations(texts, cut, _rewards(records, cut, judges, list(judges.scorers)))
 
 
 def _model_numbers(
     records: Sequence[Record],
     model: _Generations,
-    reward: str | RewardFunction,
+    judges: Rewards,
     perplexity: Perplexity,
-    batch_size: int,
 ) -> dict[str, Any]:
     """One model's block in ``evaluation.json``.
 
@@ -128,10 +130,10 @@ def _model_numbers(
     included), ``distinct_2`` (of white-space tokens), ``n`` prompts and ``n_unscored`` of them to which the reward gave
     None: they are in no mean, and in the gain a prompt counts only where both texts have a score.
     """
-    values = model.values[reward_name(reward)]
+    values = model.values[next(iter(judges.scorers))]
     return {
         **_moments(values, "reward_"),
-        "reward_mean_uncut": _uncut_mean(records, model, reward, batch_size),
+        "reward_mean_uncut": _uncut_mean(records, model, judges),
         **_text_numbers(records, model.cut, perplexity),
         "n": len(records),
         "n_unscored": values.count(None),
@@ -151,27 +153,25 @@ def _cut(query: Query, text: Text, markers: Sequence[str]) -> Text:
 
 
 def _rewards(
-    records: Sequence[Record], texts: Sequence[Text], rewards: Sequence[str | RewardFunction], batch_size: int
+    records: Sequence[Record], texts: Sequence[Text], judges: Rewards, names: Sequence[str]
 ) -> dict[str, Values]:
-    """Each reward's value of each text."""
+    """Each named reward's value of each text."""
     single = (
         Record(query=record.query, responses=[text], finish=[finish], id=record.id, extra=record.extra)
         for record, (text, finish) in zip(records, texts)
     )
-    scored = list(score_records(single, rewards, batch_size=batch_size))
-    return {name: [record.rewards[name][0] for record in scored] for name in map(reward_name, rewards)}
+    judged = list(judges.judge(single, names))
+    return {name: [record.rewards[name][0] for record in judged] for name in names}
 
 
-def _uncut_mean(
-    records: Sequence[Record], model: _Generations, reward: str | RewardFunction, batch_size: int
-) -> float | None:
-    """The reward's mean over the texts as written; only those that were cut are scored again."""
-    values = list(model.values[reward_name(reward)])
+def _uncut_mean(records: Sequence[Record], model: _Generations, judges: Rewards) -> float | None:
+    """The main reward's mean over the texts as written; only those that were cut are scored again."""
+    main = next(iter(judges.scorers))
+    values = list(model.values[main])
     changed = [index for index, (whole, cut) in enumerate(zip(model.whole, model.cut)) if whole != cut]
     if changed:
-        whole = [model.whole[index] for index in changed]
-        again = _rewards([records[index] for index in changed], whole, [reward], batch_size)
-        for index, value in zip(changed, again[reward_name(reward)]):
+        again = _rewards([records[i] for i in changed], [model.whole[i] for i in changed], judges, [main])
+        for index, value in zip(changed, again[main]):
             values[index] = value
     return _moments(values)["mean"]
 

@@ -16,7 +16,7 @@ from rrhf.evaluation.stage import EvaluationSettings
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
-from rrhf.rewards.stage import RewardSettings
+from rrhf.rewards.stage import RewardSettings, ScoringSettings
 from rrhf.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -65,12 +65,15 @@ class RunConfig:
     sources: SourceSettings
     remote: EndpointLimits
     score: RewardSettings
+    scoring: ScoringSettings
+    score_remote: EndpointLimits
     adapter: AdapterSettings
     train: RRHFConfig
     watch: WatchSettings
     evaluate_rewards: RewardSettings
     evaluate_sampling: SamplingSettings
     evaluate: EvaluationSettings
+    evaluate_remote: EndpointLimits
 
 
 SECTIONS = ("data", "sample", "score", "train", "evaluate")
@@ -173,10 +176,11 @@ def _sections() -> dict[str, _Section]:
     fields: dict[str, dict[str, type]] = {
         "data": {"data": DataSettings},
         "sample": {"sources": SourceSettings, "remote": EndpointLimits, "sample": SamplingSettings},
-        "score": {"score": RewardSettings},
+        "score": {"score": RewardSettings, "scoring": ScoringSettings, "score_remote": EndpointLimits},
         "train": {"adapter": AdapterSettings, "train": RRHFConfig, "watch": WatchSettings},
         "evaluate": {
             "evaluate_rewards": RewardSettings, "evaluate_sampling": SamplingSettings, "evaluate": EvaluationSettings,
+            "evaluate_remote": EndpointLimits,
         },
     }  # fmt: skip
     return {name: _Section(name, classes) for name, classes in fields.items()}

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
-from rrhf.evaluation.stage import evaluate_models
+from rrhf.evaluation.stage import evaluate_models, reward_context
 from rrhf.models.cache import PolicyCache
 from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
@@ -23,8 +23,8 @@ from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records, write_records
 from rrhf.report.card import write_card
-from rrhf.rewards.scoring import reward_digest
-from rrhf.rewards.stage import score_file
+from rrhf.rewards.kind import RewardContext
+from rrhf.rewards.stage import rewards_digests, score_file
 from rrhf.sampling.sources.parsing import parse_source
 from rrhf.training.folder import is_trained, last_checkpoint
 
@@ -109,8 +109,13 @@ def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[St
         Stage(
             "score",
             run.scored,
-            lambda: {**files(run.responses), **_code(config.score.reward)},
-            lambda: score_file(run.responses, run.scored, config.score),
+            lambda: {
+                **files(run.responses),
+                **rewards_digests(config.score, config.scoring.context(config.text, config.score_remote)),
+            },
+            lambda: score_file(
+                run.responses, run.scored, config.score, config.scoring, config.text, config.score_remote
+            ),
         ),
         Stage(
             "train",
@@ -125,15 +130,11 @@ def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[St
                 **files(run.held_out),
                 **models(),
                 run.model.name: model_digest(str(run.model)),
-                **_code(config.evaluate_rewards.reward),
+                **rewards_digests(config.evaluate_rewards, _evaluation_context(config)),
             },
             lambda: _evaluate(run, config, policies),
         ),
     ]
-
-
-def _code(rewards: Sequence[str]) -> dict[str, str]:
-    return {f"the code of {reward}": reward_digest(reward) for reward in rewards}
 
 
 def _sampled(config: RunConfig) -> dict[str, str]:
@@ -184,12 +185,23 @@ def _evaluated(run: RunFolder, config: RunConfig) -> dict[str, ModelSettings]:
     return {"rho": config.model, "pi": replace(config.model, model=str(run.model))}
 
 
+def _evaluation_context(config: RunConfig) -> RewardContext:
+    return reward_context(
+        config.model,
+        config.evaluate_sampling,
+        config.text,
+        config.evaluate,
+        config.evaluate_remote,
+        config.scoring.reference_model,
+    )
+
+
 def _check_evaluation(run: RunFolder, config: RunConfig) -> None:
     """Refuse, before any work, what would end the evaluation after all of it."""
     from rrhf.evaluation.perplexity import refuse_short_context
     from rrhf.evaluation.stage import refuse_unusable
 
-    refuse_unusable(config.evaluate_rewards, config.evaluate_sampling)
+    refuse_unusable(config.evaluate_rewards, config.evaluate_sampling, _evaluation_context(config))
     refuse_short_context(config.evaluate.judge(_evaluated(run, config)), config.evaluate_sampling.max_new_tokens)
 
 
@@ -202,5 +214,6 @@ def _evaluate(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
         config.evaluate_sampling,
         config.text,
         config.evaluate,
+        context=_evaluation_context(config),
         policies=policies,
     )

@@ -23,6 +23,7 @@ class RewardContext:
         device, dtype: of reward models, as ``ModelSettings`` has them.
         max_tokens_per_forward: rows of one forward pass of a reward model; None: by the device.
         text: system prompt, template arguments and query limit, for rewards that are policies.
+        max_length: most tokens of query and response together, for rewards that are policies; None: their context.
         reference_model: ρ, for rewards that are differences to it.
         remote: how servers are asked, and what they may cost.
         journals: the folder where answers that were paid for are kept; None: nowhere.
@@ -33,6 +34,7 @@ class RewardContext:
     dtype: str = "auto"
     max_tokens_per_forward: int | None = None
     text: TextSettings = field(default_factory=TextSettings)
+    max_length: int | None = None
     reference_model: str | None = None
     remote: EndpointLimits = field(default_factory=EndpointLimits)
     journals: Path | None = None

@@ -1,20 +1,23 @@
 """Responses → scores: r_i = R(x, y_i).
 
-A reward is named by its form: ``pkg.module:function`` (a function with TRL's signature), ``provided`` (the records'
-own ``scores``) or ``provided:NAME`` (their ``rewards[NAME]``).
+A reward is named by its form: ``pkg.module:function`` (a function with TRL's signature), or what a kind in ``REWARDS``
+says of its own, such as ``provided`` (the records' ``scores``) and ``logprob:MODEL``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import code_digest
 from rrhf.records.record import Record
 from rrhf.rewards.functions import RewardFunction, function_scorer, load_reward
 from rrhf.rewards.kind import RewardContext, RewardKind, Scorer
+from rrhf.rewards.logprob import LOGPROB, LOGPROB_SUM
 from rrhf.rewards.provided import PROVIDED
 
 __all__ = [
@@ -25,13 +28,18 @@ __all__ = [
     "is_provided",
     "load_reward",
     "make_scorer",
+    "opened",
     "reward_digest",
     "reward_name",
     "score",
     "score_records",
 ]
 
-REWARDS: dict[str, RewardKind] = {"provided": PROVIDED}  # what stands before ":" → its kind
+REWARDS: dict[str, RewardKind] = {  # what stands before ":" → its kind
+    "provided": PROVIDED,
+    "logprob": LOGPROB,
+    "logprob-sum": LOGPROB_SUM,
+}
 FORMS = ("pkg.module:function", *(form for kind in REWARDS.values() for form in kind.forms))
 
 
@@ -113,18 +121,36 @@ class Rewards:
 
     def score(self, records: Iterable[Record]) -> Iterator[Record]:
         """Score the responses of each record, in a stream; see ``score_records``."""
+        for record in self.judge(records):
+            columns = [record.rewards[name] for name in self.scorers] if record.responses else []
+            yield replace(record, scores=[_weighted_sum(values, self.weights) for values in zip(*columns)])
+
+    def judge(self, records: Iterable[Record], names: Iterable[str] | None = None) -> Iterator[Record]:
+        """The records with the values of each reward, or of those with these ``names``, in ``rewards``; in a stream."""
+        asked = list(self.scorers if names is None else names)
         for batch in _batches(records, self.batch_size):
-            scored = batch
-            for name, scorer in self.scorers.items():
-                scored = _with_reward(scored, name, scorer, self.missing_only)
-            for record in scored:
-                columns = [record.rewards[name] for name in self.scorers] if record.responses else []
-                yield replace(record, scores=[_weighted_sum(values, self.weights) for values in zip(*columns)])
+            judged = batch
+            for name in asked:
+                judged = _with_reward(judged, name, self.scorers[name], self.missing_only)
+            yield from judged
 
     def close(self) -> None:
         """Let go of what the rewards hold."""
         for scorer in self.scorers.values():
             getattr(scorer, "close", lambda: None)()
+
+
+@contextmanager
+def opened(rewards: Sequence[str | RewardFunction] | Rewards, **options: Any) -> Iterator[Rewards]:
+    """``rewards`` as they are where they are ``Rewards`` already; else made, with these options, and closed again."""
+    if isinstance(rewards, Rewards):
+        yield rewards
+        return
+    made = Rewards(rewards, **options)
+    try:
+        yield made
+    finally:
+        made.close()
 
 
 def score_records(

@@ -31,7 +31,8 @@ from rrhf.models.load import ModelSettings
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.rewards.functions import RewardFunction
-from rrhf.rewards.scoring import is_provided, make_scorer, reward_name
+from rrhf.rewards.kind import RewardContext
+from rrhf.rewards.scoring import Rewards, is_provided
 from rrhf.sampling.sampler import Sampler
 from rrhf.training.alarms import Measurement, alarms, measurements, pearson
 from rrhf.training.undisturbed import undisturbed
@@ -66,6 +67,7 @@ class Watch(TrainerCallback):
         settings: how often, how, and the alarms' limits.
         perplexity: (records, texts) → (negative log-likelihood, tokens) under one frozen model. Default: with an
             adapter the model without it; else none is measured.
+        context: what rewards need beside their names. What they hold is held from the first measurement to the last.
 
     Raises:
         UserError: no prompt, no reward, or a reward that cannot score new texts.
@@ -79,8 +81,9 @@ class Watch(TrainerCallback):
         settings: WatchSettings,
         *,
         perplexity: Perplexity | None = None,
+        context: RewardContext | None = None,
     ) -> None:
-        self.trainer, self.records, self.rewards, self.settings = trainer, list(records), list(rewards), settings
+        self.trainer, self.records, self.settings = trainer, list(records), settings
         self.measured: list[Measurement] = []
         self.firing: set[str] = set()
         self.stopped: str | None = None
@@ -93,12 +96,12 @@ class Watch(TrainerCallback):
             return
         if not self.records:
             raise UserError("--watch_steps needs prompts: give --watch_data FILE with at least one record")
-        if not self.rewards:
+        if not rewards:
             raise UserError("--watch_steps needs a reward: give --watch_reward pkg.module:function")
-        for reward in self.rewards:
+        for reward in rewards:
             if is_provided(reward):
                 raise UserError(f"--watch_reward {reward}: cannot score new texts; give pkg.module:function")
-            make_scorer(reward)  # an unknown one is refused before any work
+        self.rewards = Rewards(rewards, context=context)  # an unknown one is refused before any work
         if not trainer.is_world_process_zero():
             return
         # Made now, while the model is as it was loaded: the trainer wraps its forward in autocast later, and the
@@ -135,6 +138,11 @@ class Watch(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if state.global_step % self.settings.watch_steps == 0 or state.global_step >= state.max_steps:
             self._measure_now(state, control)
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Let go of what the rewards hold."""
+        if self.active:
+            self.rewards.close()
 
     def _measure_now(self, state: Any, control: Any) -> None:
         if not self.active:
@@ -200,7 +208,7 @@ class Watch(TrainerCallback):
             perplexity_model="",
             seed=self.sampler.settings.seed,
         )
-        main, *others = map(reward_name, self.rewards)
+        main, *others = self.rewards.scorers
         format = self.sampler.format
         lengths = [
             len(format.encode_response(record.query, row["pi"], row["pi_finish"]))
@@ -248,7 +256,14 @@ def watch_training(trainer: RRHFTrainer, settings: WatchSettings, model: ModelSe
     sharded = trainer.is_fsdp_enabled
     if named != "none" and not (named is None and adapted) and not sharded and trainer.is_world_process_zero():
         perplexity = _frozen(replace(model, model=named or model.model), trainer)
-    return Watch(trainer, records, settings.watch_reward, settings, perplexity=perplexity)
+    context = RewardContext(
+        device=str(trainer.args.device),
+        dtype=model.dtype,
+        text=trainer.args.text,
+        journals=Path(trainer.args.output_dir) / FOLDER,
+        seed=trainer.args.seed,
+    )
+    return Watch(trainer, records, settings.watch_reward, settings, perplexity=perplexity, context=context)
 
 
 def _frozen(settings: ModelSettings, trainer: RRHFTrainer) -> Perplexity:
