@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.flag_help import (
     Flag,
@@ -23,8 +24,7 @@ from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
-from rrhf.rewards.kind import RewardContext
-from rrhf.rewards.stage import RewardSettings
+from rrhf.rewards.stage import RewardSettings, ScoringSettings
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.watch_settings import WatchSettings
 
@@ -32,7 +32,12 @@ if TYPE_CHECKING:
     from rrhf.training.config import RRHFConfig
     from rrhf.training.online import Online
 
-ONLINE = (SamplingSettings, RewardSettings)  # what --resample_steps needs beside training's own
+ONLINE = (
+    SamplingSettings,
+    RewardSettings,
+    ScoringSettings,
+    EndpointLimits,
+)  # what --resample_steps needs beside training's own
 REWARD = "reward"
 
 
@@ -91,9 +96,10 @@ def short_help() -> Groups:
 
 def online_help() -> list[Flag]:
     """What --resample_steps needs: how responses are sampled and scored. --reward is required with it alone."""
-    flags = [flag for settings in ONLINE for flag in flags_of(settings)]
-    flags = [replace(flag, required=False) if flag.name == REWARD else flag for flag in flags]
-    return without(flags, [flag.name for flag in COMMON])
+    own = flags_of(settings_in_source("rrhf.training.config", "RRHFConfig"))
+    elsewhere = [flag.name for flag in [*own, *COMMON, *flags_of(ModelSettings)]]
+    flags = without([flag for settings in ONLINE for flag in flags_of(settings)], elsewhere)
+    return [replace(flag, required=False) if flag.name == REWARD else flag for flag in flags]
 
 
 def whole_help() -> Groups:
@@ -125,10 +131,11 @@ def main(arguments: list[str]) -> int:
         set_up_logging()
         return carry_out(Path(files.data), model, files, adapter, config, watch)
     from rrhf.training.online import Online
+    from rrhf.training.windows import FOLDER
 
-    model, files, adapter, sampling, rewards, config, watch = flags().parse(with_output(arguments))
+    model, files, adapter, sampling, rewards, scoring, remote, config, watch = flags().parse(with_output(arguments))
     set_up_logging()
-    context = RewardContext(device=model.device, dtype=model.dtype, text=config.text)
+    context = scoring.context(config.text, remote, journals=Path(files.output) / FOLDER)
     online = Online(sampling, rewards.reward, rewards.reward_weights or None, context)
     return carry_out(Path(files.data), model, files, adapter, config, watch, online if config.resample_steps else None)
 

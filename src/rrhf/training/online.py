@@ -50,17 +50,30 @@ log = logging.getLogger("rrhf")
 
 @dataclass(frozen=True)
 class Online:
-    """Where the responses of OP-k come from, and what scores them; k is ``RRHFConfig.resample_steps``."""
+    """Where the responses of OP-k come from, and what scores them; k is ``RRHFConfig.resample_steps``.
+
+    Raises:
+        UserError: a reward cannot score new texts.
+    """
 
     sampling: SamplingSettings
     rewards: Sequence[str | RewardFunction]
     reward_weights: Sequence[float] | None = None
     context: RewardContext | None = None
 
+    def __post_init__(self) -> None:
+        for reward in self.rewards:
+            if is_provided(reward):
+                raise UserError(f"--reward {reward}: cannot score new texts; give pkg.module:function")
+
+    def codes(self) -> dict[str, str]:
+        """Each reward's name → the digest of its code or weights."""
+        return {reward_name(reward): reward_digest(reward, self.context) for reward in self.rewards}
+
     def settings(self) -> dict[str, Any]:
         """What the samples and their scores depend on, beside the policy and the queries."""
         sampling = {f"sample.{name}": value for name, value in asdict(self.sampling).items() if name != "batch_size"}
-        codes = {f"code of {reward_name(reward)}": reward_digest(reward, self.context) for reward in self.rewards}
+        codes = {f"code of {name}": code for name, code in self.codes().items()}
         return {**sampling, **codes, "score.reward_weights": list(self.reward_weights or [])}
 
 
@@ -73,7 +86,7 @@ class OnlineRecords(Dataset):
         online: how to sample and to score.
 
     Raises:
-        UserError: no query, a reward that is unknown or cannot score new texts.
+        UserError: there is no query, or a reward is unknown.
     """
 
     def __init__(self, rows: Iterable[Record | Mapping[str, Any]], online: Online) -> None:
@@ -85,9 +98,6 @@ class OnlineRecords(Dataset):
         self.queries = [replace(record, id=ids.claim(record.id, n)) for n, record in enumerate(records, 1)]
         if not self.queries:
             raise UserError("no query is left to sample responses to")
-        for reward in online.rewards:
-            if is_provided(reward):
-                raise UserError(f"--reward {reward}: cannot score new texts; give pkg.module:function")
         self.online = online
         self.rewards = Rewards(online.rewards, weights=online.reward_weights, missing_only=True, context=online.context)
         self.skipped: Counter[str] = Counter()
