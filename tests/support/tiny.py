@@ -452,7 +452,8 @@ def warm(
 
 
 PRELOADED = (
-    "torch", "rrhf.training.stage", "rrhf.recipes.offline", "rrhf.report.page", "rrhf.report.plots",
+    "torch", "rrhf.training.stage", "rrhf.recipes.recipe", "rrhf.training.online", "rrhf.report.page",
+    "rrhf.report.plots",
     "rrhf.evaluation.evaluate",
     "rrhf.sampling.decoding", "rrhf.sampling.policies", "transformers.models.llama.modeling_llama",
     "transformers.models.auto.modeling_auto", "transformers.models.auto.tokenization_auto", "pyarrow.parquet",

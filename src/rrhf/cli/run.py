@@ -25,7 +25,7 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
 
     from rrhf.common.logging import set_up_logging
     from rrhf.recipes.config import override, parse_config, read_config
-    from rrhf.recipes.offline import run_offline
+    from rrhf.recipes.recipe import run_recipe
     from rrhf.recipes.run_folder import RunFolder
     from rrhf.report.terminal import format_evaluation, format_examples, format_timings
     from rrhf.rewards.scoring import score_records
@@ -40,7 +40,7 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
     run.remember_config(values)
     set_up_logging(run.log)
     try:
-        evaluation = run_offline(run, settings)
+        evaluation = run_recipe(run, settings)
     except Stopped as stopped:
         print("rrhf run: stopped after a checkpoint; the same command goes on from there", file=sys.stderr)
         return stopped.code

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rrhf.common.endpoint_settings import EndpointLimits
+from rrhf.common.errors import UserError
 from rrhf.common.flag_help import (
     Flag,
     Groups,
@@ -21,15 +24,28 @@ from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
+from rrhf.rewards.stage import RewardSettings, ScoringSettings
+from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.watch_settings import WatchSettings
 
 if TYPE_CHECKING:
     from rrhf.training.config import RRHFConfig
+    from rrhf.training.online import Online
+
+ONLINE = (
+    SamplingSettings,
+    RewardSettings,
+    ScoringSettings,
+    EndpointLimits,
+)  # what --resample_steps needs beside training's own
+REWARD = "reward"
 
 
 @dataclass(frozen=True)
 class Files:
-    data: str = field(metadata={"help": "scored records (.jsonl, .jsonl.gz, .parquet)"})
+    data: str = field(
+        metadata={"help": "scored records (.jsonl, .jsonl.gz, .parquet); with --resample_steps, queries will do"}
+    )
     output: str = field(metadata={"help": "the folder of the trained model"})
     eval_data: str | None = field(
         default=None, metadata={"help": "scored records that are measured every --eval_steps"}
@@ -73,8 +89,17 @@ def short_help() -> Groups:
         "loss": flags_of(settings_in_source("rrhf.losses", "LossSettings")),
         "adapter": flags_of(AdapterSettings),
         "training": [*without(own, (*TEXT, *SETTLED)), *COMMON],
+        "with --resample_steps, how responses are sampled and scored": online_help(),
         "watching the training": flags_of(WatchSettings),
     }
+
+
+def online_help() -> list[Flag]:
+    """What --resample_steps needs: how responses are sampled and scored. --reward is required with it alone."""
+    own = flags_of(settings_in_source("rrhf.training.config", "RRHFConfig"))
+    elsewhere = [flag.name for flag in [*own, *COMMON, *flags_of(ModelSettings)]]
+    flags = without([flag for settings in ONLINE for flag in flags_of(settings)], elsewhere)
+    return [replace(flag, required=False) if flag.name == REWARD else flag for flag in flags]
 
 
 def whole_help() -> Groups:
@@ -86,10 +111,12 @@ def whole_help() -> Groups:
     return {**groups, "other training arguments of transformers": without(flags_of(RRHFConfig), shown)}
 
 
-def flags() -> Flags:
+def flags(online: bool = True) -> Flags:
+    """The flags of a training; ``online``: of one that samples and scores as well."""
     from rrhf.training.config import RRHFConfig
 
-    return Flags([ModelSettings, Files, AdapterSettings, RRHFConfig, WatchSettings], "train")
+    kinds = [ModelSettings, Files, AdapterSettings, *(ONLINE if online else ()), RRHFConfig, WatchSettings]
+    return Flags(kinds, "train")
 
 
 def main(arguments: list[str]) -> int:
@@ -97,13 +124,36 @@ def main(arguments: list[str]) -> int:
         groups = whole_help() if wanted == "--help-all" else short_help()
         print(format_help("train", str(__doc__), groups, "and every other training argument of transformers"), end="")
         raise SystemExit(0)
-    model, files, adapter, config, watch = flags().parse(with_output(arguments))
+    if not _given(arguments, ["resample_steps"]):
+        if idle := _given(arguments, [flag.name for flag in online_help()]):
+            raise UserError(f"--{idle[0]} is for responses that are sampled while training: give --resample_steps too")
+        model, files, adapter, config, watch = flags(online=False).parse(with_output(arguments))
+        set_up_logging()
+        return carry_out(Path(files.data), model, files, adapter, config, watch)
+    from rrhf.training.online import Online
+    from rrhf.training.windows import FOLDER
+
+    model, files, adapter, sampling, rewards, scoring, remote, config, watch = flags().parse(with_output(arguments))
     set_up_logging()
-    return carry_out(Path(files.data), model, files, adapter, config, watch)
+    context = scoring.context(config.text, remote, journals=Path(files.output) / FOLDER)
+    online = Online(sampling, rewards.reward, rewards.reward_weights or None, context)
+    return carry_out(Path(files.data), model, files, adapter, config, watch, online if config.resample_steps else None)
+
+
+def _given(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+    """Those flags of ``names`` that stand among the arguments."""
+    there = {a.partition("=")[0][2:].replace("-", "_") for a in arguments if a.startswith("--")}
+    return [name for name in names if name in there]
 
 
 def carry_out(
-    data: Path, model: ModelSettings, files: Files, adapter: AdapterSettings, config: RRHFConfig, watch: WatchSettings
+    data: Path,
+    model: ModelSettings,
+    files: Files,
+    adapter: AdapterSettings,
+    config: RRHFConfig,
+    watch: WatchSettings,
+    online: Online | None = None,
 ) -> int:
     """Train on ``data``, which need not be ``files.data``; the exit code."""
     from rrhf.report.hub import card_of_training
@@ -112,7 +162,7 @@ def carry_out(
 
     eval_data = Path(files.eval_data) if files.eval_data else None
     if files.dry_run:
-        plan = plan_training(data, model, config, adapter, eval_data=eval_data)
+        plan = plan_training(data, model, config, adapter, eval_data=eval_data, online=online)
         print(plan.table())
         if not plan.fits:
             print(plan.advice())
@@ -126,6 +176,7 @@ def carry_out(
             eval_data=eval_data,
             overwrite=files.overwrite,
             watch=watch,
+            online=online,
             saved=partial(card_of_training, token=config.hub_token),
         )
     except Stopped as stopped:

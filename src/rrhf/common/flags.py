@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -14,7 +15,10 @@ if TYPE_CHECKING:
 
 
 class Flags:
-    """transformers' parser of settings classes, strict: no abbreviations, unknown flags named with the nearest one."""
+    """transformers' parser of settings classes, strict: no abbreviations, unknown flags named with the nearest one.
+
+    A flag that several classes have is one flag, whose value all of them get; its help and default are the last one's.
+    """
 
     def __init__(self, settings: Sequence[type], command: str) -> None:
         self.settings, self.command = list(settings), f"rrhf {command}"
@@ -28,7 +32,8 @@ class Flags:
             def error(self, message: str) -> NoReturn:
                 raise UserError(f"{message}; `{self.prog} --help` lists the flags")
 
-        parser = Parser(self.settings, prog=self.command, allow_abbrev=False, add_help=False)
+        parser = Parser(self.settings, prog=self.command, allow_abbrev=False, add_help=False,
+                        conflict_handler="resolve")  # fmt: skip
         for action in parser._actions:
             if action.nargs == "+" and not action.required:
                 action.nargs = "*"  # an empty list is a value too
@@ -44,13 +49,14 @@ class Flags:
         Raises:
             UserError: an unknown flag, a missing one, or a value that does not fit.
         """
-        *parsed, rest = self.parser.parse_args_into_dataclasses(list(arguments), return_remaining_strings=True)
+        namespace, rest = self.parser.parse_known_args(list(arguments))
         if rest:
             flag = rest[0].partition("=")[0]
             if flag.startswith("-"):
                 raise UserError(f"unknown flag {flag}: {_suggest(flag, self.known())}")
             raise UserError(f"unexpected argument {rest[0]!r}; `{self.command} --help` lists the flags")
-        return tuple(parsed)
+        values = vars(namespace)
+        return tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.init}) for kind in self.settings)
 
 
 def _suggest(flag: str, known: list[str]) -> str:

@@ -55,12 +55,34 @@ class SourceSettings:
 
 
 @dataclass(frozen=True)
+class RoundSettings:
+    """How often a run samples, scores and trains (IP-n)."""
+
+    iterations: int = field(
+        default=1, metadata={"help": "rounds of sample → score → train, each from the model of the one before (IP-n)"}
+    )
+    evaluate_rounds: int = field(
+        default=0, metadata={"help": "held-out prompts on which each round before the last is measured; 0: none"}
+    )
+
+    def __post_init__(self) -> None:
+        faults = [
+            f"--{name} {getattr(self, name)}: must be at least {least}"
+            for name, least in (("iterations", 1), ("evaluate_rounds", 0))
+            if getattr(self, name) < least
+        ]
+        if faults:
+            raise UserError("\n".join(faults))
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The parsed sections; ``sample`` is ``None`` where only provided responses are ranked (setting P)."""
 
     data: DataSettings
     model: ModelSettings
     text: TextSettings
+    rounds: RoundSettings
     sample: SamplingSettings | None
     sources: SourceSettings
     remote: EndpointLimits
@@ -195,7 +217,10 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
     Raises:
         UserError: all unknown keys and unfit values, each with its section, in one message.
     """
-    sections, shared_section = _sections(), _Section("configuration", {"model": ModelSettings, "text": TextSettings})
+    sections, shared_section = (
+        _sections(),
+        _Section("configuration", {"model": ModelSettings, "text": TextSettings, "rounds": RoundSettings}),
+    )
     shared = {key: value for key, value in config.items() if key not in SECTIONS}
     parsed: dict[str, Any] = {"sample": None, "sources": SourceSettings(), "remote": EndpointLimits()}
     faults = [

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
 from rrhf.evaluation.stage import evaluate_models, reward_context
@@ -27,6 +27,9 @@ from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.stage import rewards_digests, score_file
 from rrhf.sampling.sources.parsing import parse_source
 from rrhf.training.folder import is_trained, last_checkpoint
+
+if TYPE_CHECKING:
+    from rrhf.training.online import Online
 
 log = logging.getLogger("rrhf")
 
@@ -54,6 +57,27 @@ class Stage:
         return self.is_complete() or (self.name == "train" and last_checkpoint(self.result) is not None)
 
 
+@dataclass(frozen=True)
+class Pass:
+    """One pass through the stages: a whole run, or a round of one that iterates.
+
+    Attributes:
+        run: the folder of its files.
+        config: its settings; ``config.model`` is what samples and what is trained.
+        rho: ρ, the model that the trained one is compared with; it stays the first over all rounds.
+        policies: where models are kept between stages.
+    """
+
+    run: RunFolder
+    config: RunConfig
+    rho: ModelSettings
+    policies: PolicyCache
+
+    @property
+    def evaluated(self) -> dict[str, ModelSettings]:
+        return {"rho": self.rho, "pi": replace(self.rho, model=str(self.run.model))}
+
+
 def run_offline(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """Bring the run to its end, stage by stage; a stage whose file is complete is not done again.
 
@@ -63,11 +87,17 @@ def run_offline(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: a stage cannot be done, or a result was made of other data or another model than stand there now.
     """
-    from rrhf.report import write_report
+    if run.rounds.exists():
+        raise UserError(f"{run.folder} holds a run in rounds: give its iterations, or choose another --output")
+    whole = Pass(run, config, config.model, PolicyCache())
+    check_evaluation(whole)
+    carry_out([make(whole) for make in (data_stage, sample_stage, score_stage, train_stage, evaluate_stage)], run)
+    return finish(run, [run])
 
-    if not run.evaluation.exists():
-        _check_evaluation(run, config)
-    for stage in _stages(run, config, PolicyCache()):
+
+def carry_out(stages: Sequence[Stage], run: RunFolder, *clocks: RunFolder) -> None:
+    """Do the stages in ``run`` that are not complete, and note there, and in ``clocks``, how long they took."""
+    for stage in stages:
         run.remember_inputs(stage.name, stage.result, stage.inputs(), stage.is_kept())
         if stage.is_complete():
             log.info(f"{stage.name}: {stage.result.name} is complete")
@@ -75,61 +105,104 @@ def run_offline(run: RunFolder, config: RunConfig) -> dict[str, Any]:
             shutil.rmtree(stage.result.with_name(stage.result.name + ".parts"), ignore_errors=True)
             continue
         log.info(f"{stage.name}: begins")
-        with run.timed(stage.name):
+        with ExitStack() as timed:
+            for folder in (run, *clocks):
+                timed.enter_context(folder.timed(stage.name))
             stage.work()
+
+
+def finish(run: RunFolder, reported: Sequence[RunFolder]) -> dict[str, Any]:
+    """Write the card and the report over the folders ``reported``; returns the content of ``evaluation.json``."""
+    from rrhf.report import write_report
+
     write_card(run.model, refresh=True)  # now with the evaluation
     with run.timed("report"):
-        write_report([run.folder], run.report)
+        write_report([folder.folder for folder in reported], run.report)
     evaluation: dict[str, Any] = json.loads(run.evaluation.read_text(encoding="utf-8"))
     return evaluation
 
 
-def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[Stage]:
-    def files(*paths: Path) -> dict[str, str]:
-        return {path.name: checksum_of_file(path) for path in paths}
+# -- the stages
+
+
+def data_stage(at: Pass) -> Stage:
+    return Stage(
+        "data",
+        at.run.held_out,
+        lambda: data_digests(at.config.data),
+        lambda: write_queries(at.config.data, at.run.queries, at.run.held_out),
+        beside=at.run.queries,
+    )
+
+
+def sample_stage(at: Pass) -> Stage:
+    return Stage(
+        "sample",
+        at.run.responses,
+        lambda: {**_files(at.run.queries), **_sampled(at.config)},
+        lambda: _sample(at.run, at.config, at.policies),
+    )
+
+
+def score_stage(at: Pass, data: Path | None = None) -> Stage:
+    """``data``: what is scored, where it is not the sampled responses."""
+    config, responses = at.config, data or at.run.responses
+
+    def work() -> None:
+        at.policies.release()  # free the sampling weights
+        score_file(responses, at.run.scored, config.score, config.scoring, config.text, config.score_remote)
+
+    return Stage("score", at.run.scored, lambda: {**_files(responses), **_scored(config)}, work)
+
+
+def train_stage(at: Pass, data: Path | None = None, online: Online | None = None) -> Stage:
+    """``data``: what is trained on, where it is not the scored responses; ``online``: how they are sampled then."""
+    scored, model = data or at.run.scored, at.config.model.model
+    codes = {} if online is None else {f"the code of {name}": code for name, code in online.codes().items()}
+    return Stage(
+        "train",
+        at.run.model,
+        lambda: {**_files(scored), model: model_digest(model), **codes},
+        lambda: _train(at, scored, online),
+    )
+
+
+def evaluate_stage(at: Pass, held_out: Path | None = None) -> Stage:
+    """``held_out``: the prompts, where they are not the run's."""
+    config, prompts = at.config, held_out or at.run.held_out
+    context = _evaluation_context(config)
 
     def models() -> dict[str, str]:
-        return {name: model_digest(name) for name in (config.model.model, config.evaluate.judge(evaluated))}
+        return {name: model_digest(name) for name in (at.rho.model, config.evaluate.judge(at.evaluated))}
 
-    evaluated = _evaluated(run, config)
-    return [
-        Stage(
-            "data",
-            run.held_out,
-            lambda: data_digests(config.data),
-            lambda: write_queries(config.data, run.queries, run.held_out),
-            beside=run.queries,
-        ),
-        Stage(
-            "sample",
-            run.responses,
-            lambda: {**files(run.queries), **_sampled(config)},
-            lambda: _sample(run, config, policies),
-        ),
-        Stage(
-            "score",
-            run.scored,
-            lambda: {**files(run.responses), **_scored(config)},
-            lambda: _score(run, config, policies),
-        ),
-        Stage(
-            "train",
-            run.model,
-            lambda: {**files(run.scored), config.model.model: model_digest(config.model.model)},
-            lambda: _train(run, config, policies),
-        ),
-        Stage(
-            "evaluate",
-            run.evaluation,
-            lambda: {
-                **files(run.held_out),
-                **models(),
-                run.model.name: model_digest(str(run.model)),
-                **rewards_digests(config.evaluate_rewards, _evaluation_context(config)),
-            },
-            lambda: _evaluate(run, config, policies),
-        ),
-    ]
+    def work() -> None:
+        evaluate_models(
+            prompts,
+            at.run.evaluation,
+            at.evaluated,
+            config.evaluate_rewards,
+            config.evaluate_sampling,
+            config.text,
+            config.evaluate,
+            context=context,
+            policies=at.policies,
+        )
+
+    return Stage(
+        "evaluate",
+        at.run.evaluation,
+        lambda: {
+            **_files(prompts),
+            **models(),
+            at.run.model.name: model_digest(str(at.run.model)),
+            **rewards_digests(config.evaluate_rewards, context),
+        },
+        work,
+    )
+
+
+def _files(*paths: Path) -> dict[str, str]:
+    return {path.name: checksum_of_file(path) for path in paths}
 
 
 def _sampled(config: RunConfig) -> dict[str, str]:
@@ -173,23 +246,15 @@ def _scored(config: RunConfig) -> dict[str, str]:
     return {**rewards_digests(config.score, context), **columns}
 
 
-def _score(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
-    policies.release()  # free the sampling weights
-    score_file(run.responses, run.scored, config.score, config.scoring, config.text, config.score_remote)
-
-
-def _train(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
+def _train(at: Pass, data: Path, online: Online | None) -> None:
     from rrhf.report.hub import card_of_training
     from rrhf.training.stage import train_model
 
-    policies.release()  # free the sampling weights
+    config = at.config
+    at.policies.release()  # free the sampling weights
     saved = partial(card_of_training, token=config.train.hub_token)
-    watch = config.watch.filled(run.held_out, config.evaluate_rewards.reward)
-    train_model(run.scored, config.model, config.train, config.adapter, watch=watch, saved=saved)
-
-
-def _evaluated(run: RunFolder, config: RunConfig) -> dict[str, ModelSettings]:
-    return {"rho": config.model, "pi": replace(config.model, model=str(run.model))}
+    watch = config.watch.filled(at.run.held_out, config.evaluate_rewards.reward)
+    train_model(data, config.model, config.train, config.adapter, watch=watch, saved=saved, online=online)
 
 
 def _evaluation_context(config: RunConfig) -> RewardContext:
@@ -203,24 +268,12 @@ def _evaluation_context(config: RunConfig) -> RewardContext:
     )
 
 
-def _check_evaluation(run: RunFolder, config: RunConfig) -> None:
+def check_evaluation(at: Pass) -> None:
     """Refuse, before any work, what would end the evaluation after all of it."""
     from rrhf.evaluation.perplexity import refuse_short_context
     from rrhf.evaluation.stage import refuse_unusable
 
-    refuse_unusable(config.evaluate_rewards, config.evaluate_sampling, _evaluation_context(config))
-    refuse_short_context(config.evaluate.judge(_evaluated(run, config)), config.evaluate_sampling.max_new_tokens)
-
-
-def _evaluate(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
-    evaluate_models(
-        run.held_out,
-        run.evaluation,
-        _evaluated(run, config),
-        config.evaluate_rewards,
-        config.evaluate_sampling,
-        config.text,
-        config.evaluate,
-        context=_evaluation_context(config),
-        policies=policies,
-    )
+    if not at.run.evaluation.exists():
+        config = at.config
+        refuse_unusable(config.evaluate_rewards, config.evaluate_sampling, _evaluation_context(config))
+        refuse_short_context(config.evaluate.judge(at.evaluated), config.evaluate_sampling.max_new_tokens)

@@ -18,6 +18,8 @@ from rrhf.training.folder import FREE as TRAINING_FREE
 
 # What these set changes no result: a run may go on with others. Those that end in "_" are beginnings of names.
 FREE = (
+    "iterations",  # more rounds go on from the last
+    "evaluate_rounds",
     "train.watch_",
     "train.alarm",
     *(f"train.{name}" for name in sorted(TRAINING_FREE)),
@@ -41,6 +43,25 @@ class RunFolder:
         self.timings = folder / "timings.json"
         self.made_of = folder / "made-of.json"
         self.log = folder / "log.txt"
+        self.rounds = folder / "rounds"
+
+    def round(self, number: int) -> RunFolder:
+        """The folder of a round; queries and held-out prompts are the run's."""
+        inner = RunFolder(self.rounds / str(number))
+        inner.queries, inner.held_out = self.queries, self.held_out
+        return inner
+
+    def show(self, inner: RunFolder) -> None:
+        """Let this folder's results be those of ``inner``, by links: a run's are its last round's."""
+        found = sorted(inner.folder.glob(f"{inner.evaluation.stem}.*"))
+        for path in (inner.responses, inner.scored, inner.model, *found):
+            link, temporary = self.folder / path.name, self.folder / f".{path.name}.link"
+            target = path.relative_to(self.folder)
+            if link.is_symlink() and link.readlink() == target:
+                continue
+            temporary.unlink(missing_ok=True)
+            temporary.symlink_to(target)
+            temporary.replace(link)
 
     def remember_config(self, config: dict[str, Any]) -> None:
         """Write the configuration into the folder; refuse to go on with a run that had another.
@@ -83,6 +104,13 @@ class RunFolder:
         if changed or before is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.made_of, json.dumps({**noted, stage: inputs}, indent=1) + "\n")
+
+    def split_time(self, stage: str, parts: Mapping[str, float]) -> None:
+        """Count ``parts``, seconds by stage, as theirs and no more as those of ``stage``, in which they passed."""
+        timings = read_object(self.timings)
+        for name, seconds in {**parts, stage: -sum(parts.values())}.items():
+            timings[name] = round(max(timings.get(name, 0.0) + seconds, 0.0), 2)
+        write_text(self.timings, json.dumps(timings, indent=1) + "\n")
 
     @contextmanager
     def timed(self, stage: str) -> Iterator[None]:

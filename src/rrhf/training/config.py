@@ -66,6 +66,13 @@ class RRHFConfig(TrainingArguments, LossSettings):
             "2048 on a CPU, up to 16384 on a GPU, as many as its free memory takes"
         },
     )
+    resample_steps: int = field(
+        default=0,
+        metadata={
+            "help": "OP-k: every so many optimiser steps, responses to the queries of the next so many are sampled "
+            "from the policy as it is, and scored; 0: never, the data's responses are trained on"
+        },
+    )
     keep_logits: bool = field(
         default=True,
         metadata={
@@ -78,7 +85,12 @@ class RRHFConfig(TrainingArguments, LossSettings):
         self.settle()
         faults = [
             f"--{name} {getattr(self, name)}: must be at least {least}"
-            for name, least in (("max_length", 2), ("max_tokens_per_forward", 1), ("per_device_train_batch_size", 1))
+            for name, least in (
+                ("max_length", 2),
+                ("max_tokens_per_forward", 1),
+                ("per_device_train_batch_size", 1),
+                ("resample_steps", 0),
+            )
             if getattr(self, name) is not None and getattr(self, name) < least
         ]
         faults += self.faults()

@@ -6,6 +6,7 @@ import json
 import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -49,10 +50,12 @@ from rrhf.training.folder import (
 )
 from rrhf.training.master_weights import has_low_precision
 from rrhf.training.memory import MemoryPlan
+from rrhf.training.online import Online, OnlineRecords
 from rrhf.training.reference import Reference, reference_column, with_reference_sums
 from rrhf.training.trainer import RRHFTrainer
 from rrhf.training.watch_settings import WatchSettings
 from rrhf.training.watching import Watch, watch_training
+from rrhf.training.windows import last_window, window_seconds
 
 log = logging.getLogger("rrhf")
 
@@ -71,9 +74,11 @@ def train_model(
     callbacks: list[TrainerCallback] | None = None,
     watch: WatchSettings | None = None,
     saved: Saved | None = None,
+    online: Online | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` on the scored records of ``data`` and write it to ``config.output_dir``.
 
+    With ``online`` (OP-k) the data need only have queries: their responses are sampled while the policy trains.
     A folder that holds checkpoints of the same settings is continued. ``saved`` is called when the weights are
     written and before the folder counts as complete, so that what it writes there is not missing from a complete one.
 
@@ -87,7 +92,7 @@ def train_model(
     """
     folder = Path(str(config.output_dir))
     model = _settle(model, config, adapter, eval_data)
-    job = Job(folder, data, eval_data, model, config, adapter, watch or WatchSettings(), callbacks or [])
+    job = Job(folder, data, eval_data, model, config, adapter, watch or WatchSettings(), callbacks or [], online)
     with claimed(folder, config, overwrite):
         with config.main_process_first(local=False):
             if is_trained(folder):
@@ -102,7 +107,13 @@ def train_model(
 
 
 def plan_training(
-    data: Path, model: ModelSettings, config: RRHFConfig, adapter: AdapterSettings, *, eval_data: Path | None = None
+    data: Path,
+    model: ModelSettings,
+    config: RRHFConfig,
+    adapter: AdapterSettings,
+    *,
+    eval_data: Path | None = None,
+    online: Online | None = None,
 ) -> MemoryPlan:
     """What ``train_model`` would need against what the device has; nothing is trained, and nothing written.
 
@@ -112,7 +123,7 @@ def plan_training(
     with TemporaryDirectory() as folder:
         config.output_dir, config.push_to_hub = folder, False
         model = _settle(model, config, adapter, eval_data)
-        job = Job(Path(folder), data, eval_data, model, config, adapter, WatchSettings(), [])
+        job = Job(Path(folder), data, eval_data, model, config, adapter, WatchSettings(), [], online)
         plan: MemoryPlan = _build(job, *_load(job)).trainer.memory_plan()
         return plan
 
@@ -149,6 +160,7 @@ class Job:
     adapter: AdapterSettings
     watch: WatchSettings
     callbacks: Sequence[TrainerCallback]
+    online: Online | None
     reference: Reference | None = None
 
     @property
@@ -176,7 +188,8 @@ def _load(job: Job) -> tuple[Any, Any]:
 
 def _reference(job: Job) -> Reference | None:
     """The reference's sums of the records, computed where they are not known."""
-    files = [file for file in (job.data, job.eval_data) if file is not None]
+    data = None if job.online is not None else job.data  # what is sampled while training is not there yet
+    files = [file for file in (data, job.eval_data) if file is not None]
     return with_reference_sums(files, job.model, job.config, job.folder)
 
 
@@ -191,7 +204,7 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     trainer = RRHFTrainer(
         model=policy,
         args=config,
-        train_dataset=records(job.data),
+        train_dataset=_training_data(job, records),
         eval_dataset=None if job.eval_data is None else records(job.eval_data),
         processing_class=tokenizer,
         peft_config=peft_config(job.adapter),
@@ -220,13 +233,21 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     return Training(trainer, precision, watch, stop)
 
 
+def _training_data(job: Job, records: Callable[[Path], Iterator[Record]]) -> Iterator[Record] | OnlineRecords:
+    if job.online is None:
+        return records(job.data)
+    return OnlineRecords(read_records(job.data, empty_responses="drop"), job.online)
+
+
 def _run(job: Job, training: Training) -> float:
     """Train, from the last checkpoint if there is one; returns the mean loss."""
     trainer, stop, watch = training.trainer, training.stop, training.watch
     checkpoint = last_checkpoint(job.folder)
     if checkpoint is not None:
         log.info(f"train: going on from {checkpoint}")
-    with stop.listening(), naming_full_disk(job.folder):
+    records = trainer.train_dataset
+    held = closing(records) if isinstance(records, OnlineRecords) else nullcontext()
+    with stop.listening(), naming_full_disk(job.folder), held:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if stop.agreed is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(128 + stop.agreed)
@@ -250,7 +271,7 @@ def _save(
     summary = {
         "settings": settings,
         "records": len(records),
-        "data": source_shares(job.data),
+        "data": source_shares(last_window(folder) or job.data),
         "skipped": dict(records.skipped),
         "unranked": records.unranked,
         "queries_cut": records.queries_cut,
@@ -259,6 +280,7 @@ def _save(
         "precision": training.precision,
         "steps": trainer.state.global_step,
         "train_loss": train_loss,
+        "window_seconds": window_seconds(folder),
     }
     if trainer.is_world_process_zero():
         trainer.save_state()
@@ -274,6 +296,8 @@ def _save(
 def _remember_settings(job: Job) -> dict[str, Any]:
     """Write down what this run is; refuse to go on with a run that was another."""
     everything = {**json.loads(job.config.to_json_string()), **asdict(job.adapter), **_inputs(job)}
+    if job.online is not None:
+        everything |= job.online.settings()
     if job.config.bf16_by_default:
         del everything["bf16"]
     settings = {name: value for name, value in sorted(everything.items()) if name not in FREE and value is not None}

@@ -37,6 +37,7 @@ from rrhf.training.forward import IDLE, Compute, ForwardOutputs, accept_records,
 from rrhf.training.master_weights import MasterWeights, has_low_precision
 from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
 from rrhf.training.needs import optional_tensors, refuse_unmet
+from rrhf.training.online import OnlineRecords
 from rrhf.training.reference import fill_in_memory, reference_pass
 from rrhf.training.two_pass import SecondPass, first_pass
 
@@ -52,7 +53,8 @@ class RRHFTrainer(Trainer):
         model: a ``PreTrainedModel``, or the name of one (hub id, folder, GGUF file).
         args: an ``RRHFConfig``.
         train_dataset, eval_dataset: a ``datasets.Dataset`` or any iterable of records (``query``, ``responses``,
-            ``scores``); TRL preference rows (``prompt``, ``chosen``, ``rejected``) are taken too.
+            ``scores``); TRL preference rows (``prompt``, ``chosen``, ``rejected``) are taken too. Or ``OnlineRecords``,
+            whose responses the policy samples every ``args.resample_steps`` steps.
         processing_class: the tokenizer; default: the one that comes with ``model``.
         peft_config: a PEFT configuration; the adapter alone is then trained.
         reference_sums: for losses with a reference, the name in the records' ``rewards`` of its log-probability sums.
@@ -67,7 +69,7 @@ class RRHFTrainer(Trainer):
         self,
         model: PreTrainedModel | str,
         args: RRHFConfig | None = None,
-        train_dataset: Iterable[Any] | None = None,
+        train_dataset: Iterable[Any] | OnlineRecords | None = None,
         eval_dataset: Iterable[Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
@@ -92,15 +94,10 @@ class RRHFTrainer(Trainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
 
-        def encode(rows: Iterable[Any] | None, only_best: bool = False) -> EncodedRecords | None:
-            if rows is None or isinstance(rows, EncodedRecords):
-                return rows
-            format = TextFormat(processing_class, args.text)
-            return EncodedRecords(rows, format, args.max_length, only_best, reference_sums)
-
         # Held-out records keep all their scored responses: how they are ranked is measured whatever the loss.
-        train, held_out = encode(train_dataset, args.ranking_loss == "none"), encode(eval_dataset)
-        if train is not None and not len(train):
+        train = _encoded(train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none")
+        held_out = _encoded(eval_dataset, args, processing_class, reference_sums)
+        if train is not None and not train.records:
             raise UserError(f"no record is left to train on: {train.summary()}")
         for data, flag in ((train, "the data"), (held_out, "--eval_data")):
             if data is not None:
@@ -128,12 +125,16 @@ class RRHFTrainer(Trainer):
                 **options,
             )
         _keep_sums_exact(self.accelerator)
+        if isinstance(train, OnlineRecords):
+            train.attach(self)
 
     # -- batches
 
     def get_train_dataloader(self) -> DataLoader:
         """This process's micro-batches, as lists of encoded records; see ``StepSampler``."""
         args = self.args
+        if isinstance(self.train_dataset, OnlineRecords):
+            return self.train_dataset.loader()
         seed = args.data_seed if args.data_seed is not None else args.seed
         tokens = [SIZES[self.path](record) for record in self.train_dataset.records]
         sampler = StepSampler(
@@ -454,6 +455,8 @@ class RRHFTrainer(Trainer):
             tokens = float(self._over_processes(self._tokens).sum())
             logs["tokens_per_second"] = round(tokens / max(self._seconds, 1e-9), 2)
             self._tokens, self._seconds = 0, 0.0
+            if isinstance(self.train_dataset, OnlineRecords):
+                logs.update(self.train_dataset.metrics())
         super().log(logs, start_time)
 
     @torch.no_grad()
@@ -495,6 +498,25 @@ class RRHFTrainer(Trainer):
         model = causal_lm(self.model)
         parameters = model.num_parameters(exclude_embeddings=True)
         return 6 * parameters * sum(tree_tokens(record) for record in inputs)
+
+
+def _encoded(
+    rows: Iterable[Any] | OnlineRecords | None,
+    args: RRHFConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    reference_sums: str | None,
+    only_best: bool = False,
+) -> EncodedRecords | OnlineRecords | None:
+    """Rows as token ids; what is sampled while training is encoded then."""
+    if rows is None or isinstance(rows, EncodedRecords):
+        return rows
+    format = TextFormat(tokenizer, args.text)
+    if isinstance(rows, OnlineRecords):
+        rows.prepare(format, args, only_best)
+        return rows
+    if args.resample_steps:
+        raise UserError(f"--resample_steps {args.resample_steps}: the training's records must be OnlineRecords")
+    return EncodedRecords(rows, format, args.max_length, only_best, reference_sums)
 
 
 def _use_one_gpu(args: RRHFConfig) -> None:

@@ -12,15 +12,12 @@ from __future__ import annotations
 
 import json
 import logging
-import random
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from transformers import TrainerCallback
 
@@ -38,6 +35,7 @@ from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.scoring import Rewards, is_provided
 from rrhf.sampling.sampler import Sampler
 from rrhf.training.alarms import Measurement, alarms, measurements, pearson
+from rrhf.training.undisturbed import undisturbed
 from rrhf.training.watch_settings import WatchSettings
 
 if TYPE_CHECKING:
@@ -48,25 +46,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("rrhf")
 
 FOLDER = "watch"  # in the model's folder: what the policy wrote, one file a measurement
-
-
-@contextmanager
-def undisturbed(model: torch.nn.Module) -> Iterator[None]:
-    """Put back every random state, and which modules were in training mode."""
-    modes = [(module, module.training) for module in model.modules()]
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with ExitStack() as stack:
-        devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-        stack.enter_context(torch.random.fork_rng(devices=devices))
-        if torch.backends.mps.is_available():
-            stack.callback(torch.mps.set_rng_state, torch.mps.get_rng_state())
-        try:
-            yield
-        finally:
-            random.setstate(python)
-            np.random.set_state(numpy_state)
-            for module, training in modes:
-                module.training = training
 
 
 class Watch(TrainerCallback):

@@ -26,7 +26,7 @@ class Sft:
 def short_help() -> Groups:
     from rrhf.common.flag_help import flags_of
 
-    groups = train.short_help()
+    groups = {title: flags for title, flags in train.short_help().items() if "--resample_steps" not in title}
     return {"files": groups["files"], "what is fitted": flags_of(Sft), **groups}
 
 
@@ -34,7 +34,7 @@ def main(arguments: list[str], name: str) -> int:
     if help_wanted(arguments):
         print(format_help(name, str(__doc__), short_help()), end="")
         raise SystemExit(0)
-    settings = [*train.flags().settings, Sft]
+    settings = [*train.flags(online=False).settings, Sft]
     model, files, adapter, config, watch, sft = Flags(settings, name).parse(
         ["--ranking_loss", "none", *train.with_output(arguments)]
     )
