@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from rrhf.rewards.reward_models.load import Place
-    from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward
+    from rrhf.rewards.reward_models.passes import RewardModel
 
 log = logging.getLogger("rrhf")
 
@@ -58,12 +58,14 @@ class ModelScorer:
         name, label = split_label(argument)
         self.place, self.context = find_reward_model(name), context
         self.positive = positive_label(self.place, label)
-        self.model: EncoderReward | CausalReward | None = None
+        self.model: RewardModel | None = None
         self.rows = 0
 
     def __call__(self, items: Sequence[Item]) -> list[float | None]:
         if not items:
             return []
+        from rrhf.rewards.reward_models.passes import score_requests
+
         if self.model is None:
             from rrhf.rewards.reward_models.load import load_reward_model
 
@@ -72,7 +74,7 @@ class ModelScorer:
         groups = [list(group) for _, group in groupby(items, key=lambda item: id(item[0]))]
         requests = [(group[0][0], [index for _, index in group]) for group in groups]
         cut_before = self.model.reader.cut
-        logits = self.model.logits(requests, self.context.max_tokens_per_forward or self._budget())
+        logits = score_requests(self.model, requests, self.context.max_tokens_per_forward or self._budget())
         self.rows += len(items)
         if self.model.reader.cut and not cut_before:
             log.warning(

@@ -13,7 +13,7 @@ from rrhf.models.devices import resolve_device, resolve_dtype
 from rrhf.models.load import context_length
 from rrhf.models.locate import locate
 from rrhf.rewards.reward_models.heads import find_head, raw_checkpoint, read_raw, stored_names, stored_tensors
-from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward, Head
+from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward, Head, RewardModel
 from rrhf.rewards.reward_models.reading import CausalReader, PairReader
 
 if TYPE_CHECKING:
@@ -88,7 +88,7 @@ def _located(name: str) -> str:
     return location.source
 
 
-def load_reward_model(place: Place, device: str = "auto", dtype: str = "auto") -> EncoderReward | CausalReward:
+def load_reward_model(place: Place, device: str = "auto", dtype: str = "auto") -> RewardModel:
     """Load a reward model in evaluation mode on the device asked for.
 
     Raises:
@@ -196,7 +196,7 @@ def _with_head(
     head = Head(weight.float().to(device), None if bias is None else bias.float().to(device), *shift)
     unread = place.config.get_text_config().pad_token_id if place.classifies else None
     reader = CausalReader(tokenizer, place.context, always_end=not place.classifies, unread=unread)
-    return CausalReward(backbone.to(device).eval(), head, reader)
+    return CausalReward(backbone.to(device).eval(), head, reader, place.context or 0)
 
 
 def _refuse_missing(place: Place, info: dict[str, Any]) -> None:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -34,8 +35,10 @@ class Head:
 
     def __call__(self, states: Tensor) -> Tensor:
         """Scores [R, L] of states [R, hidden_size]."""
-        states = states if states.dtype == torch.float64 else states.float()
-        logits = nn.functional.linear(states, self.weight.to(states.dtype), self.bias)
+        with torch.autocast(states.device.type, enabled=False):
+            states = states if states.dtype == torch.float64 else states.float()
+            bias = None if self.bias is None else self.bias.to(states.dtype)
+            logits = nn.functional.linear(states, self.weight.to(states.dtype), bias)
         return (logits - self.mean) / self.std
 
 
@@ -77,42 +80,63 @@ class EncoderReward:
     model: PreTrainedModel
     reader: PairReader
 
-    @torch.inference_mode()
-    def logits(self, requests: Sequence[Request], budget: int) -> Tensor:
-        """Logits of all responses asked for, in order. Tensor of shape (R, labels), fp32, on the CPU."""
-        rows = [row for record, indices in requests for row in self.reader.rows(record, indices)]
-        out = torch.zeros(len(rows), int(self.model.config.num_labels))
+    def encode(self, record: Record, indices: Sequence[int]) -> list[Row]:
+        """The rows of the record's responses at ``indices``."""
+        return self.reader.rows(record, indices)
+
+    def compute(self, rows: Sequence[Row], budget: int) -> Tensor:
+        """Logits of rows, in order and with the graph. Tensor of shape (R, labels), fp32."""
+        batches = length_batches([len(row.ids) for row in rows], budget)
         padding = self.reader.tokenizer.pad_token_id or 0
-        for batch in length_batches([len(row.ids) for row in rows], budget):
-            out[batch] = encoder_logits(self.model, [rows[index] for index in batch], padding).cpu()
-        return out
+        logits = [encoder_logits(self.model, [rows[index] for index in batch], padding) for batch in batches]
+        return in_order(logits, [index for batch in batches for index in batch])
 
 
 @dataclass
 class CausalReward:
-    """A causal decoder with a scalar head, which reads what the rows of a record share once where it takes trees."""
+    """A causal decoder with a scalar head, which reads what the rows of a record share once where it takes trees.
+
+    ``longest_row``: of the trees to come, which decides what the check of the path must cover.
+    """
 
     backbone: PreTrainedModel
     head: Head
     reader: CausalReader
-    path: str = field(default="", init=False)
+    longest_row: int = 0
 
     @cached_property
-    def _checked_path(self) -> str:
-        self.path = self.path or usable_path(self.backbone, self.reader.context or 0, END_STATES)
-        return self.path
+    def path(self) -> str:
+        return usable_path(self.backbone, self.longest_row, END_STATES)
 
-    @torch.inference_mode()
-    def logits(self, requests: Sequence[Request], budget: int) -> Tensor:
-        """Scores of all responses asked for, in order. Tensor of shape (R, L), fp32, on the CPU."""
-        encoded = [e for record, indices in requests for e in self.reader.encode(record, indices)]
-        numbered = _numbered(encoded)
-        out = torch.zeros(sum(len(record.responses) for record in encoded), len(self.head.weight))
-        for forward in plan_forwards(numbered, budget, self._checked_path):
+    def encode(self, record: Record, indices: Sequence[int]) -> list[EncodedRecord]:
+        """The rows of the record's responses at ``indices``, which share what they begin with."""
+        return self.reader.encode(record, indices)
+
+    def compute(self, rows: Sequence[EncodedRecord], budget: int) -> Tensor:
+        """Scores of all responses of ``rows``, in order and with the graph. Tensor of shape (R, L), fp32."""
+        scores: list[Tensor] = []
+        order: list[int] = []
+        for forward in plan_forwards(_numbered(rows), budget, self.path):
             for part in [[part] for part in forward.slices] or [list(forward.records)]:
-                which = [int(number) for record in part for number in record.scores if number is not None]
-                out[which] = self.head(end_states(self.backbone, part, self._checked_path)).cpu()
-        return out
+                scores.append(self.head(end_states(self.backbone, part, self.path)))
+                order += [int(number) for record in part for number in record.scores if number is not None]
+        return in_order(scores, order)
+
+
+RewardModel = EncoderReward | CausalReward
+
+
+@torch.inference_mode()
+def score_requests(model: RewardModel, requests: Sequence[Request], budget: int) -> Tensor:
+    """Logits of all responses asked for, in order. Tensor of shape (R, L), fp32, on the CPU."""
+    rows: Any = [row for record, indices in requests for row in model.encode(record, indices)]
+    return model.compute(rows, budget).cpu()
+
+
+def in_order(parts: Sequence[Tensor], order: Sequence[int]) -> Tensor:
+    """The rows of ``parts`` sorted by the numbers that ``order`` gives them."""
+    rows = torch.cat(list(parts))
+    return rows[torch.tensor(order, device=rows.device).argsort()]
 
 
 def _numbered(encoded: Sequence[EncodedRecord]) -> list[EncodedRecord]:
@@ -121,6 +145,6 @@ def _numbered(encoded: Sequence[EncodedRecord]) -> list[EncodedRecord]:
     numbered, count = [], 0
     for record in encoded:
         numbers: list[float | None] = [float(count + i) for i in range(len(record.responses))]
-        numbered.append(EncodedRecord(record.id, record.query, record.responses, numbers))
+        numbered.append(replace(record, scores=numbers))
         count += len(numbers)
     return numbered
