@@ -14,7 +14,7 @@ from rrhf.common.errors import UserError, nearest
 from rrhf.common.launch import end_process_group
 from rrhf.models.devices import set_up_memory
 
-# name → what the overview says of it; each is a module of rrhf.cli
+# name → what the overview says of it; each is a module of rrhf.cli, with _ for -
 COMMANDS = {
     "demo": "the whole job on what installed packages carry",
     "run": "sample → score → train → evaluate → report, from one configuration; run again to resume",
@@ -26,6 +26,7 @@ COMMANDS = {
     "inspect": "look into a file of records",
     "convert": "turn other data sets into records",
     "report": "one HTML page of one run or several",
+    "reward-model": "train a reward model on pairs or ranked lists",
     "publish": "a model card, an upload to the hub, or a GGUF file for llama.cpp",
 }
 
@@ -62,7 +63,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     set_up_memory(rest)
     try:
-        code = int(importlib.import_module(f"rrhf.cli.{name}").main(rest) or 0)
+        code = int(importlib.import_module(f"rrhf.cli.{name.replace('-', '_')}").main(rest) or 0)
         end_process_group()
         return code
     except UserError as error:

@@ -6,20 +6,23 @@ import contextlib
 import copy
 import logging
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rrhf.common.errors import UserError
-from rrhf.models.attention import takes_layouts
+from rrhf.models.attention import Layout, takes_layouts
+from rrhf.models.end_states import padded_end_states, tree_end_states
 from rrhf.models.flex_check import check_flex
 from rrhf.models.forward import causal_lm
 from rrhf.models.kernels.attention_call import AttentionCall
+from rrhf.models.kernels.choice import wants_flex
 from rrhf.models.padded_rows import padded_logprobs
-from rrhf.models.shared_prefix import Forest, forest_logprobs, lay_out, tree_logprobs
+from rrhf.models.shared_prefix import Forest, forest_logprobs, lay_out
 from rrhf.models.tokenization import EncodedRecord
 
 log = logging.getLogger("rrhf")
@@ -36,7 +39,49 @@ EXPERT_ULPS = 16  # units in the last place of a log-probability that may differ
 QUANTISED_CHANGE = 4
 
 
-def usable_path(model: PreTrainedModel, longest_row: int = 0) -> str:
+class Numbers(NamedTuple):
+    """What a pass gives for R responses: ``values`` [R, n], and [R, 1] by how much to divide them for one token's."""
+
+    values: Tensor
+    tokens: Tensor
+
+
+class Passes(NamedTuple):
+    """Two passes whose numbers are compared. The tree's may get a function that gives the layout for the forest's."""
+
+    name: str
+    tree: Callable[[PreTrainedModel, Sequence[EncodedRecord], Callable[[Forest], Layout] | None], Numbers]
+    padded: Callable[[PreTrainedModel, Sequence[EncodedRecord]], Numbers]
+
+
+def _tree_logprobs(
+    model: PreTrainedModel, records: Sequence[EncodedRecord], watch: Callable[[Forest], Layout] | None
+) -> Numbers:
+    forest = lay_out(records, model.get_input_embeddings().weight.device, wants_flex(model))
+    logprobs = forest_logprobs(model, forest, layout=None if watch is None else watch(forest))
+    return Numbers(logprobs.sums[:, None], logprobs.lengths.clamp(min=1)[:, None])
+
+
+def _padded_logprobs(model: PreTrainedModel, records: Sequence[EncodedRecord]) -> Numbers:
+    logprobs = padded_logprobs(model, records)
+    return Numbers(logprobs.sums[:, None], logprobs.lengths.clamp(min=1)[:, None])
+
+
+def _states(states: Tensor) -> Numbers:
+    """Of vectors, each divided by its length: their size is a matter of the model's, not of the pass."""
+    values = states if states.dtype == torch.float64 else states.float()
+    return Numbers(values, values.norm(dim=1, keepdim=True).clamp(min=1e-6))
+
+
+LOGPROBS = Passes("log-probabilities", _tree_logprobs, _padded_logprobs)
+END_STATES = Passes(
+    "last hidden states",
+    lambda model, records, watch: _states(tree_end_states(model, records, watch)),
+    lambda model, records: _states(padded_end_states(model, records)),
+)
+
+
+def usable_path(model: PreTrainedModel, longest_row: int = 0, passes: Passes = LOGPROBS) -> str:
     """``"tree"`` where the tree pass gives the padded pass's numbers on this model, else ``"padded"``, which is logged.
 
     A small random record runs through both. Every layer must have attended by the tree's layout, once; the sums must be
@@ -47,6 +92,8 @@ def usable_path(model: PreTrainedModel, longest_row: int = 0) -> str:
     Sums are equal to 0.001 a token in fp32, where a model in a lower precision is compared by a copy in fp32. Compared
     as they are, and to 0.05 + 0.02 · |log-probability| a token, are models too large for a copy, those for whose copy
     the memory does not suffice, and quantised weights, which cannot be cast.
+
+    ``passes``: ``END_STATES`` compares the vectors that heads read, for a model without an output layer, instead.
 
     Raises:
         UserError: the memory does not suffice for a record of a few tokens.
@@ -59,7 +106,11 @@ def usable_path(model: PreTrainedModel, longest_row: int = 0) -> str:
     try:
         check_flex(model, _probe(model, longest_row))
         with torch.no_grad(), _full_precision():
-            fault = _layers_without_layout(model) or _other_numbers(model, longest_row) or _leak(model)
+            fault = (
+                _layers_without_layout(model, passes)
+                or _other_numbers(model, passes, longest_row)
+                or _leak(model, passes)
+            )
     except Exception as error:  # whatever a model's code raises on an unusual layout, the padded pass remains
         if _out_of_memory(error):
             raise UserError(_without_memory(model, longest_row, error)) from error
@@ -131,79 +182,82 @@ class _Counted:
         return self.forest.attend(layer, call)
 
 
-def _layers_without_layout(model: PreTrainedModel) -> str | None:
+def _layers_without_layout(model: PreTrainedModel, passes: Passes) -> str | None:
     """A layer that mixes tokens in another way (a convolution, a recurrence) cannot know of trees."""
-    forest = lay_out([_probe(model, 0)], model.get_input_embeddings().weight.device)
-    layout = _Counted(forest)
-    forest_logprobs(model, forest, layout=layout)
-    layers = model.config.get_text_config().num_hidden_layers
-    if layout.calls == Counter(range(layers)):
+    layouts: list[_Counted] = []
+
+    def watch(forest: Forest) -> Layout:
+        layouts.append(_Counted(forest))
+        return layouts[0]
+
+    passes.tree(model, [_probe(model, 0)], watch)
+    layers, calls = model.config.get_text_config().num_hidden_layers, layouts[0].calls
+    if calls == Counter(range(layers)):
         return None
-    once = sum(layout.calls[layer] == 1 for layer in range(layers))
-    return f"{once} of its {layers} layers attended by the tree once, {layout.calls.total()} calls in all"
+    once = sum(calls[layer] == 1 for layer in range(layers))
+    return f"{once} of its {layers} layers attended by the tree once, {calls.total()} calls in all"
 
 
-def _other_numbers(model: PreTrainedModel, longest_row: int) -> str | None:
+def _other_numbers(model: PreTrainedModel, passes: Passes, longest_row: int) -> str | None:
     record = _probe(model, longest_row)
     quantised = _is_quantised(model)
     low = quantised or any(p.dtype not in (torch.float32, torch.float64) for p in model.parameters())
     compared = None
     if low and not quantised and model.num_parameters() <= COPIED_PARAMETERS:
-        compared = _compare_in_fp32(model, record)
+        compared = _compare_in_fp32(model, passes, record)
     exact = compared is not None or not low
-    compared = compared or _compare(model, record)
+    compared = compared or _compare(model, passes, record)
     # bfloat16 logits of random tokens are some 10 to 20 large and so 0.1 apart where only the rounding differs.
     if compared.worst <= (1e-3 if exact else 0.05 + 0.02 * compared.magnitude):
         return None
-    return f"its tree log-probabilities differ by {compared.worst:.2g} a token"
+    return f"its tree {passes.name} differ by {compared.worst:.2g} a token"
 
 
 @dataclass(frozen=True)
 class _Comparison:
-    """The largest difference of log-probabilities a token between tree and padded rows, and the largest of them."""
+    """The largest difference of numbers a token between tree and padded rows, and the largest of them."""
 
     worst: float
     magnitude: float
 
 
-def _compare(model: PreTrainedModel, record: EncodedRecord) -> _Comparison:
-    tree, padded = tree_logprobs(model, [record]), padded_logprobs(model, [record])
-    lengths = tree.lengths.clamp(min=1)
-    difference = ((tree.sums - padded.sums) / lengths).abs().max()
-    return _Comparison(float(difference), float((padded.sums / lengths).abs().max()))
+def _compare(model: PreTrainedModel, passes: Passes, record: EncodedRecord) -> _Comparison:
+    tree, padded = passes.tree(model, [record], None), passes.padded(model, [record])
+    difference = ((tree.values - padded.values) / tree.tokens).norm(dim=1).max()
+    return _Comparison(float(difference), float((padded.values / tree.tokens).norm(dim=1).max()))
 
 
-def _compare_in_fp32(model: PreTrainedModel, record: EncodedRecord) -> _Comparison | None:
+def _compare_in_fp32(model: PreTrainedModel, passes: Passes, record: EncodedRecord) -> _Comparison | None:
     """``_compare`` on a copy, which then goes; ``None`` where the memory does not suffice for one."""
     try:
-        return _compare(copy.deepcopy(model).float(), record)
+        return _compare(copy.deepcopy(model).float(), passes, record)
     except Exception as error:
         if _out_of_memory(error):
             return None
         raise
 
 
-def _leak(model: PreTrainedModel) -> str | None:
-    """Exchange one response after the other for one of equal length: the others' sums must stay what they are."""
+def _leak(model: PreTrainedModel, passes: Passes) -> str | None:
+    """Exchange one response after the other for one of equal length: the others' numbers must stay what they are."""
     record = _probe(model, 0)
-    before = tree_logprobs(model, [record])
-    unread = padded_logprobs(model, [record]) if _is_quantised(model) else None
-    config, allowed = model.config.get_text_config(), torch.zeros_like(before.sums)
+    before = passes.tree(model, [record], None).values
+    unread = passes.padded(model, [record]).values if _is_quantised(model) else None
+    config, allowed = model.config.get_text_config(), torch.zeros(len(before), device=before.device)
     if any(getattr(config, name, None) for name in EXPERTS):
         ulp = torch.finfo(next(model.parameters()).dtype).eps
-        allowed = EXPERT_ULPS * ulp * before.sums.abs()
+        allowed = EXPERT_ULPS * ulp * before.abs().amax(dim=1)
     for i, response in enumerate(record.responses):
         responses = list(record.responses)
         responses[i] = [(token + 1) % config.vocab_size for token in response]
         exchanged = replace(record, responses=responses)
-        change = (tree_logprobs(model, [exchanged]).sums - before.sums).abs()
+        change = (passes.tree(model, [exchanged], None).values - before).abs().amax(dim=1)
         change[i] = 0.0
         by_rounding = torch.zeros_like(change)
         if unread is not None:
-            by_rounding = (padded_logprobs(model, [exchanged]).sums - unread.sums).abs()
+            by_rounding = (passes.padded(model, [exchanged]).values - unread).abs().amax(dim=1)
             by_rounding[i] = 0.0
         if not bool((change <= allowed + QUANTISED_CHANGE * by_rounding.max()).all()):
-            return f"exchanging one response changes another's log-probability by {float(change.max()):.2g}"
+            return f"exchanging one response changes another's {passes.name} by {float(change.max()):.2g}"
     return None
 
 

@@ -101,6 +101,10 @@ class TextFormat:
             messages.insert(0, {"role": "system", "content": self.settings.system_prompt})
         return self._template(messages, add_generation_prompt=True)
 
+    def whole(self, messages: list[dict[str, str]]) -> str:
+        """The text of a finished dialogue through the chat template: no turn is opened behind it."""
+        return self._template(messages, add_generation_prompt=False)
+
     def _template(self, messages: list[dict[str, str]], add_generation_prompt: bool) -> str:
         if not self.tokenizer.chat_template:
             raise UserError(

@@ -5,15 +5,10 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass, field, fields
 
-import torch
-from transformers import TrainingArguments
-from transformers.training_args import ParallelMode
-
 from rrhf.common.errors import UserError
-from rrhf.common.launch import check_connected, launched_processes
 from rrhf.losses import LossSettings
-from rrhf.models.devices import native_bfloat16, resolve_device
 from rrhf.models.tokenization import TextSettings
+from rrhf.training.placement import PlacedArguments
 
 LEARNING_RATE = 2e-5  # the paper's
 
@@ -22,7 +17,7 @@ ADAPTER_LEARNING_RATE = 2e-4  # ten times as much: docs/adapters.md
 
 
 @dataclass
-class RRHFConfig(TrainingArguments, LossSettings):
+class RRHFConfig(PlacedArguments, LossSettings):
     """Every argument of ``transformers.TrainingArguments``, with the paper's values as defaults, and those of RRHF.
 
     ``per_device_train_batch_size`` counts queries, each with all its responses.
@@ -106,52 +101,11 @@ class RRHFConfig(TrainingArguments, LossSettings):
             faults.append(str(error))
         if faults:
             raise UserError("\n".join(faults))
-        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
-        if not accelerated:
-            self.use_cpu = True  # else processes started together on a CPU do not find each other
         self.learning_rate_by_default = self.learning_rate is None
         if self.learning_rate is None:
             self.learning_rate = LEARNING_RATE
-        self.bf16_by_default = self.bf16 is None
-        if self.bf16 is None:
-            self.bf16 = not self.fp16 and native_bfloat16(resolve_device("cpu" if self.use_cpu else "auto"))
         self.output_dir: str | None = self.output_dir or "rrhf-model"
-        processes = launched_processes()
-        super().__post_init__()
-        check_connected(processes, self.world_size)
-
-    def place(self, flag: str) -> torch.device:
-        """Put the training where ``--device`` says, and return that device.
-
-        transformers parses its arguments without this flag, and has taken the first GPU, or each process its own.
-
-        Raises:
-            UserError: the device is not here, or the training cannot be moved to it.
-        """
-        if flag == "auto":
-            return self.device
-        wanted = resolve_device(flag)
-        distributed = self.parallel_mode == ParallelMode.DISTRIBUTED
-        if wanted.type == self.device.type and (distributed or wanted == self.device):
-            return self.device
-        if distributed:
-            cure = "give --use_cpu true as well" if wanted.type == "cpu" else "leave --device out"
-            raise UserError(f"--device {flag}: the processes are connected for {self.device.type} already: {cure}")
-        if wanted.type == "cpu":
-            self._move_to_cpu()
-        elif wanted.type == "cuda" and not self.use_cpu:
-            self.__dict__["_setup_devices"], self._n_gpu = wanted, 1  # what transformers keeps its choice in
-        else:
-            raise UserError(f"--device {flag}: the training is set up on {self.device} (--use_cpu): name one device")
-        return self.device
-
-    def _move_to_cpu(self) -> None:
-        self.use_cpu, self.dataloader_pin_memory = True, False
-        if self.bf16_by_default:
-            self.bf16 = not self.fp16 and native_bfloat16(torch.device("cpu"))
-            if not self.fp16:
-                self.mixed_precision = "bf16" if self.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
-        del self.__dict__["_setup_devices"]  # made anew when next asked for
+        self.settle_device()
 
     @property
     def text(self) -> TextSettings:

@@ -94,3 +94,15 @@ class MasterWeights(torch.optim.Optimizer):
 def has_low_precision(model: nn.Module) -> bool:
     """Whether any trained parameter is bfloat16 or float16."""
     return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
+
+
+def use_masters(trainer: Any) -> None:
+    """Let a ``transformers.Trainer`` make its optimiser of fp32 masters where its model's weights are bfloat16.
+
+    For its ``create_optimizer``, before transformers' own.
+    """
+    # FSDP exchanges the parameters later and keeps its own masters.
+    if trainer.optimizer is None and not trainer.is_fsdp_enabled and has_low_precision(trainer.model):
+        asked: Any = trainer.__dict__.get("optimizer_cls_and_kwargs")
+        kind, options = asked or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
+        trainer.optimizer_cls_and_kwargs = (MasterWeights, {"optimiser": kind, **options})

@@ -34,7 +34,7 @@ from rrhf.training.batching import StepSampler
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
 from rrhf.training.forward import IDLE, Compute, ForwardOutputs, accept_records, forward_records, measure
-from rrhf.training.master_weights import MasterWeights, has_low_precision
+from rrhf.training.master_weights import has_low_precision, use_masters
 from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
 from rrhf.training.needs import optional_tensors, refuse_unmet
 from rrhf.training.online import OnlineRecords
@@ -186,11 +186,7 @@ class RRHFTrainer(Trainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         """The optimiser asked for; bfloat16 weights get fp32 masters in it (see ``rrhf.training.master_weights``)."""
-        # FSDP exchanges the parameters later and keeps its own masters.
-        if self.optimizer is None and not self.is_fsdp_enabled and has_low_precision(self.model):
-            asked: Any = self.__dict__.get("optimizer_cls_and_kwargs")
-            kind, options = asked or self.get_optimizer_cls_and_kwargs(self.args, self.model)
-            self.optimizer_cls_and_kwargs: Any = (MasterWeights, {"optimiser": kind, **options})
+        use_masters(self)
         return super().create_optimizer(model)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:

@@ -1,0 +1,67 @@
+"""Where a training computes, and in which precision by default: what ``TrainingArguments`` leaves to be settled."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+from transformers import TrainingArguments
+from transformers.training_args import ParallelMode
+
+from rrhf.common.errors import UserError
+from rrhf.common.launch import check_connected, launched_processes
+from rrhf.models.devices import native_bfloat16, resolve_device
+
+
+class PlacedArguments(TrainingArguments):
+    """``TrainingArguments`` that can be put on a device; whoever inherits calls ``settle_device`` when checked.
+
+    ``bf16`` may be None: autocast where the hardware has bfloat16. ``bf16_by_default`` remembers that.
+    """
+
+    bf16: bool | None
+
+    def settle_device(self) -> None:
+        """Settle device and precision, and check that the processes of a launch are connected."""
+        accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
+        if not accelerated:
+            self.use_cpu = True  # else processes started together on a CPU do not find each other
+        self.bf16_by_default = self.bf16 is None
+        if self.bf16 is None:
+            self.bf16 = not self.fp16 and native_bfloat16(resolve_device("cpu" if self.use_cpu else "auto"))
+        processes = launched_processes()
+        TrainingArguments.__post_init__(self)
+        check_connected(processes, self.world_size)
+
+    def place(self, flag: str) -> torch.device:
+        """Put the training where ``--device`` says, and return that device.
+
+        transformers parses its arguments without this flag, and has taken the first GPU, or each process its own.
+
+        Raises:
+            UserError: the device is not here, or the training cannot be moved to it.
+        """
+        if flag == "auto":
+            return self.device
+        wanted = resolve_device(flag)
+        distributed = self.parallel_mode == ParallelMode.DISTRIBUTED
+        if wanted.type == self.device.type and (distributed or wanted == self.device):
+            return self.device
+        if distributed:
+            cure = "give --use_cpu true as well" if wanted.type == "cpu" else "leave --device out"
+            raise UserError(f"--device {flag}: the processes are connected for {self.device.type} already: {cure}")
+        if wanted.type == "cpu":
+            self._move_to_cpu()
+        elif wanted.type == "cuda" and not self.use_cpu:
+            self.__dict__["_setup_devices"], self._n_gpu = wanted, 1  # what transformers keeps its choice in
+        else:
+            raise UserError(f"--device {flag}: the training is set up on {self.device} (--use_cpu): name one device")
+        return self.device
+
+    def _move_to_cpu(self) -> None:
+        self.use_cpu, self.dataloader_pin_memory = True, False
+        if self.bf16_by_default:
+            self.bf16 = not self.fp16 and native_bfloat16(torch.device("cpu"))
+            if not self.fp16:
+                self.mixed_precision = "bf16" if self.bf16 else os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+        del self.__dict__["_setup_devices"]  # made anew when next asked for

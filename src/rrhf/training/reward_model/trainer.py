@@ -1,0 +1,154 @@
+"""``RewardTrainer``: a ``transformers.Trainer`` whose batches are queries with their ranked responses."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+
+from rrhf.common.errors import UserError
+from rrhf.evaluation.ranking import Ranked, ranking_report
+from rrhf.models.attention import our_attention
+from rrhf.rewards.reward_models.passes import CausalReward, RewardModel
+from rrhf.training.master_weights import has_low_precision, use_masters
+from rrhf.training.reward_model.config import RewardModelConfig
+from rrhf.training.reward_model.data import RankedRecords, RankedRows
+from rrhf.training.reward_model.loss import bradley_terry
+
+MEASURED_AT_ONCE = 64  # queries whose rows are sorted by length together when they are measured
+
+
+class RewardTrainer(Trainer):
+    """Train a sequence classification model with one label so that its logits rank responses as their scores do.
+
+    Args:
+        model: the ``…ForSequenceClassification`` model.
+        reward: the same model as rows go through it (``rewards.reward_models``).
+        args: a ``RewardModelConfig``.
+        train_dataset, eval_dataset: records with rows of this model.
+        processing_class: the tokenizer.
+
+    The loss is the mean of ``bradley_terry`` over the queries of a micro-batch. Every other argument is
+    ``transformers.Trainer``'s.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reward: RewardModel,
+        args: RewardModelConfig,
+        train_dataset: RankedRecords,
+        eval_dataset: RankedRecords | None = None,
+        processing_class: PreTrainedTokenizerBase | None = None,
+        **options: Any,
+    ) -> None:
+        if args.bf16_by_default and has_low_precision(model):  # nothing is left to cast
+            args.bf16, args.mixed_precision = False, "no"
+        if args.n_gpu > 1:
+            args._n_gpu = 1  # transformers would split lists over GPUs
+        self.reward = reward
+        self._sums: defaultdict[str, float] = defaultdict(float)
+        _accept_rows(model, reward, args.max_tokens_per_forward)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            data_collator=list,
+            **options,
+        )
+        self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        """The optimiser asked for; bfloat16 weights get fp32 masters in it (see ``rrhf.training.master_weights``)."""
+        use_masters(self)
+        return super().create_optimizer(model)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        # Held for the whole run: gradient checkpointing looks the attention up again in the backward pass.
+        tree = isinstance(self.reward, CausalReward) and self.reward.path == "tree"
+        with our_attention(self.reward.backbone) if tree else contextlib.nullcontext():  # type: ignore[union-attr]
+            return super().train(*args, **kwargs)
+
+    def compute_loss(
+        self, model: nn.Module, inputs: list[RankedRows], return_outputs: bool = False, **options: Any
+    ) -> Any:
+        """The mean of ``bradley_terry`` over the queries of a micro-batch."""
+        rewards = split_rewards(model, inputs)
+        losses = [self._loss(part, query) for part, query in zip(rewards, inputs, strict=True)]
+        loss = torch.stack(losses).mean()
+        if not bool(torch.isfinite(loss)):
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is {loss.item()} on the records "
+                f"{', '.join(query.id for query in inputs)}. Nothing was updated; the last checkpoint is whole. "
+                "Lower --learning_rate, or look at these records in the data"
+            )
+        return (loss, {"rewards": rewards}) if return_outputs else loss
+
+    def _loss(self, rewards: Tensor, query: RankedRows) -> Tensor:
+        loss = bradley_terry(rewards, query.truth(), self.args.ties, self.args.center_rewards)
+        assert loss is not None, query.id  # records without a pair were left out
+        return loss
+
+    @torch.no_grad()
+    def ranked(self, data: RankedRecords) -> list[Ranked]:
+        """The true scores and the model's rewards of every query, in order."""
+        model = self.accelerator.unwrap_model(self.model)
+        was_training = model.training
+        model.eval()
+        found: list[Ranked] = []
+        for start in range(0, len(data), MEASURED_AT_ONCE):
+            queries = data.records[start : start + MEASURED_AT_ONCE]
+            with self.compute_loss_context_manager():
+                rewards = split_rewards(model, queries)
+            found += [(query.scores, part.tolist()) for query, part in zip(queries, rewards, strict=True)]
+        model.train(was_training)
+        return found
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Loss and accuracy on held-out queries."""
+        data = eval_dataset if eval_dataset is not None else self.eval_dataset
+        ranked = self.ranked(data)
+        losses = [
+            float(self._loss(torch.tensor(rewards, dtype=torch.float64), query))
+            for query, (_, rewards) in zip(data.records, ranked, strict=True)
+        ]
+        report: dict[str, Any] = ranking_report(ranked)
+        metrics = {
+            f"{metric_key_prefix}_loss": math.fsum(losses) / len(losses),
+            f"{metric_key_prefix}_accuracy": report["pair_accuracy"]["mean"],
+        }
+        self.log(metrics)
+        self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def floating_point_ops(self, inputs: Any) -> int:
+        return 0
+
+
+def split_rewards(model: nn.Module, queries: Sequence[RankedRows]) -> list[Tensor]:
+    """One call of ``model``, prepared by ``_accept_rows``: the rewards of each query's responses, on the CPU, with the
+    graph. Tensors of shape (k,)."""
+    rewards: Tensor = model(rrhf_rows=[row for query in queries for row in query.rows])["rewards"].cpu()
+    return list(rewards.split([len(query.scores) for query in queries]))
+
+
+def _accept_rows(model: PreTrainedModel, reward: RewardModel, budget: int) -> None:
+    """Teach this model's ``forward`` the keyword ``rrhf_rows``: wrappers and autocast act on calls of the model."""
+    plain = model.forward
+
+    def forward(*args: Any, rrhf_rows: Any = None, **kwargs: Any) -> Any:
+        if rrhf_rows is None:
+            return plain(*args, **kwargs)
+        return {"rewards": reward.compute(rrhf_rows, budget)[:, 0]}
+
+    model.forward = forward
