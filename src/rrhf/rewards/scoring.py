@@ -14,6 +14,7 @@ from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import code_digest
 from rrhf.records.record import Record
 from rrhf.rewards.functions import RewardFunction, function_scorer, load_reward
+from rrhf.rewards.judges.reward import JUDGE
 from rrhf.rewards.kind import RewardContext, RewardKind, Scorer
 from rrhf.rewards.provided import PROVIDED
 
@@ -31,7 +32,10 @@ __all__ = [
     "score_records",
 ]
 
-REWARDS: dict[str, RewardKind] = {"provided": PROVIDED}  # what stands before ":" → its kind
+REWARDS: dict[str, RewardKind] = {  # what stands before ":" → its kind
+    "judge": JUDGE,
+    "provided": PROVIDED,
+}
 FORMS = ("pkg.module:function", *(form for kind in REWARDS.values() for form in kind.forms))
 
 
