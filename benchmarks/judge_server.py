@@ -10,7 +10,7 @@ import sys
 
 import xllamacpp
 
-CONTEXT, SLOTS, THREADS = 8192, 2, 2  # tokens of each request; requests at a time; threads
+CONTEXT, SLOTS, THREADS = 8192, 1, 1  # tokens of each request; requests at a time; threads
 
 
 def main(model: str, port: int = 8177) -> None:

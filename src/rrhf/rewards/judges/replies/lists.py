@@ -25,6 +25,12 @@ DIGITS = re.compile(r"[0-9]+(?:[.,][0-9]+)*")
 HEADER_END = re.compile(
     r"[ \t)\]\"'|]*(?:(?:scores?|ratings?|evaluation|assessment)\b[ \t]*)?(?:$|[\n:=|(,\-–—.])", re.I
 )
+# What may stand before a response's name: on its line, or between it and the score before.
+LINE_START = re.compile(
+    r"[\s>•+\-–(\[|\"'0-9.)]*(?:(?:the\s+)?(?:scores?|ratings?|evaluation)\s+(?:for|of)\s+|for\s+|and\s+)?[(\[\"']?",
+    re.I,
+)
+SCORE_END = re.compile(r"[\s,;.|/)\]–-]*(?:and\s+)?", re.I)
 TUPLE_START = re.compile(rf"{LINK}(?:scores?{LINK})?", re.I)
 TUPLE_GAP = re.compile(r"[ \t]*[,;|][ \t]*|[ \t]+|\n[ \t]*")
 
@@ -91,7 +97,7 @@ def _score(text: str, place: int, scale: Scale) -> Mark | None:
     """The score that begins at ``place``, if one does that nothing beside it changes: no sign, range, unit or word."""
     found = CELL.match(text.lower(), place)
     before, after = text[:place], text[found.end() :] if found else ""
-    if found is None or re.search(r"(?:[\w.$+~<≈≤≥%/#^–—-]|(?<![=-])>)$", before):
+    if found is None or re.search(r"(?:[\w.$+~<≈≤≥%/#^–—-]|(?<![=-])>)\Z", before):
         return None
     if re.match(r"[\w%°^+*\\-]|[.,:/–—][0-9]|\s*[/%×–—-]\s*[0-9]|\s*out\s+of\b", after) and not _comma(after):
         return None
@@ -162,7 +168,7 @@ def _blocks(text: str, found: list[Mark], scale: Scale, number: int) -> Iterator
     for place, mark in enumerate(found):
         after = found[place + 1] if place + 1 < len(found) else None
         if mark.kind == "response":
-            if not _is_header(text, mark, after):
+            if not _is_header(text, mark, found[place - 1] if place else None, after):
                 in_prose = block is not None
                 continue
             if block is not None:
@@ -181,11 +187,18 @@ def _blocks(text: str, found: list[Mark], scale: Scale, number: int) -> Iterator
     yield block
 
 
-def _is_header(text: str, mark: Mark, after: Mark | None) -> bool:
-    """Whether scores of the named response follow; else it is only spoken of."""
-    if mark.start == mark.end or HEADER_END.match(text, mark.end):
+def _is_header(text: str, mark: Mark, before: Mark | None, after: Mark | None) -> bool:
+    """Whether scores of the named response follow; else it is only spoken of, or quoted."""
+    if mark.start == mark.end:
         return True
-    return after is not None and after.kind in ("item", "bare") and not text[mark.end : after.start].strip(" \t*|")
+    line = text[text.rfind("\n", 0, mark.start) + 1 : mark.start]
+    gap = text[before.end : mark.start] if before is not None and before.kind in ("item", "bare", "total") else None
+    quoted = line.rstrip().endswith(("'", '"')) and text[mark.end : mark.end + 1] not in ("'", '"')
+    if quoted or not (LINE_START.fullmatch(line) or (gap is not None and SCORE_END.fullmatch(gap))):
+        return False
+    if HEADER_END.match(text, mark.end):
+        return True
+    return after is not None and after.kind in ("item", "bare") and not text[mark.end : after.start].strip(" \t|])\"'")
 
 
 def _take(text: str, block: _Block, mark: Mark, scale: Scale, in_prose: bool) -> None:

@@ -7,12 +7,13 @@ import re
 from rrhf.rewards.judges.replies.scale import TOTALS, Refused, Scale, Sheet, add, cell, fold, response_number
 
 RULE = re.compile(r"[\s|:+\-=–—]+")
+FRAME = re.compile(r"\s*\+[-=+]+\+\s*")
 COMMENTS = ("comment", "comments", "explanation", "notes", "note", "remarks", "reason", "justification", "rationale")
 
 
 def find_table(text: str, scale: Scale) -> tuple[list[list[str]], str, str] | None:
     """The rows of the one table whose head names the aspects or the responses, with the text before and after it."""
-    lines = text.split("\n")
+    lines = [line for line in text.split("\n") if not FRAME.fullmatch(line)]
     starts = [
         place
         for place, line in enumerate(lines)
