@@ -11,14 +11,14 @@ from dataclasses import dataclass
 
 from rrhf.rewards.judges.replies.json_reply import find_json, read_json
 from rrhf.rewards.judges.replies.lists import read_lists, refuse_scores
-from rrhf.rewards.judges.replies.plain import plain
+from rrhf.rewards.judges.replies.plain import plain, without_thoughts
 from rrhf.rewards.judges.replies.scale import Refused, Scale, Sheet
 from rrhf.rewards.judges.replies.table import find_table, read_table
 
 __all__ = ["Refusal", "Scale", "Scores", "parse_reply"]
 
 Scores = list[dict[str, float]]  # one a response, in order: aspect → score
-LONGEST = 100_000  # characters
+LONGEST = 30_000  # characters without a reasoner's thoughts
 
 
 @dataclass(frozen=True)
@@ -40,8 +40,6 @@ def parse_reply(text: str, scale: Scale, number: int) -> Scores | Refusal:
         ``number`` dictionaries with every aspect of ``scale`` in its order, or a ``Refusal``.
     """
     try:
-        if len(text) > LONGEST:
-            raise Refused(f"more than {LONGEST} characters")
         sheet = _read(text, scale, number)
         _refuse_incomplete(sheet, scale, number)
     except Refused as refused:
@@ -50,12 +48,14 @@ def parse_reply(text: str, scale: Scale, number: int) -> Scores | Refusal:
 
 
 def _read(text: str, scale: Scale, number: int) -> Sheet:
+    text = without_thoughts(text)
+    if len(text) > LONGEST:
+        raise Refused(f"more than {LONGEST} characters")
     words = plain(text, scale.low, scale.high)
-    held = find_json(text if "<think>" not in text else text.partition("</think>")[2])
+    held = find_json(text)
     if held is not None:
         values, before, after = held
-        low, high = scale.low, scale.high
-        refuse_scores(plain(before.rpartition("</think>")[2], low, high), plain(after, low, high), scale)
+        refuse_scores(plain(before, scale.low, scale.high), plain(after, scale.low, scale.high), scale)
         return read_json(values, scale, number)
     table = find_table(words, scale)
     if table is not None:

@@ -27,8 +27,10 @@ def find_json(text: str) -> tuple[list[Any], str, str] | None:
     while (place := _next_bracket(text, place)) >= 0:
         try:
             value, stop = decoder.raw_decode(text, place)
-        except (ValueError, RecursionError):
-            if text[place] == "{" or text[place:].lstrip("[ \n").startswith(("{", '"')):
+        except RecursionError:
+            raise Refused("JSON that is nested too deeply") from None
+        except ValueError:
+            if text[place] == "{" or text[place : place + 100].lstrip("[ \n").startswith(("{", '"')):
                 raise Refused("JSON that is broken or cut") from None
             place += 1
             continue

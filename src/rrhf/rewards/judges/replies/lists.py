@@ -35,6 +35,9 @@ TUPLE_START = re.compile(rf"{LINK}(?:scores?{LINK})?", re.I)
 TUPLE_GAP = re.compile(r"[ \t]*[,;|][ \t]*|[ \t]+|\n[ \t]*")
 
 
+NEAR = 300  # characters behind a score that are looked at; texts may be long, and their time must not be squared
+
+
 class Mark(NamedTuple):
     """One thing said: ``kind`` is response, list, aspect (named, without score), item (with), total, bare or digits."""
 
@@ -95,8 +98,8 @@ def _mark(text: str, place: int, scale: Scale, list_marks: dict[int, re.Match[st
 
 def _score(text: str, place: int, scale: Scale) -> Mark | None:
     """The score that begins at ``place``, if one does that nothing beside it changes: no sign, range, unit or word."""
-    found = CELL.match(text.lower(), place)
-    before, after = text[:place], text[found.end() :] if found else ""
+    found = CELL.match(text, place)
+    before, after = text[max(place - 2, 0) : place], text[found.end() : found.end() + NEAR] if found else ""
     if found is None or re.search(r"(?:[\w.$+~<≈≤≥%/#^–—-]|(?<![=-])>)\Z", before):
         return None
     if re.match(r"[\w%°^+*\\-]|[.,:/–—][0-9]|\s*[/%×–—-]\s*[0-9]|\s*out\s+of\b", after) and not _comma(after):
@@ -206,7 +209,7 @@ def _take(text: str, block: _Block, mark: Mark, scale: Scale, in_prose: bool) ->
     if mark.kind == "word":
         return
     if mark.kind == "aspect":
-        if re.match(r"\s*(?:\([^()\n]*\)\s*)?[:=|]", text[mark.end :]):
+        if re.match(r"\s*(?:\([^()\n]*\)\s*)?[:=|]", text[mark.end : mark.end + NEAR]):
             raise Refused(f"{where}: {mark.name} has no score that can be read")
         return
     if mark.kind == "digits" or in_prose:

@@ -19,16 +19,17 @@ RANGE = (
 )
 
 
-def plain(text: str, low: float, high: float) -> str:
-    """``text`` without a reasoner's thoughts, emphasis, headings and the scale itself ("(1-5)").
-
-    Raises:
-        Refused: thoughts that never end, or digits that are not 0 to 9.
-    """
+def without_thoughts(text: str) -> str:
+    """``text`` without what a reasoner thought before it answered. Raises ``Refused`` where no end of that is seen."""
     thoughts = THOUGHTS.match(text)
     text = text[thoughts.end() :] if thoughts else text
     if "<think>" in text or "</think>" in text:
         raise Refused("thoughts that do not end, or do not begin")
+    return text
+
+
+def plain(text: str, low: float, high: float) -> str:
+    """``text`` without emphasis, headings and the scale itself ("(1-5)"). Raises ``Refused`` for digits but 0 to 9."""
     text = text.replace("\r\n", "\n").translate(FULL_WIDTH).translate(PUNCTUATION).translate(QUOTES).translate(NOTHING)
     for character in text:
         if ord(character) > 127 and unicodedata.category(character)[0] == "N":

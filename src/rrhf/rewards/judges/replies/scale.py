@@ -93,13 +93,14 @@ def add(sheet: Sheet, number: int, aspect: str, score: float) -> None:
 CELL = re.compile(
     r"(?P<value>[0-9]{1,4}(?:\.[0-9]{1,3})?)"
     r"(?:\s*(?:/|out\s+of\b|of\b)\s*(?P<of>[0-9]{1,4}(?:\.[0-9]{1,3})?))?"
-    r"(?:\s*(?:points?|pts?|stars?|marks?)\b)?"
+    r"(?:\s*(?:points?|pts?|stars?|marks?)\b)?",
+    re.I,
 )  # a score as replies write it: 4, 4.5, 4/5, 4 out of 5, 4 points
 
 
 def cell(text: str) -> tuple[float, float | None] | None:
     """A score that is all of ``text``, and what it is out of where that is said; None for anything else."""
-    found = CELL.fullmatch(text.strip().lower())
+    found = CELL.fullmatch(text.strip())
     return None if found is None else (float(found["value"]), float(found["of"]) if found["of"] else None)
 
 
