@@ -16,6 +16,7 @@ from rrhf.common.imports import code_digest
 from rrhf.records.record import Record
 from rrhf.rewards.combination import combination_of
 from rrhf.rewards.functions import RewardFunction, function_scorer, load_reward
+from rrhf.rewards.judges.reward import JUDGE
 from rrhf.rewards.kind import RewardContext, RewardKind, Scorer
 from rrhf.rewards.kl import Shaping
 from rrhf.rewards.logprob import LOGPROB, LOGPROB_SUM
@@ -39,6 +40,7 @@ __all__ = [
 ]
 
 REWARDS: dict[str, RewardKind] = {  # what stands before ":" → its kind
+    "judge": JUDGE,
     "provided": PROVIDED,
     "logprob": LOGPROB,
     "logprob-sum": LOGPROB_SUM,

@@ -1,0 +1,263 @@
+"""A judge at work: it is asked about all responses of a query in one call, and asked again where it cannot be read."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+import re
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from rrhf.common.endpoint import PROMPT_OVERHEAD, Choice, EndpointClient, Question
+from rrhf.common.endpoint_settings import EndpointLimits, share_of_process
+from rrhf.common.errors import UserError
+from rrhf.common.journal import Journal
+from rrhf.rewards.judges.parse import Refusal, Scores, parse_reply
+from rrhf.rewards.judges.template import JudgeTemplate
+from rrhf.sampling.sources.server import request_seed
+
+log = logging.getLogger("rrhf")
+
+ENUMERATED = 20  # a range of whole numbers up to this wide is a list of values in the schema
+BYTES_PER_TOKEN = 4  # of English prose; an estimate
+
+
+class Call(NamedTuple):
+    """All that a judge is asked at once.
+
+    Attributes:
+        id: names it in messages and seeds; of two calls with one id the texts differ.
+        query: what was asked of the policies.
+        responses: to be scored.
+        order: the indices of ``responses`` in the order in which the judge reads them.
+    """
+
+    id: str
+    query: str
+    responses: tuple[str, ...]
+    order: tuple[int, ...]
+
+
+def shuffled(seed: int, call_id: str, number: int) -> tuple[int, ...]:
+    """An order of ``number`` responses that the seed and the id decide alone."""
+
+    def key(index: int) -> bytes:
+        return hashlib.blake2b(f"{seed}/{index}/{call_id}".encode("utf-8", "replace"), digest_size=16).digest()
+
+    return tuple(sorted(range(number), key=key))
+
+
+def answer_schema(template: JudgeTemplate, number: int) -> dict[str, Any]:
+    """``response_format`` for a reply with every score: an object a response, with a value an aspect."""
+    low, high = template.range
+    whole = low == int(low) and high == int(high)
+    value: dict[str, Any] = {"type": "number", "minimum": low, "maximum": high}
+    if whole and high - low <= ENUMERATED:
+        value = {"type": "integer", "enum": list(range(int(low), int(high) + 1))}
+    elif whole and template.integers:
+        value = {"type": "integer", "minimum": int(low), "maximum": int(high)}
+    scores = _object(dict.fromkeys(template.aspects, value))
+    schema = _object({f"Response {place}": scores for place in range(1, number + 1)})
+    return {"type": "json_schema", "json_schema": {"name": "scores", "strict": True, "schema": schema}}
+
+
+def _object(properties: dict[str, Any]) -> dict[str, Any]:
+    return {"type": "object", "properties": properties, "required": list(properties), "additionalProperties": False}
+
+
+class Judge:
+    """A server that scores responses, with all its replies in a journal.
+
+    Args:
+        template: what it is asked.
+        limits: how it is asked, and what it may cost; this process takes its share.
+        folder: where the journal of replies lies; None: replies are kept in memory only.
+        seed: of the requests and the frames.
+        sleep: waits the given seconds between tries.
+
+    ``counts`` holds what happened: calls, replies that were asked for or taken from the journal, refusals by reason.
+    """
+
+    def __init__(
+        self,
+        template: JudgeTemplate,
+        limits: EndpointLimits | None = None,
+        folder: Path | None = None,
+        seed: int = 0,
+        sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
+    ) -> None:
+        self.template, self.seed = template, seed
+        self.client = EndpointClient(template.endpoint(share_of_process(limits or EndpointLimits())), sleep)
+        self.counts: Counter[str] = Counter()
+        self.refusals: Counter[str] = Counter()
+        self._folder = folder
+        self._journal: Journal | None = None
+        self._replies: dict[str, Choice] = {}
+        self._takes_schema: bool | None = False if template.json == "never" or template.kind != "chat" else None
+        if template.model is not None:
+            self._open_journal()
+
+    def scores(self, calls: Sequence[Call]) -> list[Scores | None]:
+        """One ``Scores`` a call, in the order of its responses; None where no reply could be read in all tries.
+
+        Every reply is in the journal before it is read. A call whose reply stands there costs nothing.
+
+        Raises:
+            UserError: the server is down, or a request failed for good; what was answered is kept.
+            BudgetReached: the next request could exceed the budget.
+        """
+        found: list[Scores | None] = [None] * len(calls)
+        self.counts["calls"] += len(calls)
+        left = list(range(len(calls)))
+        for attempt in range(self.template.tries):
+            if not left:
+                break
+            replies = self._replies_to([calls[index] for index in left], attempt)
+            still = []
+            for index, choice in zip(left, replies, strict=True):
+                read = self._read(choice, calls[index])
+                if read is None:
+                    still.append(index)
+                found[index] = read
+            left = still
+        self.counts["calls without a score"] += len(left)
+        return found
+
+    def _read(self, choice: Choice, call: Call) -> Scores | None:
+        """The scores in a reply, in the order of the call's responses."""
+        read: Scores | Refusal = Refusal("cut by the limit of its tokens")
+        if choice.finish == "stop":
+            read = parse_reply(choice.text, self.template.scale, len(call.responses))
+        if isinstance(read, Refusal):
+            self.counts["replies refused"] += 1
+            self.refusals[re.sub(r"^response \d+: |'.*'", "", read.reason).strip()] += 1
+            log.debug("%s: refused: %s", call.id, read.reason)
+            return None
+        self.counts["replies read"] += 1
+        return [read[call.order.index(index)] for index in range(len(call.responses))]
+
+    # -- replies, from the journal or the server
+
+    def _replies_to(self, calls: Sequence[Call], attempt: int) -> list[Choice]:
+        if self._journal is None and self._folder is not None:
+            self._prepare()  # the journal's name depends on the model's, which the server tells
+        keys = [self._key(call, attempt) for call in calls]
+        if any(key not in self._replies for key in keys):
+            if not self.client.checked:
+                self._prepare()
+                keys = [self._key(call, attempt) for call in calls]  # now it is known whether it takes a schema
+            wanted = {key: call for key, call in zip(keys, calls) if key not in self._replies}
+            names = list(wanted)
+            questions = [Question(call.id, partial(self._body, call, attempt)) for call in wanted.values()]
+            for index, choices in self.client.ask(questions):
+                self._keep(names[index], choices[0])
+                self.counts["replies asked for"] += 1
+        return [self._replies[key] for key in keys]
+
+    def _prepare(self) -> None:
+        """Learn the model's name and whether the server takes a schema, each by a request for one token."""
+        probe = Call("check", "Hi", ("Hello",), (0,))
+        wanted = self._takes_schema
+        if not self.client.checked:
+            self._takes_schema = False
+            try:
+                self.client.check(partial(self._body, probe, 0, tokens=1))
+            finally:
+                self._takes_schema = wanted
+        if self._journal is None:
+            self._open_journal()
+        if self._takes_schema is None:
+            self._takes_schema = True
+            try:
+                self.client.check(partial(self._body, probe, 0, tokens=1))
+            except UserError as error:
+                log.info("%s takes no JSON schema, and is asked in words alone: %s", self.template.url, error)
+                self._takes_schema = False
+            self._note({"schema": self._takes_schema})
+
+    def _open_journal(self) -> None:
+        if self._folder is None:
+            return
+        made_of = json.dumps(["judge", self.template.url, self.template.kind, self.client.model])
+        self._journal = Journal(self._folder, made_of)
+        for entry in self._journal.read():
+            if isinstance(entry.get("schema"), bool) and self._takes_schema is None:
+                self._takes_schema = entry["schema"]
+            if isinstance(entry.get("asked"), str) and isinstance(entry.get("text"), str):
+                self._replies[entry["asked"]] = Choice(entry["text"], str(entry.get("finish", "stop")))
+
+    def _keep(self, key: str, choice: Choice) -> None:
+        self._replies[key] = choice
+        self._note({"asked": key, "text": choice.text, "finish": choice.finish})
+
+    def _note(self, entry: dict[str, Any]) -> None:
+        if self._journal is not None:
+            self._journal.add(entry)
+
+    def _key(self, call: Call, attempt: int) -> str:
+        """A digest of all that is asked."""
+        body = json.dumps(self._body(call, attempt), sort_keys=True)
+        return hashlib.sha256(body.encode("utf-8", "replace")).hexdigest()
+
+    def _body(
+        self, call: Call, attempt: int, first: int = 0, number: int = 1, tokens: int | None = None
+    ) -> dict[str, Any]:
+        template = self.template
+        prompt = template.asked(call.query, [call.responses[index] for index in call.order], self.seed)
+        body: dict[str, Any] = {
+            "max_tokens": tokens or template.max_tokens,
+            "temperature": template.retry_temperature if attempt else template.temperature,
+            "seed": request_seed(self.seed, call.id, attempt),
+        }
+        if template.kind == "completions":
+            return {"prompt": prompt, **body}
+        system = [{"role": "system", "content": template.system}] if template.system else []
+        body["messages"] = [*system, {"role": "user", "content": prompt}]
+        if self._takes_schema:
+            body["response_format"] = answer_schema(template, len(call.responses))
+        return body
+
+    # -- what it would cost
+
+    def estimate(self, calls: Iterable[Call]) -> dict[str, float | None]:
+        """What ``scores(calls)`` would ask for, without asking: each call once, and those in the journal not again.
+
+        Returns:
+            calls, cached, prompt_tokens (estimated), reply_tokens (at most), cost (at most, in dollars; None without a
+            price). Refused replies are asked for again, up to ``tries`` times.
+        """
+        number = cached = prompt = 0
+        for call in calls:
+            number += 1
+            if self._key(call, 0) in self._replies:
+                cached += 1
+                continue
+            body = self._body(call, 0)
+            text = body.get("prompt") or "".join(message["content"] for message in body["messages"])
+            prompt += len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN + PROMPT_OVERHEAD
+        replies = (number - cached) * self.template.max_tokens
+        price = self.template.price
+        cost = None if price is None else (prompt * price[0] + replies * price[1]) / 1e6
+        return {"calls": number, "cached": cached, "prompt_tokens": prompt, "reply_tokens": replies, "cost": cost}
+
+    def summary(self) -> str:
+        """What happened, in a sentence."""
+        counts = self.counts
+        asked, calls = counts["replies asked for"], counts["calls"]
+        read = counts["replies read"]
+        words = f"{read} of {calls} calls scored ({asked} replies asked for, {counts['replies refused']} refused"
+        reasons = ", ".join(f"{number} {reason}" for reason, number in self.refusals.most_common(5))
+        return f"{words}{': ' + reasons if reasons else ''})"
+
+
+def calls_of(items: Iterable[tuple[str, str, Sequence[str]]], template: JudgeTemplate, seed: int) -> Iterator[Call]:
+    """Calls of (id, query, responses), in the template's order."""
+    for call_id, query, responses in items:
+        given = tuple(range(len(responses)))
+        order = shuffled(seed, call_id, len(responses)) if template.order == "shuffled" else given
+        yield Call(call_id, query, tuple(responses), order)

@@ -1,0 +1,73 @@
+"""The reward ``judge:FILE``: r_i is the sum of the scores that a judge gives a response, aspect by aspect."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rrhf.records.record import Record, query_text
+from rrhf.rewards.judges.judge import Judge, calls_of
+from rrhf.rewards.judges.template import JudgeTemplate, read_template
+from rrhf.rewards.kind import Item, RewardContext, RewardKind
+
+log = logging.getLogger("rrhf")
+
+
+class JudgeScorer:
+    """A judge as a ``Scorer``: all responses of a record that are asked for go into one call.
+
+    Args:
+        name: the judge's file.
+        context: ``remote`` limits what is asked; ``seed`` shuffles the responses.
+    """
+
+    def __init__(self, name: str, context: RewardContext) -> None:
+        self.name, self.seed = name, context.seed
+        self.template = read_template(Path(name))
+        self.judge = Judge(self.template, context.remote, cache_folder(name, self.template), context.seed)
+
+    def __call__(self, items: Sequence[Item]) -> list[float | None]:
+        groups: dict[int, list[int]] = {}  # a record → the places of its items
+        for place, (record, _) in enumerate(items):
+            groups.setdefault(id(record), []).append(place)
+        asked = [
+            (items[places[0]][0], [items[place][0].responses[items[place][1]] for place in places])
+            for places in groups.values()
+        ]
+        calls = list(calls_of(((r.id, query_text(r.query), texts) for r, texts in asked), self.template, self.seed))
+        scores: list[float | None] = [None] * len(items)
+        for places, found in zip(groups.values(), self.judge.scores(calls), strict=True):
+            for place, by_aspect in zip(places, found or []):
+                scores[place] = math.fsum(by_aspect.values())
+        return scores
+
+    def close(self) -> None:
+        """Say what happened."""
+        if self.judge.counts["calls"]:
+            log.info(f"judge {self.name}: {self.judge.summary()}")
+
+
+def cache_folder(name: str, template: JudgeTemplate) -> Path:
+    """Where a judge's replies are kept, for every command and every output that asks it."""
+    return Path(template.cache) if template.cache else Path(name).with_name(f"{Path(name).name}.replies")
+
+
+def judge_digest(name: str, context: RewardContext) -> str:
+    """A digest of all that a judge is told; which weights stand behind its address nobody knows."""
+    content = json.dumps([asdict(read_template(Path(name))), context.seed], sort_keys=True)
+    return hashlib.sha256(content.encode()).hexdigest()[:32]
+
+
+def estimate_judge(name: str, records: Iterable[Record], context: RewardContext) -> dict[str, float | None]:
+    """What ``judge:NAME`` would ask for on ``records``; see ``Judge.estimate``. Nothing is asked."""
+    scorer = JudgeScorer(name, context)
+    items = ((record.id, query_text(record.query), record.responses) for record in records if record.responses)
+    return scorer.judge.estimate(calls_of(items, scorer.template, context.seed))
+
+
+JUDGE = RewardKind(("judge:FILE",), JudgeScorer, judge_digest)
