@@ -114,17 +114,101 @@ def _below(scores: Tensor) -> Tensor:
     return (levels[:, None] < levels[None, :]) & scored(scores)[:, None]
 
 
-def ordered_pairs(scores: Tensor) -> tuple[Tensor, Tensor]:
+def leave_ties(scores: Tensor, least: float) -> Tensor:
+    """equal scores are no pair (Eq. 2)."""
+    return _below(scores).double()
+
+
+def halve_ties(scores: Tensor, least: float) -> Tensor:
+    """a pair of equal scores counts half in each direction, which pulls its p together (arXiv 1706.03741)."""
+    tied = scored(scores)[:, None] & scored(scores)[None, :] & ~_below(scores) & ~_below(scores).t()
+    return _below(scores).double() + 0.5 * tied.fill_diagonal_(False)
+
+
+def widen_ties(scores: Tensor, least: float) -> Tensor:
+    """scores nearer than E are equal and no pair: r_j counts above r_i from r_i + E on, each pair by itself."""
+    reached = scores[:, None] + least
+    far = (scores[None, :] >= reached) | torch.isclose(scores[None, :], reached, SCORE_TOLERANCE, 0)
+    return (_below(scores) & far).double()
+
+
+TIES: dict[str, Callable[[Tensor, float], Tensor]] = {"none": leave_ties, "half": halve_ties, "margin:E": widen_ties}
+
+
+@cache
+def tie_rule(ties: str) -> tuple[Callable[[Tensor, float], Tensor], float]:
+    """The function of ``TIES`` that ``--ties`` names, and its E, which is 0 where it has none.
+
+    Raises:
+        UserError: there is no such rule, or E is no number that is not negative.
+    """
+    name, _, number = ties.partition(":")
+    known = {rule.partition(":")[0]: rule for rule in TIES}
+    if name not in known:
+        raise UserError(nearest(name, known))
+    if ":" not in known[name]:
+        if number:
+            raise UserError(f"{name} takes no number")
+        return TIES[name], 0.0
+    try:
+        least = float(number)
+    except ValueError:
+        least = math.nan
+    if not (math.isfinite(least) and least >= 0):
+        raise UserError(f"write {known[name]} with a number E that is not negative, in units of the scores")
+    return TIES[known[name]], least
+
+
+def pair_weights(scores: Tensor, ties: str = "none") -> Tensor:
+    """[i, j]: how much "y_i is worse than y_j" counts, by the rule ``ties`` (a line of ``TIES``).
+
+    1 for an ordered pair; ½ both at [i, j] and at [j, i] for a tie that is pulled together; else 0, as for unscored
+    responses and on the diagonal.
+
+    Args:
+        scores: Tensor of shape (k,), NaN where unscored.
+        ties: "none", "half" or "margin:E", as in ``LossSettings``.
+
+    Returns:
+        Tensor of shape (k, k), float64.
+    """
+    rule, least = tie_rule(ties)
+    return rule(scores, least)
+
+
+def ordered_pairs(scores: Tensor, ties: str = "none") -> tuple[Tensor, Tensor]:
     """Indices (i, j) of every pair with r_i < r_j. Equal scores (``score_levels``) and unscored responses are no pair.
 
     Args:
         scores: Tensor of shape (k,), NaN where unscored.
+        ties: with "margin:E" scores nearer than E are equal, too.
 
     Returns:
         Two tensors of shape (pairs,): the worse responses i and the better ones j.
     """
-    worse, better = torch.nonzero(_below(scores), as_tuple=True)
+    worse, better = torch.nonzero(pair_weights(scores, ties) == 1, as_tuple=True)
     return worse, better
+
+
+class Pairs(NamedTuple):
+    """Pairs of responses and what they weigh: three tensors of shape (pairs,), the last one in the type of p."""
+
+    worse: Tensor
+    better: Tensor
+    weights: Tensor
+
+
+def weighted_pairs(record: RecordTensors, settings: LossSettings) -> Pairs:
+    """The pairs of a pairwise loss L = Σ w_ij ℓ(p_i, p_j), where ℓ is the loss of "y_i is worse than y_j".
+
+    w is ``pair_weights`` under ``settings.ties``. A tie under "half" stands here twice, as (i, j) and as (j, i) with
+    weight ½ each: (ℓ(p_i, p_j) + ℓ(p_j, p_i)) / 2 is least where p_i = p_j, for every convex ℓ of the difference. For
+    the hinge it is |p_i − p_j| / 2, for the logistic loss the cross-entropy against the even odds ½, as Christiano et
+    al. (arXiv 1706.03741) and RankNet (Burges et al. 2005) take equal preferences.
+    """
+    weights = pair_weights(record.scores, settings.ties)
+    worse, better = torch.nonzero(weights, as_tuple=True)
+    return Pairs(worse, better, weights[worse, better].to(record.logprobs))
 
 
 def best_response(scores: Tensor) -> int | None:
@@ -141,8 +225,8 @@ def hinge(record: RecordTensors, settings: LossSettings) -> Tensor:
     Returns:
         Scalar; 0 (with a graph) where no pair is ordered. So do all ranking losses.
     """
-    worse, better = ordered_pairs(record.scores)
-    return (record.logprobs[worse] - record.logprobs[better]).clamp(min=0).sum()
+    worse, better, weights = weighted_pairs(record, settings)
+    return (weights * (record.logprobs[worse] - record.logprobs[better]).clamp(min=0)).sum()
 
 
 def ranks(scores: Tensor) -> Tensor:
@@ -157,33 +241,34 @@ def ranks(scores: Tensor) -> Tensor:
 def rank_margin(record: RecordTensors, settings: LossSettings) -> Tensor:
     """BRIO (arXiv 2203.16804): Σ_{r_i < r_j} max(0, p_i − p_j + λ_ij), λ_ij = (rank_i − rank_j)·margin."""
     p = record.logprobs
-    worse, better = ordered_pairs(record.scores)
+    worse, better, weights = weighted_pairs(record, settings)
     rank = ranks(record.scores).to(p.dtype)
-    return (p[worse] - p[better] + settings.margin * (rank[worse] - rank[better])).clamp(min=0).sum()
+    return (weights * (p[worse] - p[better] + settings.margin * (rank[worse] - rank[better])).clamp(min=0)).sum()
 
 
 def constant_margin(record: RecordTensors, settings: LossSettings) -> Tensor:
     """SLiC (arXiv 2305.10425): Σ_{r_i < r_j} max(0, p_i − p_j + margin)."""
-    worse, better = ordered_pairs(record.scores)
-    return (record.logprobs[worse] - record.logprobs[better] + settings.margin).clamp(min=0).sum()
+    worse, better, weights = weighted_pairs(record, settings)
+    return (weights * (record.logprobs[worse] - record.logprobs[better] + settings.margin).clamp(min=0)).sum()
 
 
 def logistic(record: RecordTensors, settings: LossSettings) -> Tensor:
     """Bradley-Terry on p: Σ_{r_i < r_j} − log σ(scale·(p_j − p_i) − margin); SimPO (arXiv 2405.14734) for lists."""
-    worse, better = ordered_pairs(record.scores)
+    worse, better, weights = weighted_pairs(record, settings)
     difference = settings.logprob_scale * (record.logprobs[better] - record.logprobs[worse])
-    return -torch.nn.functional.logsigmoid(difference - settings.margin).sum()
+    return -(weights * torch.nn.functional.logsigmoid(difference - settings.margin)).sum()
 
 
 def listmle(record: RecordTensors, settings: LossSettings) -> Tensor:
     """Plackett-Luce, as in PRO (arXiv 2306.17492): Σ_i − log( e^{s p_i} / (e^{s p_i} + Σ_{r_j < r_i} e^{s p_j}) ).
 
-    Equal scores do not compete with each other; without ties this is ListMLE. s is ``logprob_scale``.
+    Equal scores do not compete with each other; without ties this is ListMLE. s is ``logprob_scale``. Under
+    ``ties`` "half" an equal y_j is half a rival: ½ e^{s p_j} in the sum.
     """
     scores, logits = record.scores, settings.logprob_scale * record.logprobs
-    competes = _below(scores).t() | torch.diag(scored(scores))
-    partition = logits[None, :].masked_fill(~competes, -torch.inf)[scored(scores)].logsumexp(dim=1)
-    return (partition - logits[scored(scores)]).sum()
+    counts = pair_weights(scores, settings.ties).t().to(logits) + torch.diag(scored(scores)).to(logits)
+    rivals = (logits[None, :] + counts.log()).masked_fill(counts == 0, -torch.inf)
+    return (rivals[scored(scores)].logsumexp(dim=1) - logits[scored(scores)]).sum()
 
 
 def no_ranking(record: RecordTensors, settings: LossSettings) -> Tensor:
@@ -224,9 +309,9 @@ RANKING_LOSSES: dict[str, RankingLoss] = {
 }
 
 
-def describe(loss: RankingLoss) -> str:
-    """The first line of a loss's docstring, without its full stop; empty where it has none."""
-    return (loss.__doc__ or "").strip().partition("\n")[0].removesuffix(".")
+def describe(function: Callable[..., Tensor]) -> str:
+    """The first line of a function's docstring, without its full stop; empty where it has none."""
+    return (function.__doc__ or "").strip().partition("\n")[0].removesuffix(".")
 
 
 @cache
@@ -264,6 +349,10 @@ class LossSettings:
         default=0.0, metadata={"help": "of margin (times the difference of ranks), constant-margin and logistic"}
     )
     logprob_scale: float = field(default=1.0, metadata={"help": "multiplies p in logistic and listmle"})
+    ties: str = field(
+        default="none",
+        metadata={"help": "what equal scores do. " + ". ".join(f"{name}: {describe(f)}" for name, f in TIES.items())},
+    )
     released_compat: bool = field(
         default=False, metadata={"help": "divide as the released code does: by the padded length (docs/paper.md)"}
     )
@@ -282,6 +371,10 @@ class LossSettings:
             faults.append(f"--ranking_loss {self.ranking_loss}: {error}")
         if self.sft_reduction not in SFT_REDUCTIONS:
             faults.append(f"--sft_reduction {self.sft_reduction}: {nearest(self.sft_reduction, SFT_REDUCTIONS)}")
+        try:
+            tie_rule(self.ties)
+        except UserError as error:
+            faults.append(f"--ties {self.ties}: {error}")
         for name in ("rank_weight", "sft_weight", "margin", "logprob_scale"):
             value = getattr(self, name)
             if not (math.isfinite(value) and value >= 0):

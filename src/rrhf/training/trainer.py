@@ -279,7 +279,7 @@ class RRHFTrainer(Trainer):
 
     @torch.no_grad()
     def _measure(self, loss: Loss, scores: Tensor) -> None:
-        worse, better = ordered_pairs(scores)
+        worse, better = ordered_pairs(scores, self.loss_settings.ties)
         best = best_response(scores)
         p = loss.logprobs
         self._sums["queries"] += 1
