@@ -218,6 +218,7 @@ PAIRWISE = ["hinge", "margin", "constant-margin", "logistic"]
 @pytest.mark.parametrize("name", PAIRWISE)
 @settings(max_examples=50, deadline=None)
 @given(case=responses(), ties=st.sampled_from(["none", "half", "margin:0.7", "margin:2"]))
+@example(case=([-3.0, -2.0], [1, 1], [-2.0, -1.2e-172]), ties="margin:2")  # E but for the last bit
 def test_ties_equal_the_naive_loops(name: str, case: Case, ties: str) -> None:
     sums, lengths, scores = tensors(case)
     p = normalised_logprobs(sums, lengths)

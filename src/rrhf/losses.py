@@ -127,9 +127,9 @@ def halve_ties(scores: Tensor, least: float) -> Tensor:
 
 def widen_ties(scores: Tensor, least: float) -> Tensor:
     """scores nearer than E are equal and no pair: r_j counts above r_i from r_i + E on, each pair by itself."""
-    reached = scores[:, None] + least
-    far = (scores[None, :] >= reached) | torch.isclose(scores[None, :], reached, SCORE_TOLERANCE, 0)
-    return (_below(scores) & far).double()
+    low, high = scores[:, None], scores[None, :]
+    rounding = SCORE_TOLERANCE * torch.maximum(low.abs(), high.abs()).clamp(min=least)
+    return (_below(scores) & (high - low >= least - rounding)).double()
 
 
 TIES: dict[str, Callable[[Tensor, float], Tensor]] = {"none": leave_ties, "half": halve_ties, "margin:E": widen_ties}

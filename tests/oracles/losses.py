@@ -112,7 +112,8 @@ def with_ties(name: str, p: Sequence[float], scores: Scores, margin: float, scal
             worse, better = lower(low, high, scores), lower(high, low, scores)
             steps = rank(scores, i) - rank(scores, j) if name == "margin" else 1
             pair = RANKING[name]([p[i], p[j]], [0.0, 1.0], steps * margin, scale)
-            if worse and (not ties.startswith("margin:") or high - low >= float(ties[7:]) - 1e-9):
+            least = float(ties[7:]) if ties.startswith("margin:") else 0.0
+            if worse and high - low >= least - 1e-9 * max(abs(low), abs(high), least):
                 total += pair
             elif ties == "half" and not worse and not better:
                 total += pair / 2
