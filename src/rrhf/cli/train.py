@@ -20,6 +20,7 @@ from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
+from rrhf.training.selection import SelectionSettings
 from rrhf.training.watch_settings import WatchSettings
 
 
@@ -66,7 +67,7 @@ def short_help() -> Groups:
         "files": flags_of(Files),
         "model": flags_of(ModelSettings),
         "text": chosen(own, TEXT),
-        "loss": flags_of(settings_in_source("rrhf.losses", "LossSettings")),
+        "loss": [*flags_of(settings_in_source("rrhf.losses", "LossSettings")), *flags_of(SelectionSettings)],
         "adapter": flags_of(AdapterSettings),
         "training": [*without(own, (*TEXT, *SETTLED)), *COMMON],
         "watching the training": flags_of(WatchSettings),

@@ -14,6 +14,7 @@ from rrhf.common.launch import check_connected, launched_processes
 from rrhf.losses import LossSettings
 from rrhf.models.devices import native_bfloat16, resolve_device
 from rrhf.models.tokenization import TextSettings
+from rrhf.training.selection import SelectionSettings
 
 LEARNING_RATE = 2e-5  # the paper's
 
@@ -22,7 +23,7 @@ ADAPTER_LEARNING_RATE = 2e-4  # ten times as much: docs/adapters.md
 
 
 @dataclass
-class RRHFConfig(TrainingArguments, LossSettings):
+class RRHFConfig(TrainingArguments, LossSettings, SelectionSettings):
     """Every argument of ``transformers.TrainingArguments``, with the paper's values as defaults, and those of RRHF.
 
     ``per_device_train_batch_size`` counts queries, each with all its responses.
@@ -73,7 +74,7 @@ class RRHFConfig(TrainingArguments, LossSettings):
             for name, least in (("max_length", 2), ("max_tokens_per_forward", 1), ("per_device_train_batch_size", 1))
             if getattr(self, name) is not None and getattr(self, name) < least
         ]
-        faults += self.faults()
+        faults += self.faults() + self.selection_faults()
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             faults.append(
                 "DeepSpeed (--deepspeed, or accelerate's configuration): it would make an optimiser step of every "

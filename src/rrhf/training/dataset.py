@@ -14,6 +14,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.scores import score_levels
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record, record_from_row
+from rrhf.training.selection import selected
 
 
 @dataclass(frozen=True)
@@ -26,18 +27,27 @@ class TrainingRecord(EncodedRecord):
 class EncodedRecords(Dataset):
     """Records as token ids in memory, without those that cannot be trained on; ``skipped`` counts them by reason.
 
-    Responses that no loss reads are not kept, so nothing computes them: those without a score and, with ``only_best``,
-    all but the best one (Eq. 3).
+    Responses that no loss reads are not kept, so nothing computes them: those without a score, those that ``select``
+    (see ``rrhf.training.selection``) leaves out, counted in ``left_out``, and, with ``only_best``, all but the best one
+    (Eq. 3).
     """
 
     def __init__(
-        self, rows: Iterable[Record | Mapping[str, Any]], format: TextFormat, max_length: int, only_best: bool = False
+        self,
+        rows: Iterable[Record | Mapping[str, Any]],
+        format: TextFormat,
+        max_length: int,
+        only_best: bool = False,
+        select: str = "all",
     ) -> None:
         self.records: list[TrainingRecord] = []
         self.skipped: Counter[str] = Counter()
         self.unranked = 0
+        self.left_out = 0
         for number, row in enumerate(rows):
-            record = row if isinstance(row, Record) else _as_record(dict(row), f"row {number}")
+            given = row if isinstance(row, Record) else _as_record(dict(row), f"row {number}")
+            record = selected(given, select)
+            self.left_out += sum(s is not None for s in given.scores) - sum(s is not None for s in record.scores)
             encoded = format.encode_record(record, max_length)
             reason = _unusable(encoded, max_length)
             if reason is not None:
@@ -59,6 +69,8 @@ class EncodedRecords(Dataset):
         parts += [f"{count} skipped: {reason}" for reason, count in sorted(self.skipped.items())]
         if self.unranked:
             parts.append(f"{self.unranked} with fewer than two scored responses (fitted, not ranked)")
+        if self.left_out:
+            parts.append(f"{self.left_out} responses left out by --select")
         parts += [f"{self.queries_cut} queries cut"] * bool(self.queries_cut)
         parts += [f"{self.responses_cut} responses cut"] * bool(self.responses_cut)
         return "; ".join(parts)

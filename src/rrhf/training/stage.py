@@ -242,6 +242,7 @@ def _save(
         "data": source_shares(job.data),
         "skipped": dict(records.skipped),
         "unranked": records.unranked,
+        "left_out": records.left_out,
         "queries_cut": records.queries_cut,
         "responses_cut": records.responses_cut,
         "path": trainer.path,

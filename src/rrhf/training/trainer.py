@@ -85,13 +85,13 @@ class RRHFTrainer(Trainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
 
-        def encode(rows: Iterable[Any] | None, only_best: bool = False) -> EncodedRecords | None:
+        def encode(rows: Iterable[Any] | None, *chosen: Any) -> EncodedRecords | None:
             if rows is None or isinstance(rows, EncodedRecords):
                 return rows
-            return EncodedRecords(rows, TextFormat(processing_class, args.text), args.max_length, only_best)
+            return EncodedRecords(rows, TextFormat(processing_class, args.text), args.max_length, *chosen)
 
-        # Held-out records keep all their scored responses: how they are ranked is measured whatever the loss.
-        train, held_out = encode(train_dataset, args.ranking_loss == "none"), encode(eval_dataset)
+        # Held-out records keep all their scored responses: how they are ranked is measured whatever trains.
+        train, held_out = encode(train_dataset, args.ranking_loss == "none", args.select), encode(eval_dataset)
         if train is not None and not len(train):
             raise UserError(f"no record is left to train on: {train.summary()}")
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
