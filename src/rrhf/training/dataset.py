@@ -78,10 +78,11 @@ class EncodedRecords(Dataset):
 
 def _as_record(row: dict[str, Any], where: str) -> Record:
     if "chosen" in row and "rejected" in row:
-        from rrhf.records.formats import FORMATS, SkipRowError
+        from rrhf.records.foreign.pairs import preference
+        from rrhf.records.foreign.rows import SkipRowError
 
         try:
-            converted = FORMATS["preference"](row)
+            converted = preference(row)
         except SkipRowError as error:
             raise UserError(f"{where}: {error}") from error
         if converted is None:
