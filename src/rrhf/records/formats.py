@@ -157,7 +157,8 @@ def _is_file(source: str) -> bool:
     return Path(source).is_file() or (source.lower().endswith(tuple(FILE_READERS)) and not Path(source).is_dir())
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def file_rows(path: Path) -> Iterator[Row]:
+    """Rows of a local file of any kind that is known. Raises UserError at once where there is none."""
     reader = FILE_READERS[file_suffix(path, FILE_READERS)]
     require_file(path)
     return reader(path)
@@ -222,7 +223,7 @@ def load_dataset_records(
         raise UserError(f"limit is {limit}: it must be at least 1, or left out")
     convert = load_format(format) if format is not None else None
     name = str(source)
-    rows = _file_rows(Path(name)) if _is_file(name) else _library_rows(name, split, config, data_dir)
+    rows = file_rows(Path(name)) if _is_file(name) else _library_rows(name, split, config, data_dir)
     counter = Counter[str]() if counts is None else counts
     records = _records(name, rows, convert, counter)
     return _first(records, limit)

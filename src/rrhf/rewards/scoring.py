@@ -1,7 +1,7 @@
 """Responses → scores: r_i = R(x, y_i).
 
 A reward is named by its form: ``pkg.module:function`` (a function with TRL's signature), ``provided`` (the records'
-own ``scores``) or ``provided:NAME`` (their ``rewards[NAME]``).
+own ``scores``), ``provided:NAME`` (their ``rewards[NAME]``) or ``people:FILE`` (people's judgements in a file).
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from rrhf.common.imports import code_digest
 from rrhf.records.record import Record
 from rrhf.rewards.functions import RewardFunction, function_scorer, load_reward
 from rrhf.rewards.kind import RewardContext, RewardKind, Scorer
+from rrhf.rewards.people import PEOPLE
 from rrhf.rewards.provided import PROVIDED
 
 __all__ = [
@@ -31,7 +32,7 @@ __all__ = [
     "score_records",
 ]
 
-REWARDS: dict[str, RewardKind] = {"provided": PROVIDED}  # what stands before ":" → its kind
+REWARDS: dict[str, RewardKind] = {"provided": PROVIDED, "people": PEOPLE}  # what stands before ":" → its kind
 FORMS = ("pkg.module:function", *(form for kind in REWARDS.values() for form in kind.forms))
 
 

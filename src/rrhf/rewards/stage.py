@@ -33,13 +33,15 @@ def score_file(data: Path, output: Path, settings: RewardSettings, *, overwrite:
     Raises:
         UserError: a reward is unknown or fails, ``output`` exists, or unfinished work of other rewards stands there.
     """
+    from rrhf.rewards.kind import RewardContext
     from rrhf.rewards.scoring import reward_digest, score_records
 
+    context = RewardContext(records=data)
     weights = settings.reward_weights or None
-    score_records([], settings.reward, weights=weights)  # an unknown reward is refused before any work
+    score_records([], settings.reward, weights=weights, context=context)  # an unknown reward is refused before any work
 
     def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
-        for record in score_records(block, settings.reward, weights=weights):
+        for record in score_records(block, settings.reward, weights=weights, context=context):
             yield record
             done(1)
 
