@@ -13,7 +13,7 @@ import pytest
 
 from rrhf.common.errors import UserError
 from rrhf.records.files import read_records, write_records
-from rrhf.records.formats import FORMATS, guess_format, load_dataset_records, load_format
+from rrhf.records.formats import COLUMNS, FORMATS, guess_format, load_dataset_records, load_format
 from rrhf.records.record import Record, content_id
 
 DIALOGUE = "\n\nHuman: Hi\n\nAssistant: Hello.\n\nHuman: Who\nare you?\n\nAssistant:"
@@ -204,8 +204,12 @@ def test_guesses() -> None:
     assert guess_format({"query": "q", "responses": ["a"]}, "file") == "rrhf"
     assert guess_format({"text": "t", "label": 1}, "file") == guess_format({"review": "t"}, "file") == "imdb"
     assert guess_format({"text": "t"}, "file") == "prompts"
-    with pytest.raises(UserError, match=r"file: cannot tell the format from the columns a, b: .*alpacafarm, vicuna"):
+    with pytest.raises(
+        UserError, match=r"file: cannot tell the format from the columns a, b\. Each needs:\n"
+    ) as caught:
         guess_format({"a": 1, "b": 2}, "file")
+    for line in ("alpacafarm: instruction, outputs", "hh-chat: chosen, rejected", "imdb: label, text or review"):
+        assert f"\n  {line}\n" in str(caught.value)
 
 
 def test_own_records_pass_and_their_faults_stay_errors(tmp_path: Path) -> None:
@@ -249,7 +253,8 @@ def test_errors_come_before_reading(tmp_path: Path) -> None:
 
 def test_nothing_usable_is_an_error_with_reasons(tmp_path: Path) -> None:
     path = lines(tmp_path / "a.jsonl", {"prompt": "p"}, {"prompt": "q"})
-    with pytest.raises(UserError, match=r"no row gave a record: no `chosen` \(2\)"):
+    said = r"no row gave a record: no `chosen` \(2\); the first has the columns prompt; hh needs chosen, rejected: "
+    with pytest.raises(UserError, match=said):
         list(load_dataset_records(path, "hh"))
     (tmp_path / "b.jsonl").write_text("\n")
     with pytest.raises(UserError, match="holds no rows"):
@@ -277,6 +282,7 @@ def test_folder_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest
 
 def test_every_format_has_its_line() -> None:
     assert all(function.__doc__ for function in FORMATS.values())
+    assert {name for _, name in COLUMNS} == set(FORMATS)  # an error can say what each needs
 
 
 # --- real data ---------------------------------------------------------------------------------------------------

@@ -105,6 +105,11 @@ def test_the_card_describes_the_ranking_loss_as_its_function_does(run: Path) -> 
     for name, loss in RANKING_LOSSES.items():
         card = model_card(run / "model", training={"settings": {**settings, "ranking_loss": name}})
         assert f"| ranking loss | `{name}`, {describe(loss)} |" in card
+    assert "| responses that train |" not in card and "| equal scores |" not in card
+    chosen = {"ties": "margin:0.5", "select": "top:3"}
+    card = model_card(run / "model", training={"settings": {**settings, **chosen}})
+    assert "| responses that train | `top:3`: the N best |" in card
+    assert "| equal scores | `margin:0.5`: scores nearer than E are equal" in card
     others = model_card(run / "model", training={"settings": {**settings, "ranking_loss": "not_here:loss"}})
     assert "| ranking loss | `not_here:loss` |" in others  # a card imports nothing for it
 

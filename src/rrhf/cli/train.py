@@ -26,6 +26,7 @@ from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.rewards.stage import RewardSettings, ScoringSettings
 from rrhf.sampling.settings import SamplingSettings
+from rrhf.training.selection import SelectionSettings
 from rrhf.training.watch_settings import WatchSettings
 
 if TYPE_CHECKING:
@@ -86,7 +87,7 @@ def short_help() -> Groups:
         "files": flags_of(Files),
         "model": flags_of(ModelSettings),
         "text": chosen(own, TEXT),
-        "loss": flags_of(settings_in_source("rrhf.losses", "LossSettings")),
+        "loss": [*flags_of(settings_in_source("rrhf.losses", "LossSettings")), *flags_of(SelectionSettings)],
         "adapter": flags_of(AdapterSettings),
         "training": [*without(own, (*TEXT, *SETTLED)), *COMMON],
         "with --resample_steps, how responses are sampled and scored": online_help(),

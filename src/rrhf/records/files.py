@@ -261,28 +261,47 @@ def write_records(path: str | Path, records: Iterable[Record], overwrite: bool =
         return writer(temporary, records)
 
 
-def _write_lines(file: IO[bytes] | gzip.GzipFile, records: Iterable[Record]) -> int:
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]], overwrite: bool = False) -> int:
+    """Write rows that are no records of ours to a .jsonl or .jsonl.gz file, whole or not at all; return how many.
+
+    Raises:
+        UserError: the file exists and ``overwrite`` is false, its suffix is unknown, or the disk is full.
+    """
+    path = Path(path)
+    writer = LINE_WRITERS[file_suffix(path, LINE_WRITERS)]
+    refuse_existing(path, overwrite)
+    with replacing(path) as temporary:
+        return writer(temporary, (json.dumps(row, ensure_ascii=False, allow_nan=False) for row in rows))
+
+
+def _write_lines(file: IO[bytes] | gzip.GzipFile, lines: Iterable[str]) -> int:
     count = 0
-    for record in records:
-        file.write(record_line(record).encode("utf-8") + b"\n")
+    for line in lines:
+        file.write(line.encode("utf-8") + b"\n")
         count += 1
     return count
 
 
-def _write_jsonl(path: Path, records: Iterable[Record]) -> int:
+def _write_jsonl(path: Path, lines: Iterable[str]) -> int:
     with path.open("wb") as file:
-        return _write_lines(file, records)
+        return _write_lines(file, lines)
 
 
-def _write_jsonl_gz(path: Path, records: Iterable[Record]) -> int:
-    # No name and no time in the header: equal records give equal bytes.
+def _write_jsonl_gz(path: Path, lines: Iterable[str]) -> int:
+    # No name and no time in the header: equal lines give equal bytes.
     with path.open("wb") as raw, gzip.GzipFile("", "wb", 6, raw, mtime=0) as file:
-        return _write_lines(file, records)
+        return _write_lines(file, lines)
+
+
+LINE_WRITERS: dict[str, Callable[[Path, Iterable[str]], int]] = {".jsonl": _write_jsonl, ".jsonl.gz": _write_jsonl_gz}
+
+
+def _of_lines(writer: Callable[[Path, Iterable[str]], int]) -> Callable[[Path, Iterable[Record]], int]:
+    return lambda path, records: writer(path, map(record_line, records))
 
 
 WRITERS: dict[str, Callable[[Path, Iterable[Record]], int]] = {
-    ".jsonl": _write_jsonl,
-    ".jsonl.gz": _write_jsonl_gz,
+    **{suffix: _of_lines(writer) for suffix, writer in LINE_WRITERS.items()},
     ".parquet": write_parquet,
 }
 

@@ -1,8 +1,9 @@
-"""Other people's data sets as records: one function a format, from a row of theirs to a row of ours.
+"""Other people's data sets as records: where their rows come from, which format they have, what became of them.
 
 A format function takes a row as a dictionary and returns a dictionary with our columns (``query``, ``responses``,
-``sources``, ``scores``; unknown columns travel along), or None or a ``SkipRowError`` where the row cannot be used.
-A new format is one function and one line in ``FORMATS``; outsiders pass ``pkg.module:function``.
+``sources``, ``scores``, ``rewards``; unknown columns travel along), or None or a ``SkipRowError`` where the row cannot
+be used; one marked ``@grouped`` takes all rows of a query at once. A new format is a function in ``records/foreign/``,
+a line in ``FORMATS`` and one in ``COLUMNS``; outsiders pass ``pkg.module:function``.
 """
 
 from __future__ import annotations
@@ -11,7 +12,6 @@ import contextlib
 import csv
 import itertools
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -20,200 +20,24 @@ from typing import Any
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import load_function
 from rrhf.records.files import READERS, Ids, file_suffix, read_records, read_rows, require_file, text_lines
-from rrhf.records.record import FIELDS, Message, Query, Record, Row, RowError, plain, record_from_row
-
-ForeignRow = dict[str, Any]
-Format = Callable[[ForeignRow], ForeignRow | None]
-
-CHOSEN_SOURCES = ["human/chosen", "human/rejected"]
-CHOSEN_SCORES = [1.0, 0.0]
-PROMPT_COLUMNS = ("prompt", "query", "instruction", "question", "text")
-
-
-class SkipRowError(Exception):
-    """A row that a format cannot use. Its message is the reason, in words that do not depend on the row."""
-
-
-# --- formats -----------------------------------------------------------------------------------------------------
-
-
-def _rest(row: ForeignRow, *used: str) -> ForeignRow:
-    """Return the columns a format did not use; those with a name of ours become ``original_…``, but an id stays."""
-    rest = {}
-    for name, value in row.items():
-        if name == "id" and isinstance(value, (str, int)) and not isinstance(value, bool) and value != "":
-            rest["id"] = str(value)
-        elif name not in used:
-            rest[f"original_{name}" if name in FIELDS else name] = value
-    return rest
-
-
-def _column(row: ForeignRow, name: str) -> Any:
-    if row.get(name) is None:
-        raise SkipRowError(f"no `{name}`")
-    return row[name]
-
-
-def _text(row: ForeignRow, name: str) -> str:
-    value = _column(row, name)
-    if not isinstance(value, str):
-        raise SkipRowError(f"`{name}` is no text")
-    return value
-
-
-def _chosen_row(query: Query, chosen: str, rejected: str, rest: ForeignRow) -> ForeignRow:
-    if chosen == rejected:
-        raise SkipRowError("chosen and rejected are the same")
-    return {
-        **rest,
-        "query": query,
-        "responses": [chosen, rejected],
-        "sources": list(CHOSEN_SOURCES),
-        "scores": list(CHOSEN_SCORES),
-    }
+from rrhf.records.foreign.instructions import (
+    PROMPT_COLUMNS,
+    alpaca,
+    alpacafarm,
+    imdb,
+    prompt_completion,
+    prompts,
+    vicuna,
+)
+from rrhf.records.foreign.pairs import LAST_TURN, hh, hh_chat, preference, sharegpt, static
+from rrhf.records.foreign.ratings import PAIR_RATINGS, gpt4_llm, helpsteer, ultrafeedback, ultrafeedback_binarized
+from rrhf.records.foreign.rows import ForeignRow, Format, SkipRowError
+from rrhf.records.record import Record, Row, RowError, plain, record_from_row
 
 
 def rrhf(row: ForeignRow) -> ForeignRow:
     """Our own record, and the released RRHF code's ``query``, ``responses``, ``scores``."""
     return row
-
-
-LAST_TURN = "\n\nAssistant:"
-TURN = re.compile(r"\n\n(Human|Assistant):")
-ROLES = {"Human": "user", "Assistant": "assistant"}
-
-
-def _hh_parts(row: ForeignRow) -> tuple[str, str, str]:
-    """Return an HH row's query, which ends in ``\\n\\nAssistant:``, and its chosen and rejected responses."""
-    dialogues = _text(row, "chosen"), _text(row, "rejected")
-    cuts = [dialogue.rfind(LAST_TURN) + len(LAST_TURN) for dialogue in dialogues]
-    if min(cuts) < len(LAST_TURN):
-        raise SkipRowError("a dialogue without an Assistant turn")
-    if dialogues[0][: cuts[0]] != dialogues[1][: cuts[1]]:
-        raise SkipRowError("the two dialogues part before the last turn")
-    return dialogues[0][: cuts[0]], dialogues[0][cuts[0] :], dialogues[1][cuts[1] :]
-
-
-def hh(row: ForeignRow) -> ForeignRow:
-    """Anthropic HH as plain text: the query ends in ``\\n\\nAssistant:``, a response starts with the space after it."""
-    return _chosen_row(*_hh_parts(row), _rest(row, "chosen", "rejected"))
-
-
-def hh_chat(row: ForeignRow) -> ForeignRow:
-    """Anthropic HH as messages, for models with a chat template."""
-    query, chosen, rejected = _hh_parts(row)
-    start, *turns = TURN.split(query)
-    if start.strip():
-        raise SkipRowError("text before the first turn")
-    messages = [
-        {"role": ROLES[speaker], "content": content.strip()}
-        for speaker, content in zip(turns[::2], turns[1::2], strict=True)
-    ]
-    return _chosen_row(messages[:-1], chosen.strip(), rejected.strip(), _rest(row, "chosen", "rejected"))
-
-
-def static(row: ForeignRow) -> ForeignRow:
-    """Dahoas/rm-static and its kin: ``prompt``, ``chosen``, ``rejected``; ``response`` repeats the chosen one."""
-    rest = _rest(row, "prompt", "response", "chosen", "rejected")
-    return _chosen_row(_text(row, "prompt"), _text(row, "chosen"), _text(row, "rejected"), rest)
-
-
-def preference(row: ForeignRow) -> ForeignRow:
-    """TRL's preference rows, as text or messages; without ``prompt`` it is what chosen and rejected share."""
-    chosen, rejected = _column(row, "chosen"), _column(row, "rejected")
-    kinds = {type(chosen), type(rejected)}
-    if kinds not in ({str}, {list}):
-        raise SkipRowError("chosen and rejected are neither two texts nor two lists of messages")
-    parts = _preference_texts if kinds == {str} else _preference_messages
-    return _chosen_row(*parts(row.get("prompt"), chosen, rejected), _rest(row, "prompt", "chosen", "rejected"))
-
-
-def _preference_texts(prompt: Any, chosen: str, rejected: str) -> tuple[Query, str, str]:
-    if prompt is not None:
-        return prompt, chosen, rejected
-    shared = _shared(chosen, rejected)
-    if shared and chosen[shared - 1] == " ":
-        shared -= 1  # the space belongs to the response, as in TRL
-    return chosen[:shared], chosen[shared:], rejected[shared:]
-
-
-def _preference_messages(prompt: Any, chosen: list[Message], rejected: list[Message]) -> tuple[Query, str, str]:
-    shared = _shared(chosen, rejected)
-    query = chosen[:shared]
-    if not query and isinstance(prompt, list):
-        query = prompt
-    elif not query and isinstance(prompt, str):
-        query = [{"role": "user", "content": prompt}]
-    elif isinstance(prompt, list) and query[: len(prompt)] != prompt:
-        # The prompt begins earlier, with a system message; or completions have several messages, the first shared.
-        query = prompt if prompt[-len(query) :] == query else [*prompt, *query]
-    answers = chosen[shared:], rejected[shared:]
-    for answer in answers:
-        if len(answer) != 1 or not isinstance(answer[0], dict) or answer[0].get("role") != "assistant":
-            raise SkipRowError("chosen and rejected do not differ in one assistant message at their end")
-    first, second = (answer[0].get("content") for answer in answers)
-    if not isinstance(first, str) or not isinstance(second, str):
-        raise SkipRowError("a message without text")
-    return query, first, second
-
-
-def _shared(first: Any, second: Any) -> int:
-    """Return the length of the longest common prefix."""
-    pairs = enumerate(zip(first, second, strict=False))
-    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
-
-
-def _instruction(row: ForeignRow) -> list[Message]:
-    instruction = _text(row, "instruction")
-    detail = row.get("input")
-    content = f"{instruction}\n\n{detail}" if isinstance(detail, str) and detail.strip() else instruction
-    return [{"role": "user", "content": content}]
-
-
-def alpaca(row: ForeignRow) -> ForeignRow:
-    """Alpaca's ``instruction``, ``input``, ``output``: one user message, one response without a score."""
-    return {
-        **_rest(row, "instruction", "input", "output"),
-        "query": _instruction(row),
-        "responses": [_text(row, "output")],
-    }
-
-
-def alpacafarm(row: ForeignRow) -> ForeignRow:
-    """``instruction``, ``input`` and ``outputs``, a mapping from system to text: sources ``system/<name>``."""
-    outputs = _column(row, "outputs")
-    if not isinstance(outputs, dict):
-        raise SkipRowError("`outputs` is no mapping from system to text")
-    answers = {f"system/{name}": text for name, text in outputs.items() if text is not None}
-    return {
-        **_rest(row, "instruction", "input", "outputs"),
-        "query": _instruction(row),
-        "responses": list(answers.values()),
-        "sources": list(answers),
-    }
-
-
-def vicuna(row: ForeignRow) -> ForeignRow:
-    """The Vicuna questions: the first of ``turns`` is the query; ``question_id`` and ``category`` travel along."""
-    turns = _column(row, "turns")
-    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
-        raise SkipRowError("`turns` is no list of texts")
-    used = ("turns",) if len(turns) == 1 else ()
-    return {**_rest(row, *used), "query": [{"role": "user", "content": turns[0]}]}
-
-
-def imdb(row: ForeignRow) -> ForeignRow:
-    """Reviews: ``text`` or ``review`` as a plain text query; the label travels along."""
-    name = "text" if row.get("text") is not None else "review"
-    return {**_rest(row, name), "query": _text(row, name)}
-
-
-def prompts(row: ForeignRow) -> ForeignRow:
-    """Queries alone, text or messages, in whichever of ``PROMPT_COLUMNS`` comes first."""
-    for name in PROMPT_COLUMNS:
-        if row.get(name) is not None:
-            return {**_rest(row, name), "query": row[name]}
-    raise SkipRowError(f"none of the columns {', '.join(PROMPT_COLUMNS)}")
 
 
 FORMATS: dict[str, Format] = {
@@ -222,22 +46,38 @@ FORMATS: dict[str, Format] = {
     "hh-chat": hh_chat,
     "static": static,
     "preference": preference,
+    "ultrafeedback": ultrafeedback,
+    "ultrafeedback-binarized": ultrafeedback_binarized,
+    "gpt4-llm": gpt4_llm,
+    "helpsteer": helpsteer,
     "alpaca": alpaca,
     "alpacafarm": alpacafarm,
     "vicuna": vicuna,
+    "prompt-completion": prompt_completion,
+    "sharegpt": sharegpt,
     "imdb": imdb,
     "prompts": prompts,
 }
 
-# The first whose columns are all there is the guess; where two formats share their columns the values decide.
-GUESSES: tuple[tuple[frozenset[str], str], ...] = (
+# What each format needs. The first whose columns are all there is the guess; where two share theirs the values decide.
+COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"query"}), "rrhf"),
     (frozenset({"instruction", "outputs"}), "alpacafarm"),
+    (frozenset({"instruction", "completions"}), "ultrafeedback"),
+    (frozenset({"instruction", "chosen_response", "rejected_response", *PAIR_RATINGS[2]}), "ultrafeedback-binarized"),
+    (frozenset({"conversations"}), "sharegpt"),
+    *((frozenset({"chosen", "rejected", *ratings}), "ultrafeedback-binarized") for ratings in PAIR_RATINGS),
+    (frozenset({"user_input", "responses_and_scores"}), "gpt4-llm"),
+    (frozenset({"user_input", "completion_a", "completion_b"}), "gpt4-llm"),
+    (frozenset({"prompt", "response", "helpfulness"}), "helpsteer"),
     (frozenset({"instruction", "output"}), "alpaca"),
     (frozenset({"turns"}), "vicuna"),
     (frozenset({"prompt", "response", "chosen", "rejected"}), "static"),
     (frozenset({"prompt", "chosen", "rejected"}), "preference"),
     (frozenset({"chosen", "rejected"}), "preference"),
+    (frozenset({"chosen", "rejected"}), "hh"),  # where they are dialogues
+    (frozenset({"chosen", "rejected"}), "hh-chat"),  # never guessed
+    (frozenset({"prompt", "completion"}), "prompt-completion"),
     (frozenset({"text", "label"}), "imdb"),
     (frozenset({"review"}), "imdb"),
     *((frozenset({name}), "prompts") for name in PROMPT_COLUMNS),
@@ -248,17 +88,24 @@ def guess_format(row: ForeignRow, source: str) -> str:
     """Return the format that the columns of ``row`` belong to.
 
     Raises:
-        UserError: none is known; the message lists the columns found and the formats.
+        UserError: none is known; the message lists the columns found and what each format needs.
     """
     columns = {name for name, value in row.items() if value is not None}
-    for needed, name in GUESSES:
+    for needed, name in COLUMNS:
         if needed <= columns:
             dialogue = isinstance(row.get("chosen"), str) and LAST_TURN in row["chosen"]
             return "hh" if name == "preference" and "prompt" not in columns and dialogue else name
     raise UserError(
-        f"{source}: cannot tell the format from the columns {', '.join(map(str, row)) or '(none)'}: "
-        f"give --format, one of {', '.join(FORMATS)}, or pkg.module:function"
+        f"{source}: cannot tell the format from the columns {', '.join(map(str, row)) or '(none)'}. Each needs:\n"
+        + "".join(f"  {name}: {needed_columns(name)}\n" for name in FORMATS)
+        + "rename the columns, or give --format, one of these or pkg.module:function"
     )
+
+
+def needed_columns(name: str) -> str:
+    """The columns that a format needs, in words; the ways are apart by "or"."""
+    ways = [", ".join(sorted(needed)) for needed, other in COLUMNS if other == name]
+    return " or ".join(ways) or "not said"
 
 
 def load_format(name: str) -> Format:
@@ -310,7 +157,8 @@ def _is_file(source: str) -> bool:
     return Path(source).is_file() or (source.lower().endswith(tuple(FILE_READERS)) and not Path(source).is_dir())
 
 
-def _file_rows(path: Path) -> Iterator[Row]:
+def file_rows(path: Path) -> Iterator[Row]:
+    """Rows of a local file of any kind that is known. Raises UserError at once where there is none."""
     reader = FILE_READERS[file_suffix(path, FILE_READERS)]
     require_file(path)
     return reader(path)
@@ -375,7 +223,7 @@ def load_dataset_records(
         raise UserError(f"limit is {limit}: it must be at least 1, or left out")
     convert = load_format(format) if format is not None else None
     name = str(source)
-    rows = _file_rows(Path(name)) if _is_file(name) else _library_rows(name, split, config, data_dir)
+    rows = file_rows(Path(name)) if _is_file(name) else _library_rows(name, split, config, data_dir)
     counter = Counter[str]() if counts is None else counts
     records = _records(name, rows, convert, counter)
     return _first(records, limit)
@@ -395,13 +243,37 @@ def _records(source: str, rows: Iterator[Row], convert: Format | None, counts: C
         if not isinstance(first[0], dict):
             raise RowError(first[1], "a row must be an object", "give a file of objects")
         convert = FORMATS[guess_format(first[0], source)]
+    rows = itertools.chain([first], rows)
     if convert is rrhf and _is_file(source) and source.lower().endswith(tuple(READERS)):
         yield from read_records(source, empty_responses="drop", counts=counts)
     else:
-        yield from _foreign_records(source, itertools.chain([first], rows), convert, counts)
+        column = getattr(convert, "group_by", None)
+        if column:
+            rows = _grouped(rows, column)
+        found = ", ".join(map(str, first[0])) if isinstance(first[0], dict) else "none"
+        yield from _foreign_records(source, rows, convert, counts, found)
 
 
-def _foreign_records(source: str, rows: Iterable[Row], convert: Format, counts: Counter[str]) -> Iterator[Record]:
+def _grouped(rows: Iterable[Row], column: str) -> Iterator[Row]:
+    """Rows in succession with one value of ``column`` as one row, at the place of the first; see ``grouped``."""
+    group: Row | None = None
+    for row, where, number in rows:
+        value = row.get(column) if isinstance(row, dict) else None
+        if group is not None and value is not None and group[0].get(column) == value:
+            group[0]["rows"].append(row)
+            continue
+        if group is not None:
+            yield group
+        group = ({column: value, "rows": [row]}, where, number) if value is not None else None
+        if group is None:
+            yield row, where, number
+    if group is not None:
+        yield group
+
+
+def _foreign_records(
+    source: str, rows: Iterable[Row], convert: Format, counts: Counter[str], columns: str
+) -> Iterator[Record]:
     ids = Ids()
     skipped = Counter[str]()
     empty = True
@@ -416,7 +288,12 @@ def _foreign_records(source: str, rows: Iterable[Row], convert: Format, counts: 
         yield record
     if empty:
         reasons = ", ".join(f"{reason} ({count})" for reason, count in skipped.most_common(5))
-        raise UserError(f"{source}: no row gave a record: {reasons}: check --format, one of {', '.join(FORMATS)}")
+        name = next((name for name, format in FORMATS.items() if format is convert), "")
+        needs = f"; {name} needs {needed_columns(name)}" if name else ""
+        raise UserError(
+            f"{source}: no row gave a record: {reasons}; the first has the columns {columns}{needs}: "
+            f"check --format, one of {', '.join(FORMATS)}"
+        )
 
 
 def _foreign_record(row: Any, where: str, convert: Format, counts: Counter[str]) -> tuple[Record | None, str]:

@@ -188,6 +188,7 @@ def _data(settings: Mapping[str, Any], training: Mapping[str, Any], data: Mappin
         lines.append(f"- records: {training['records']}")
     lines += [f"- skipped: {count} ({reason})" for reason, count in sorted(training.get("skipped", {}).items())]
     for key, words in (
+        ("left_out", "scored responses left out by the selection"),
         ("unranked", "records with fewer than two scored responses: fitted, not ranked"),
         ("queries_cut", "queries cut from the left to the length limit"),
         ("responses_cut", "responses cut from the right to the length limit"),
@@ -208,6 +209,7 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         ("ranking loss", None if ranking is None else _ranking(str(ranking))),
         ("rank weight", settings.get("rank_weight")),
         ("margin", settings.get("margin") or None),
+        ("responses that train", _selection(str(settings.get("select", "all")))),
         ("equal scores", _ties(str(settings.get("ties", "none")))),
         ("cross-entropy", SFT.get(str(settings.get("sft_reduction")), settings.get("sft_reduction"))),
         ("SFT weight", settings.get("sft_weight")),
@@ -238,6 +240,13 @@ def _ties(ties: str) -> str | None:
     from rrhf.losses import describe, tie_rule
 
     return None if ties == "none" else f"`{ties}`: {describe(tie_rule(ties)[0])}"
+
+
+def _selection(select: str) -> str | None:
+    """Which responses train; nothing where all do."""
+    from rrhf.training.selection import describe_selection, find_selection
+
+    return None if select == "all" else f"`{select}`: {describe_selection(find_selection(select)[0])}"
 
 
 def _adapter(settings: Mapping[str, Any]) -> str | None:

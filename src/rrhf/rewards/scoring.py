@@ -21,6 +21,7 @@ from rrhf.rewards.kind import RewardContext, RewardKind, Scorer
 from rrhf.rewards.kl import Shaping
 from rrhf.rewards.logprob import LOGPROB, LOGPROB_SUM
 from rrhf.rewards.normalise import Moments
+from rrhf.rewards.people import PEOPLE
 from rrhf.rewards.provided import PROVIDED
 from rrhf.rewards.reward_models.kind import MODEL, names_reward_model
 
@@ -45,6 +46,7 @@ REWARDS: dict[str, RewardKind] = {  # what stands before ":" → its kind
     "logprob": LOGPROB,
     "logprob-sum": LOGPROB_SUM,
     "model": MODEL,
+    "people": PEOPLE,
 }
 FORMS = ("pkg.module:function", *(form for kind in REWARDS.values() for form in kind.forms))
 

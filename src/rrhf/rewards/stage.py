@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rrhf.common.endpoint_settings import EndpointLimits
@@ -157,6 +157,7 @@ def score_file(
     """
     scoring = scoring or ScoringSettings()
     context = scoring.context(text, remote, journals=output.with_name(f"{output.name}.parts"))
+    context = replace(context, records=data)
     # An unknown reward or model is refused before any work.
     rewards = Rewards(
         settings.reward,

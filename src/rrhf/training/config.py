@@ -9,6 +9,7 @@ from rrhf.common.errors import UserError
 from rrhf.losses import LossSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.training.placement import PlacedArguments
+from rrhf.training.selection import SelectionSettings
 
 LEARNING_RATE = 2e-5  # the paper's
 
@@ -17,7 +18,7 @@ ADAPTER_LEARNING_RATE = 2e-4  # ten times as much: docs/adapters.md
 
 
 @dataclass
-class RRHFConfig(PlacedArguments, LossSettings):
+class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
     """Every argument of ``transformers.TrainingArguments``, with the paper's values as defaults, and those of RRHF.
 
     ``per_device_train_batch_size`` counts queries, each with all its responses.
@@ -88,7 +89,7 @@ class RRHFConfig(PlacedArguments, LossSettings):
             )
             if getattr(self, name) is not None and getattr(self, name) < least
         ]
-        faults += self.faults()
+        faults += self.faults() + self.selection_faults()
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             faults.append(
                 "DeepSpeed (--deepspeed, or accelerate's configuration): it would make an optimiser step of every "

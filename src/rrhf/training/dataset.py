@@ -14,6 +14,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.scores import score_levels
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record, record_from_row
+from rrhf.training.selection import selected
 
 
 @dataclass(frozen=True)
@@ -39,8 +40,9 @@ TOKEN_COLUMNS = ("old_token_logprobs", "reference_token_logprobs")
 class EncodedRecords(Dataset):
     """Records as token ids in memory, without those that cannot be trained on; ``skipped`` counts them by reason.
 
-    Responses that no loss reads are not kept, so nothing computes them: those without a score and, with ``only_best``,
-    all but the best one (Eq. 3).
+    Responses that no loss reads are not kept, so nothing computes them: those without a score, those that ``select``
+    (see ``rrhf.training.selection``) leaves out, counted in ``left_out``, and, with ``only_best``, all but the best one
+    (Eq. 3).
 
     Args:
         reference_sums: the name in ``Record.rewards`` of the reference's sums; None: records bring none.
@@ -53,12 +55,16 @@ class EncodedRecords(Dataset):
         max_length: int,
         only_best: bool = False,
         reference_sums: str | None = None,
+        select: str = "all",
     ) -> None:
         self.records: list[TrainingRecord] = []
         self.skipped: Counter[str] = Counter()
         self.unranked = 0
+        self.left_out = 0
         for number, row in enumerate(rows):
-            record = row if isinstance(row, Record) else _as_record(dict(row), f"row {number}")
+            given = row if isinstance(row, Record) else _as_record(dict(row), f"row {number}")
+            record = selected(given, select)
+            self.left_out += sum(s is not None for s in given.scores) - sum(s is not None for s in record.scores)
             encoded = format.encode_record(record, max_length)
             reason = _unusable(encoded, max_length)
             if reason is not None:
@@ -80,6 +86,8 @@ class EncodedRecords(Dataset):
         parts += [f"{count} skipped: {reason}" for reason, count in sorted(self.skipped.items())]
         if self.unranked:
             parts.append(f"{self.unranked} with fewer than two scored responses (fitted, not ranked)")
+        if self.left_out:
+            parts.append(f"{self.left_out} responses left out by --select")
         parts += [f"{self.queries_cut} queries cut"] * bool(self.queries_cut)
         parts += [f"{self.responses_cut} responses cut"] * bool(self.responses_cut)
         return "; ".join(parts)
@@ -87,10 +95,11 @@ class EncodedRecords(Dataset):
 
 def _as_record(row: dict[str, Any], where: str) -> Record:
     if "chosen" in row and "rejected" in row:
-        from rrhf.records.formats import FORMATS, SkipRowError
+        from rrhf.records.foreign.pairs import preference
+        from rrhf.records.foreign.rows import SkipRowError
 
         try:
-            converted = FORMATS["preference"](row)
+            converted = preference(row)
         except SkipRowError as error:
             raise UserError(f"{where}: {error}") from error
         if converted is None:

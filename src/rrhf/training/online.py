@@ -214,7 +214,7 @@ class OnlineRecords(Dataset):
             raise UserError(f"{self.windows.records(number)}: no response that was sampled could be scored")
 
     def _encoded(self, rows: Iterable[Record]) -> list[TrainingRecord]:
-        encoded = EncodedRecords(rows, self.format, self.args.max_length, self.only_best)
+        encoded = EncodedRecords(rows, self.format, self.args.max_length, self.only_best, select=self.args.select)
         self.skipped.update(encoded.skipped)
         self.unranked += encoded.unranked
         self.queries_cut, self.responses_cut = self.format.queries_cut, self.format.responses_cut

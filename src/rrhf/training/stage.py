@@ -274,6 +274,7 @@ def _save(
         "data": source_shares(last_window(folder) or job.data),
         "skipped": dict(records.skipped),
         "unranked": records.unranked,
+        "left_out": records.left_out,
         "queries_cut": records.queries_cut,
         "responses_cut": records.responses_cut,
         "path": trainer.path,

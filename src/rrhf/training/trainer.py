@@ -94,8 +94,10 @@ class RRHFTrainer(Trainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
 
-        # Held-out records keep all their scored responses: how they are ranked is measured whatever the loss.
-        train = _encoded(train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none")
+        # Held-out records keep all their scored responses: how they are ranked is measured whatever trains.
+        train = _encoded(
+            train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none", args.select
+        )
         held_out = _encoded(eval_dataset, args, processing_class, reference_sums)
         if train is not None and not train.records:
             raise UserError(f"no record is left to train on: {train.summary()}")
@@ -502,6 +504,7 @@ def _encoded(
     tokenizer: PreTrainedTokenizerBase,
     reference_sums: str | None,
     only_best: bool = False,
+    select: str = "all",
 ) -> EncodedRecords | OnlineRecords | None:
     """Rows as token ids; what is sampled while training is encoded then."""
     if rows is None or isinstance(rows, EncodedRecords):
@@ -512,7 +515,7 @@ def _encoded(
         return rows
     if args.resample_steps:
         raise UserError(f"--resample_steps {args.resample_steps}: the training's records must be OnlineRecords")
-    return EncodedRecords(rows, format, args.max_length, only_best, reference_sums)
+    return EncodedRecords(rows, format, args.max_length, only_best, reference_sums, select)
 
 
 def _use_one_gpu(args: RRHFConfig) -> None:

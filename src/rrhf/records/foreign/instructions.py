@@ -1,0 +1,74 @@
+"""Instructions and prompts: queries alone, with one response, or with those of several systems; no scores."""
+
+from __future__ import annotations
+
+from rrhf.records.foreign.rows import ForeignRow, SkipRowError, text_of, unused, user, value_of
+from rrhf.records.record import Message
+
+PROMPT_COLUMNS = ("prompt", "query", "instruction", "question", "text")
+
+
+def instruction_of(row: ForeignRow) -> list[Message]:
+    """Alpaca's ``instruction``, with ``input`` below it where there is one, as one user message."""
+    instruction = text_of(row, "instruction")
+    detail = row.get("input")
+    content = f"{instruction}\n\n{detail}" if isinstance(detail, str) and detail.strip() else instruction
+    return user(content)
+
+
+def alpaca(row: ForeignRow) -> ForeignRow:
+    """Alpaca's ``instruction``, ``input``, ``output``: one user message, one response without a score."""
+    return {
+        **unused(row, "instruction", "input", "output"),
+        "query": instruction_of(row),
+        "responses": [text_of(row, "output")],
+    }
+
+
+def alpacafarm(row: ForeignRow) -> ForeignRow:
+    """``instruction``, ``input`` and ``outputs``, a mapping from system to text: sources ``system/<name>``."""
+    outputs = value_of(row, "outputs")
+    if not isinstance(outputs, dict):
+        raise SkipRowError("`outputs` is no mapping from system to text")
+    answers = {f"system/{name}": text for name, text in outputs.items() if text is not None}
+    return {
+        **unused(row, "instruction", "input", "outputs"),
+        "query": instruction_of(row),
+        "responses": list(answers.values()),
+        "sources": list(answers),
+    }
+
+
+def vicuna(row: ForeignRow) -> ForeignRow:
+    """The Vicuna questions: the first of ``turns`` is the query; ``question_id`` and ``category`` travel along."""
+    turns = value_of(row, "turns")
+    if not isinstance(turns, list) or not turns or not isinstance(turns[0], str):
+        raise SkipRowError("`turns` is no list of texts")
+    used = ("turns",) if len(turns) == 1 else ()
+    return {**unused(row, *used), "query": user(turns[0])}
+
+
+def prompt_completion(row: ForeignRow) -> ForeignRow:
+    """TRL's ``prompt`` and ``completion``, as text or messages: one response without a score."""
+    prompt, completion = value_of(row, "prompt"), value_of(row, "completion")
+    if isinstance(completion, list):
+        if len(completion) != 1 or not isinstance(completion[0], dict) or completion[0].get("role") != "assistant":
+            raise SkipRowError("`completion` is no assistant's message")
+        completion = text_of(completion[0], "content")
+    if not isinstance(completion, str):
+        raise SkipRowError("`completion` is no text")
+    return {**unused(row, "prompt", "completion"), "query": prompt, "responses": [completion]}
+
+
+def imdb(row: ForeignRow) -> ForeignRow:
+    """Reviews: ``text`` or ``review`` as a plain text query; the label travels along."""
+    name = "text" if row.get("text") is not None else "review"
+    return {**unused(row, name), "query": text_of(row, name)}
+
+
+def prompts(row: ForeignRow) -> ForeignRow:
+    """Queries alone, text or messages, in whichever of ``PROMPT_COLUMNS`` comes first."""
+    for name in PROMPT_COLUMNS:
+        if row.get(name) is not None:
+            return {**unused(row, name), "query": row[name]}
+    raise SkipRowError(f"none of the columns {', '.join(PROMPT_COLUMNS)}")

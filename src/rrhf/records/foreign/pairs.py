@@ -1,0 +1,112 @@
+"""Pairs: a chosen response and a rejected one."""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from rrhf.records.foreign.rows import ForeignRow, SkipRowError, chosen_row, text_of, unused, value_of
+from rrhf.records.record import Message, Query
+
+LAST_TURN = "\n\nAssistant:"
+TURN = re.compile(r"\n\n(Human|Assistant):")
+ROLES = {"Human": "user", "Assistant": "assistant"}
+
+
+def _hh_parts(row: ForeignRow) -> tuple[str, str, str]:
+    """Return an HH row's query, which ends in ``\\n\\nAssistant:``, and its chosen and rejected responses."""
+    dialogues = text_of(row, "chosen"), text_of(row, "rejected")
+    cuts = [dialogue.rfind(LAST_TURN) + len(LAST_TURN) for dialogue in dialogues]
+    if min(cuts) < len(LAST_TURN):
+        raise SkipRowError("a dialogue without an Assistant turn")
+    if dialogues[0][: cuts[0]] != dialogues[1][: cuts[1]]:
+        raise SkipRowError("the two dialogues part before the last turn")
+    return dialogues[0][: cuts[0]], dialogues[0][cuts[0] :], dialogues[1][cuts[1] :]
+
+
+def hh(row: ForeignRow) -> ForeignRow:
+    """Anthropic HH as plain text: the query ends in ``\\n\\nAssistant:``, a response starts with the space after it."""
+    return chosen_row(*_hh_parts(row), unused(row, "chosen", "rejected"))
+
+
+def hh_chat(row: ForeignRow) -> ForeignRow:
+    """Anthropic HH as messages, for models with a chat template."""
+    query, chosen, rejected = _hh_parts(row)
+    start, *turns = TURN.split(query)
+    if start.strip():
+        raise SkipRowError("text before the first turn")
+    messages = [
+        {"role": ROLES[speaker], "content": content.strip()}
+        for speaker, content in zip(turns[::2], turns[1::2], strict=True)
+    ]
+    return chosen_row(messages[:-1], chosen.strip(), rejected.strip(), unused(row, "chosen", "rejected"))
+
+
+def static(row: ForeignRow) -> ForeignRow:
+    """Dahoas/rm-static and its kin: ``prompt``, ``chosen``, ``rejected``; ``response`` repeats the chosen one."""
+    rest = unused(row, "prompt", "response", "chosen", "rejected")
+    return chosen_row(text_of(row, "prompt"), text_of(row, "chosen"), text_of(row, "rejected"), rest)
+
+
+SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant", "system": "system"}
+
+
+def sharegpt(row: ForeignRow) -> ForeignRow:
+    """ShareGPT's ``conversations`` (from, value); with ``chosen`` and ``rejected`` a pair, else its last turn."""
+    turns = value_of(row, "conversations")
+    if not isinstance(turns, list) or not all(
+        isinstance(turn, dict) and turn.get("from") in SPEAKERS for turn in turns
+    ):
+        raise SkipRowError("`conversations` is no list of turns from human, gpt or system")
+    messages = [{"role": SPEAKERS[turn["from"]], "content": text_of(turn, "value")} for turn in turns]
+    rest = unused(row, "conversations", "chosen", "rejected")
+    if isinstance(row.get("chosen"), dict) and isinstance(row.get("rejected"), dict):
+        return chosen_row(messages, text_of(row["chosen"], "value"), text_of(row["rejected"], "value"), rest)
+    if len(messages) < 2 or messages[-1]["role"] != "assistant":
+        raise SkipRowError("the conversation does not end with an answer")
+    return {**rest, "query": messages[:-1], "responses": [messages[-1]["content"]]}
+
+
+def preference(row: ForeignRow) -> ForeignRow:
+    """TRL's preference rows, as text or messages; without ``prompt`` it is what chosen and rejected share."""
+    chosen, rejected = value_of(row, "chosen"), value_of(row, "rejected")
+    kinds = {type(chosen), type(rejected)}
+    if kinds not in ({str}, {list}):
+        raise SkipRowError("chosen and rejected are neither two texts nor two lists of messages")
+    parts = _preference_texts if kinds == {str} else _preference_messages
+    return chosen_row(*parts(row.get("prompt"), chosen, rejected), unused(row, "prompt", "chosen", "rejected"))
+
+
+def _preference_texts(prompt: Any, chosen: str, rejected: str) -> tuple[Query, str, str]:
+    if prompt is not None:
+        return prompt, chosen, rejected
+    shared = _shared(chosen, rejected)
+    if shared and chosen[shared - 1] == " ":
+        shared -= 1  # the space belongs to the response, as in TRL
+    return chosen[:shared], chosen[shared:], rejected[shared:]
+
+
+def _preference_messages(prompt: Any, chosen: list[Message], rejected: list[Message]) -> tuple[Query, str, str]:
+    shared = _shared(chosen, rejected)
+    query = chosen[:shared]
+    if not query and isinstance(prompt, list):
+        query = prompt
+    elif not query and isinstance(prompt, str):
+        query = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, list) and query[: len(prompt)] != prompt:
+        # The prompt begins earlier, with a system message; or completions have several messages, the first shared.
+        query = prompt if prompt[-len(query) :] == query else [*prompt, *query]
+    answers = chosen[shared:], rejected[shared:]
+    for answer in answers:
+        if len(answer) != 1 or not isinstance(answer[0], dict) or answer[0].get("role") != "assistant":
+            raise SkipRowError("chosen and rejected do not differ in one assistant message at their end")
+    first, second = (answer[0].get("content") for answer in answers)
+    if not isinstance(first, str) or not isinstance(second, str):
+        raise SkipRowError("a message without text")
+    return query, first, second
+
+
+def _shared(first: Any, second: Any) -> int:
+    """Return the length of the longest common prefix."""
+    pairs = enumerate(zip(first, second, strict=False))
+    return next((i for i, (a, b) in pairs if a != b), min(len(first), len(second)))
