@@ -109,7 +109,7 @@ def _stages(run: RunFolder, config: RunConfig, policies: PolicyCache) -> list[St
         Stage(
             "score",
             run.scored,
-            lambda: {**files(run.responses), **_scored(config)},
+            lambda: {**files(run.responses), **_scored(run, config)},
             lambda: _score(run, config, policies),
         ),
         Stage(
@@ -166,9 +166,9 @@ def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
     )
 
 
-def _scored(config: RunConfig) -> dict[str, str]:
+def _scored(run: RunFolder, config: RunConfig) -> dict[str, str]:
     """The digests of the rewards, and of the models whose log-probabilities shape their scores."""
-    context = config.scoring.context(config.text, config.score_remote)
+    context = config.scoring.context(config.text, config.score_remote, records=run.responses)
     columns = {model: name for name, model in config.scoring.sums_columns(context).items()}
     return {**rewards_digests(config.score, context), **columns}
 

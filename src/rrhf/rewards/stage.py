@@ -93,7 +93,12 @@ class ScoringSettings:
         return faults
 
     def context(
-        self, text: TextSettings | None = None, remote: EndpointLimits | None = None, journals: Path | None = None
+        self,
+        text: TextSettings | None = None,
+        remote: EndpointLimits | None = None,
+        *,
+        journals: Path | None = None,
+        records: Path | None = None,
     ) -> RewardContext:
         """What rewards are given; see ``RewardContext``."""
         return RewardContext(
@@ -106,6 +111,7 @@ class ScoringSettings:
             remote=remote or EndpointLimits(),
             journals=journals,
             seed=self.seed,
+            records=records,
         )
 
     def shaping(self, context: RewardContext) -> Shaping | None:
@@ -156,7 +162,7 @@ def score_file(
         UserError: a reward is unknown or fails, ``output`` exists, or unfinished work of other rewards stands there.
     """
     scoring = scoring or ScoringSettings()
-    context = scoring.context(text, remote, journals=output.with_name(f"{output.name}.parts"))
+    context = scoring.context(text, remote, journals=output.with_name(f"{output.name}.parts"), records=data)
     # An unknown reward or model is refused before any work.
     rewards = Rewards(
         settings.reward,
