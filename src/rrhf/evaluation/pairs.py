@@ -28,7 +28,8 @@ from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.kl import log_ratios
 from rrhf.rewards.logprob import LogprobModel, reference_sums_name
 from rrhf.rewards.scoring import Rewards, reward_digest
-from rrhf.rewards.stage import SCORING_PART, SORTED_TOGETHER
+from rrhf.rewards.stage import SCORING_PART
+from rrhf.rewards.steps import SORTED_TOGETHER, release
 
 log = logging.getLogger("rrhf")
 
@@ -169,7 +170,7 @@ def evaluate_pairs(
         # A file that stands there is of an earlier evaluation; parts that were made of the same are taken up.
         in_parts(lambda: records, place, steps, depends_on, part_size=SCORING_PART, overwrite=True, total=len(records))
     finally:
-        _release(held, None)
+        release(held.values())
         if asked is not None:
             asked.close()
     judges = _judges(columns, rewards)
@@ -201,7 +202,7 @@ def _by_model(name: str, column: str, held: Mapping[str, LogprobModel]) -> Work:
     """Adds p_i of the responses under a model, and the sums, from one pass."""
 
     def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
-        _release(held, name)
+        release(held.values(), [held[name]])
         for start in range(0, len(block), SORTED_TOGETHER):
             batch = block[start : start + SORTED_TOGETHER]
             found = iter(held[name]([(record, index) for record in batch for index in range(len(record.responses))]))
@@ -219,18 +220,12 @@ def _by_model(name: str, column: str, held: Mapping[str, LogprobModel]) -> Work:
 
 def _by_rewards(asked: Rewards, held: Mapping[str, LogprobModel]) -> Work:
     def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
-        _release(held, None)
+        release(held.values())
         for record in asked.judge(block):
             yield record
             done(1)
 
     return work
-
-
-def _release(held: Mapping[str, LogprobModel], kept: str | None) -> None:
-    for name, model in held.items():  # one model in memory at a time
-        if name != kept:
-            model.close()
 
 
 def _judges(

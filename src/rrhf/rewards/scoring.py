@@ -30,6 +30,7 @@ __all__ = [
     "is_provided",
     "load_reward",
     "make_scorer",
+    "may_hold_a_model",
     "opened",
     "reward_digest",
     "reward_name",
@@ -73,6 +74,12 @@ def is_provided(reward: str | RewardFunction) -> bool:
     """Whether a reward reads scores that stand in the records, and so has none for new texts."""
     kind = REWARDS.get(reward.partition(":")[0]) if isinstance(reward, str) else None
     return kind is not None and not kind.judges_new
+
+
+def may_hold_a_model(reward: str) -> bool:
+    """Whether a reward may hold a model or a server: none that is a function does, or reads what records bring."""
+    kind = REWARDS.get(reward.partition(":")[0])
+    return kind is not None and kind.judges_new
 
 
 def reward_digest(reward: str | RewardFunction, context: RewardContext | None = None) -> str:
