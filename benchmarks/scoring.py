@@ -37,6 +37,21 @@ with open(sys.argv[1]) as source, open(sys.argv[2], "w") as target:
 """
 
 
+COMMAND = """
+import sys
+from rrhf.cli.main import main
+assert main(sys.argv[1:]) == 0
+"""
+
+TOOK = """
+import time
+from pathlib import Path
+lines = Path("/proc/self/status").read_text().splitlines()
+peak = next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1024
+print(time.process_time(), peak)
+"""
+
+
 class Run(NamedTuple):
     """Of a process from start to end: seconds on the clock and of the processor, and peak resident memory in MB."""
 
@@ -62,27 +77,28 @@ def write_data(path: Path, count: int, responses: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def run(command: list[str], folder: Path) -> Run:
-    """One process, alone; its memory is asked of the system when it has ended."""
-    begin = time.perf_counter()
+def run(script: str, arguments: list[str], folder: Path) -> Run:
+    """A process of its own runs ``script``; in the end it says itself what it took."""
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])}
-    process = subprocess.Popen(command, cwd=folder, env=environment, stderr=subprocess.PIPE)
-    assert process.stderr is not None
-    errors = process.stderr.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise RuntimeError(errors.decode()[-2000:])
-    return Run(time.perf_counter() - begin, usage.ru_utime + usage.ru_stime, usage.ru_maxrss / 1024)
+    begin = time.perf_counter()
+    done = subprocess.run(
+        [sys.executable, "-c", script + TOOK, *arguments], cwd=folder, env=environment, capture_output=True, text=True,
+        check=False,
+    )  # fmt: skip
+    wall = time.perf_counter() - begin
+    if done.returncode:
+        raise RuntimeError(done.stderr[-2000:])
+    processor, peak = map(float, done.stdout.split()[-2:])
+    return Run(wall, processor, peak)
 
 
 def measure(folder: Path, count: int, responses: int) -> dict[str, Run]:
     data = folder / f"data-{count}.jsonl"
     write_data(data, count, responses)
-    score = [sys.executable, "-m", "rrhf.cli", "score", "--reward", "trivial:length"]
+    score = ["score", "--reward", "trivial:length", "--data", str(data), "--output", f"scored-{count}.jsonl"]
     return {
-        "a bare loop": run([sys.executable, "-c", LOOP, str(data), f"loop-{count}.jsonl"], folder),
-        "rrhf score": run([*score, "--data", str(data), "--output", f"scored-{count}.jsonl"], folder),
+        "a bare loop": run(LOOP, [str(data), f"loop-{count}.jsonl"], folder),
+        "rrhf score": run(COMMAND, score, folder),
     }
 
 
