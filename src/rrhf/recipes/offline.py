@@ -152,7 +152,7 @@ def score_stage(at: Pass, data: Path | None = None) -> Stage:
         at.policies.release()  # free the sampling weights
         score_file(responses, at.run.scored, config.score, config.scoring, config.text, config.score_remote)
 
-    return Stage("score", at.run.scored, lambda: {**_files(responses), **_scored(config)}, work)
+    return Stage("score", at.run.scored, lambda: {**_files(responses), **_scored(config, responses)}, work)
 
 
 def train_stage(at: Pass, data: Path | None = None, online: Online | None = None) -> Stage:
@@ -239,9 +239,9 @@ def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
     )
 
 
-def _scored(config: RunConfig) -> dict[str, str]:
+def _scored(config: RunConfig, responses: Path) -> dict[str, str]:
     """The digests of the rewards, and of the models whose log-probabilities shape their scores."""
-    context = config.scoring.context(config.text, config.score_remote)
+    context = config.scoring.context(config.text, config.score_remote, records=responses)
     columns = {model: name for name, model in config.scoring.sums_columns(context).items()}
     return {**rewards_digests(config.score, context), **columns}
 

@@ -31,6 +31,7 @@ from rrhf.records.foreign.instructions import (
 )
 from rrhf.records.foreign.pairs import LAST_TURN, hh, hh_chat, preference, sharegpt, static
 from rrhf.records.foreign.ratings import PAIR_RATINGS, gpt4_llm, helpsteer, ultrafeedback, ultrafeedback_binarized
+from rrhf.records.foreign.rewardbench import rewardbench
 from rrhf.records.foreign.rows import ForeignRow, Format, SkipRowError
 from rrhf.records.record import Record, Row, RowError, plain, record_from_row
 
@@ -50,6 +51,7 @@ FORMATS: dict[str, Format] = {
     "ultrafeedback-binarized": ultrafeedback_binarized,
     "gpt4-llm": gpt4_llm,
     "helpsteer": helpsteer,
+    "rewardbench": rewardbench,
     "alpaca": alpaca,
     "alpacafarm": alpacafarm,
     "vicuna": vicuna,
@@ -72,6 +74,7 @@ COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"prompt", "response", "helpfulness"}), "helpsteer"),
     (frozenset({"instruction", "output"}), "alpaca"),
     (frozenset({"turns"}), "vicuna"),
+    (frozenset({"prompt", "chosen", "rejected", "subset"}), "rewardbench"),
     (frozenset({"prompt", "response", "chosen", "rejected"}), "static"),
     (frozenset({"prompt", "chosen", "rejected"}), "preference"),
     (frozenset({"chosen", "rejected"}), "preference"),

@@ -30,6 +30,7 @@ Row = tuple[Any, str, int]  # the parsed row, what errors call its place, its li
 
 FIELDS = ("id", "query", "responses", "sources", "finish", "scores", "rewards")
 FINISH = ("stop", "length")
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 REQUIRED = ("query", "responses", "scores")  # a stage that needs one needs those before it
 CURES = {"responses": "run `rrhf sample` first", "scores": "run `rrhf score` first"}
 
@@ -239,6 +240,8 @@ def _scores(value: Any, name: str, k: int, where: str) -> list[float | None]:
 
 
 def _number(value: Any, name: str, where: str) -> float:
+    if type(value) is float and math.isfinite(value):  # nearly all are
+        return value
     cure = "a score is a finite number, or null for a response that was not scored"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RowError(where, f"{name} is {_kind_name(value)}", cure)
@@ -291,7 +294,7 @@ def record_line(record: Record) -> str:
     """
     row = record_to_row(record)
     try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        line = ENCODER.encode(row)
         line.encode("utf-8")  # refuses half a surrogate pair here, with the record's name
     except (ValueError, TypeError) as error:
         column = next((name for name, value in row.items() if not writable(value)), "?")

@@ -33,6 +33,7 @@ __all__ = [
     "is_provided",
     "load_reward",
     "make_scorer",
+    "may_hold_a_model",
     "opened",
     "reward_digest",
     "reward_name",
@@ -87,6 +88,12 @@ def is_provided(reward: str | RewardFunction) -> bool:
     """Whether a reward reads scores that stand in the records, and so has none for new texts."""
     kind = _kind(reward)[0] if isinstance(reward, str) else None
     return kind is not None and not kind.judges_new
+
+
+def may_hold_a_model(reward: str) -> bool:
+    """Whether a reward may hold a model or a server: none that is a function does, or reads what records bring."""
+    kind = _kind(reward)[0]
+    return kind is not None and kind.judges_new
 
 
 def reward_digest(reward: str | RewardFunction, context: RewardContext | None = None) -> str:
