@@ -92,7 +92,22 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-vllm build dist
+	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm build dist
+
+# --- TRL: what its code makes of small numbers, for tests/losses/test_trl.py -------------------------------------------
+
+.PHONY: trl-env trl-losses
+
+trl-env: .venv-trl/.setup
+
+.venv-trl/.setup: Makefile
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip $(PIP_FLAGS) install '$(TORCH)'
+	.venv-trl/bin/pip $(PIP_FLAGS) install '$(TORCH)' trl==1.16.0
+	touch $@
+
+trl-losses: trl-env
+	.venv-trl/bin/python tests/oracles/record_trl_losses.py
 
 # --- engines: each in an environment of its own, since their requirements do not fit together or with the lock ---------
 

@@ -20,11 +20,13 @@ def pair(i: int, name: str, kl: float | None = None, **options: Any) -> float:
     """The ranking loss of the pair i, chosen before rejected."""
     rows = [CHOSEN["tokens"][i], REJECTED["tokens"][i]]
     return rrhf_loss(
-        torch.tensor([sum(row) for row in rows]), torch.tensor([len(row) for row in rows]), torch.tensor([1.0, 0.0]),
+        torch.tensor([sum(row) for row in rows]),
+        torch.tensor([len(row) for row in rows]),
+        torch.tensor([1.0, 0.0]),
         LossSettings(ranking_loss=name, **options),
         reference_sums=torch.tensor([CHOSEN["reference"][i], REJECTED["reference"][i]]),
         batch_kl=None if kl is None else torch.tensor(kl),
-    ).rank.item()  # fmt: skip
+    ).rank.item()
 
 
 @pytest.mark.parametrize("beta", FOUND["losses"])
@@ -66,10 +68,14 @@ def test_policy_gradients_over_two_updates_on_one_batch(name: str) -> None:
             clipped += sum(int(((a - b).exp() - 1).abs().gt(recorded["epsilon"]).sum()) for a, b in zip(now, old))
             losses.append(
                 rrhf_loss(
-                    torch.stack([row.sum() for row in now]), torch.tensor([len(row) for row in now]), scores,
-                    LossSettings(ranking_loss=name, **options), token_logprobs=now, old_token_logprobs=old,
+                    torch.stack([row.sum() for row in now]),
+                    torch.tensor([len(row) for row in now]),
+                    scores,
+                    LossSettings(ranking_loss=name, **options),
+                    token_logprobs=now,
+                    old_token_logprobs=old,
                     reference_token_logprobs=reference,
-                ).rank.item()  # fmt: skip
+                ).rank.item()
             )
         assert sum(losses) / 2 == pytest.approx(step["loss"], abs=1e-5)
     assert clipped > 0  # the second update was far enough from the first

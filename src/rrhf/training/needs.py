@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rrhf.common.errors import UserError
 from rrhf.losses import OPTIONAL
-from rrhf.training.dataset import TOKEN_COLUMNS, EncodedRecords, TrainingRecord
+from rrhf.records.record import TOKEN_COLUMNS
+from rrhf.training.dataset import EncodedRecords, TrainingRecord
 
 OF_THE_STEP = ("token_logprobs", "batch_kl")
 CURES = {

@@ -311,7 +311,7 @@ class RRHFTrainer(Trainer):
         reference = [value for record in records for value in record.reference_sums or ()]
         total = float(torch.cat([*sums, torch.zeros(0)]).double().sum()) - math.fsum(reference)
         ratios, responses = self._over_processes(total, len(reference)).sum(0).tolist()
-        return torch.tensor(max(0.0, ratios / max(responses, 1)))
+        return torch.tensor(max(0.0, ratios / max(responses, 1)), dtype=torch.float64)
 
     def _gradients_shared(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Hold the exchange of gradients back until the step's last forward: one exchange of whole gradients (DDP).
