@@ -92,19 +92,12 @@ class RRHFTrainer(Trainer):
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
 
-        def encode(rows: Iterable[Any] | None, only_best: bool = False) -> EncodedRecords | None:
-            if rows is None or isinstance(rows, EncodedRecords):
-                return rows
-            format = TextFormat(processing_class, args.text)
-            return EncodedRecords(rows, format, args.max_length, only_best, reference_sums)
-
         # Held-out records keep all their scored responses: how they are ranked is measured whatever the loss.
-        train, held_out = encode(train_dataset, args.ranking_loss == "none"), encode(eval_dataset)
+        train = _encoded(train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none")
+        held_out = _encoded(eval_dataset, args, processing_class, reference_sums)
         if train is not None and not len(train):
             raise UserError(f"no record is left to train on: {train.summary()}")
-        for data, flag in ((train, "the data"), (held_out, "--eval_data")):
-            if data is not None:
-                refuse_unmet(args.ranking_loss, self.needed, data, flag)
+        refuse_unmet(args.ranking_loss, self.needed, {"the data": train, "--eval_data": held_out})
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
@@ -463,9 +456,8 @@ class RRHFTrainer(Trainer):
         """The losses and ranking metrics on held-out records, without generation."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not isinstance(data, EncodedRecords):
-            format = TextFormat(self.processing_class, self.args.text)
-            data = EncodedRecords(data, format, self.args.max_length, reference_sums=self.reference_sums)
-            refuse_unmet(self.args.ranking_loss, self.needed, data, "the records to evaluate on")
+            data = _encoded(data, self.args, self.processing_class, self.reference_sums)
+            refuse_unmet(self.args.ranking_loss, self.needed, {"the records to evaluate on": data})
         self._fill_reference_sums(data)
         kept, self._sums = self._sums, defaultdict(float)
         model = self.accelerator.unwrap_model(self.model)
@@ -495,6 +487,19 @@ class RRHFTrainer(Trainer):
         model = causal_lm(self.model)
         parameters = model.num_parameters(exclude_embeddings=True)
         return 6 * parameters * sum(tree_tokens(record) for record in inputs)
+
+
+def _encoded(
+    rows: Iterable[Any] | None,
+    args: RRHFConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    reference_sums: str | None,
+    only_best: bool = False,
+) -> EncodedRecords | None:
+    """Rows as token ids."""
+    if rows is None or isinstance(rows, EncodedRecords):
+        return rows
+    return EncodedRecords(rows, TextFormat(tokenizer, args.text), args.max_length, only_best, reference_sums)
 
 
 def _use_one_gpu(args: RRHFConfig) -> None:
