@@ -135,6 +135,11 @@ trl-env: .venv-trl/.setup
 	.venv-trl/bin/pip $(PIP_FLAGS) install '$(TORCH)' 'trl==1.16.*'
 	touch $@
 
+# What TRL's code makes of small numbers, for tests/losses/test_trl.py.
+.PHONY: trl-losses
+trl-losses: trl-env
+	.venv-trl/bin/python tests/oracles/record_trl_losses.py
+
 test-engines: vllm-env openvino-env
 	RRHF_LONG=1 .venv-vllm/bin/python -m pytest -q tests/sampling/sources/test_vllm.py tests/long/test_vllm.py $(ARGS)
 	RRHF_LONG=1 RRHF_OPTIMUM_CLI=$(abspath .venv-optimum/bin/optimum-cli) .venv-openvino/bin/python -m pytest -q \

@@ -667,9 +667,9 @@ def rooted(record, settings):
 def not_a_number(record, settings):
     return rooted(record, settings) * float("nan") if bool((record.scores == 9).any()) else rooted(record, settings)
 
-@needs("reference_sums")
-def against_reference(record, settings):
-    return record.reference_sums.sum()
+@needs("old_token_logprobs")
+def off_policy(record, settings):
+    return record.old_token_logprobs[0].sum()
 """
 
 
@@ -700,10 +700,8 @@ def test_a_gradient_that_is_not_finite_updates_nothing(rooted: Path, budget: int
 
 
 def test_a_loss_that_needs_what_training_does_not_give(rooted: Path) -> None:
-    with pytest.raises(UserError, match="--ranking_loss rooted_losses:against_reference: it needs reference_sums"):
-        trainer_of(
-            tiny_model("llama", VOCABULARY), rooted, toy_records(1), ranking_loss="rooted_losses:against_reference"
-        )
+    with pytest.raises(UserError, match="--ranking_loss rooted_losses:off_policy: it needs old_token_logprobs"):
+        trainer_of(tiny_model("llama", VOCABULARY), rooted, toy_records(1), ranking_loss="rooted_losses:off_policy")
 
 
 @pytest.mark.parametrize("budget", [2048, 200])

@@ -7,7 +7,7 @@ reference's tokens, the records must bring.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rrhf.common.errors import UserError
 from rrhf.losses import OPTIONAL
-from rrhf.training.dataset import TOKEN_COLUMNS, EncodedRecords, TrainingRecord
+from rrhf.records.record import TOKEN_COLUMNS
+from rrhf.training.dataset import EncodedRecords, TrainingRecord
 
 OF_THE_STEP = ("token_logprobs", "batch_kl")
 CURES = {
@@ -26,31 +27,31 @@ CURES = {
 }
 
 
-def refuse_unmet(loss: str, needed: Collection[str], data: Any, flag: str) -> None:
-    """Refuse a loss that ``data`` does not bring what it needs for.
+def refuse_unmet(loss: str, needed: Collection[str], data: Mapping[str, Any]) -> None:
+    """Refuse a loss that the data do not bring what it needs for.
 
-    Records that come while training says what they will have in ``data.provides``.
+    Records that come while training says what they will have in the data set's ``provides``.
 
     Args:
-        data: ``EncodedRecords``, or a data set that makes its records while training.
-        flag: what brought the data.
+        data: what brought them → ``EncodedRecords``, a data set that makes its records while training, or None.
 
     Raises:
         UserError: something is missing; the message says how to mend it.
     """
-    for name in OPTIONAL:
-        if name not in needed or name in OF_THE_STEP:
-            continue
-        if isinstance(data, EncodedRecords):
-            lacking = [record.id for record in data.records if getattr(record, name) is None]
-            if name == "reference_sums" or not lacking:
-                continue
-            where = f"record {lacking[0]!r} of {flag} does not have"
-        elif name in getattr(data, "provides", ()):
-            continue
-        else:
-            where = f"{flag} does not have"
-        raise UserError(f"--ranking_loss {loss}: it needs {name}, which {where}: {CURES[name]}")
+    asked = [name for name in OPTIONAL if name in needed and name not in OF_THE_STEP]
+    for flag, records in data.items():
+        for name in asked if records is not None else ():
+            lacking = _lacking(records, name, flag)
+            if lacking:
+                raise UserError(f"--ranking_loss {loss}: it needs {name}, which {lacking}: {CURES[name]}")
+
+
+def _lacking(data: Any, name: str, flag: str) -> str:
+    """Where ``name`` is missing, in words; empty where it is not, or will be made."""
+    if not isinstance(data, EncodedRecords):
+        return "" if name in getattr(data, "provides", ()) else f"{flag} does not have"
+    lacking = [record.id for record in data.records if getattr(record, name) is None]
+    return f"record {lacking[0]!r} of {flag} does not have" if lacking and name != "reference_sums" else ""
 
 
 def optional_tensors(

@@ -101,9 +101,7 @@ class RRHFTrainer(Trainer):
         held_out = _encoded(eval_dataset, args, processing_class, reference_sums)
         if train is not None and not train.records:
             raise UserError(f"no record is left to train on: {train.summary()}")
-        for data, flag in ((train, "the data"), (held_out, "--eval_data")):
-            if data is not None:
-                refuse_unmet(args.ranking_loss, self.needed, data, flag)
+        refuse_unmet(args.ranking_loss, self.needed, {"the data": train, "--eval_data": held_out})
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
@@ -310,7 +308,7 @@ class RRHFTrainer(Trainer):
         reference = [value for record in records for value in record.reference_sums or ()]
         total = float(torch.cat([*sums, torch.zeros(0)]).double().sum()) - math.fsum(reference)
         ratios, responses = self._over_processes(total, len(reference)).sum(0).tolist()
-        return torch.tensor(max(0.0, ratios / max(responses, 1)))
+        return torch.tensor(max(0.0, ratios / max(responses, 1)), dtype=torch.float64)
 
     def _gradients_shared(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Hold the exchange of gradients back until the step's last forward: one exchange of whole gradients (DDP).
@@ -464,9 +462,8 @@ class RRHFTrainer(Trainer):
         """The losses and ranking metrics on held-out records, without generation."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not isinstance(data, EncodedRecords):
-            format = TextFormat(self.processing_class, self.args.text)
-            data = EncodedRecords(data, format, self.args.max_length, reference_sums=self.reference_sums)
-            refuse_unmet(self.args.ranking_loss, self.needed, data, "the records to evaluate on")
+            data = _encoded(data, self.args, self.processing_class, self.reference_sums)
+            refuse_unmet(self.args.ranking_loss, self.needed, {"the records to evaluate on": data})
         self._fill_reference_sums(data)
         kept, self._sums = self._sums, defaultdict(float)
         model = self.accelerator.unwrap_model(self.model)
