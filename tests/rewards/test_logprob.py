@@ -3,68 +3,24 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 
 from oracles.logprobs import response_sum
 from rrhf.common.errors import UserError
-from rrhf.models.load import ModelSettings, load_policy
-from rrhf.models.tokenization import TextFormat, TextSettings
+from rrhf.models.tokenization import TextSettings
 from rrhf.records.record import Record
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.logprob import ResponseSums, reference_sums_name, with_logprob_sums
 from rrhf.rewards.scoring import Rewards, reward_digest, score_records
-from support import tiny
-from support.models import tiny_model, tiny_tokenizer, toy_records
+from support.logprobs import flat, naive, records, settings
+from support.models import tiny_model, tiny_tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 CPU = RewardContext(device="cpu", dtype="float32")
-
-
-@pytest.fixture(scope="module")
-def rho(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("models") / "rho")
-
-
-@pytest.fixture(scope="module")
-def pi(rho: Path) -> Path:
-    """Other weights beside the same tokenizer."""
-    folder = rho.with_name("pi")
-    shutil.copytree(rho, folder)
-    model, _ = load_policy(settings(folder))
-    for parameter in model.parameters():
-        parameter.data *= 1.1
-    model.save_pretrained(folder)
-    return folder
-
-
-def settings(folder: Path) -> ModelSettings:
-    return ModelSettings(str(folder), device="cpu", dtype="float32")
-
-
-def records() -> list[Record]:
-    return [replace(record, scores=[]) for record in toy_records(7, seed=3)]
-
-
-def naive(folder: Path, text: TextSettings | None = None, max_length: int | None = None) -> list[list[list[float]]]:
-    """[sum, length] of each response of ``records()``, from a row of its own."""
-    model, tokenizer = load_policy(settings(folder))
-    encode = TextFormat(tokenizer, text)
-    encoded = [encode.encode_record(record, max_length) for record in records()]
-    with torch.no_grad():
-        return [
-            [[float(response_sum(model, one.query, response)), len(response)] for response in one.responses]
-            for one in encoded
-        ]
-
-
-def flat(values: list[list[Any]]) -> list[Any]:
-    return [value for row in values for value in row]
 
 
 def test_the_mean_and_the_sum_are_those_of_rows_of_their_own(rho: Path) -> None:
@@ -97,22 +53,6 @@ def test_with_a_reference_the_score_is_the_difference(rho: Path, pi: Path) -> No
 
 
 # --- columns of sums -------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture
-def asked(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
-    """How many responses every forward pass of a model scored."""
-    from rrhf.models import passes
-
-    counts: list[int] = []
-    plain = passes.response_logprobs
-
-    def counting(model: Any, given: Any, *arguments: Any) -> Any:
-        counts.append(sum(len(record.responses) for record in given))
-        return plain(model, given, *arguments)
-
-    monkeypatch.setattr(passes, "response_logprobs", counting)
-    yield counts
 
 
 def test_sums_are_computed_once_and_only_where_they_are_missing(rho: Path, asked: list[int]) -> None:

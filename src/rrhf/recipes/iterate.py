@@ -103,6 +103,7 @@ def _of_round(config: RunConfig, number: int, model: ModelSettings, folder: RunF
         model=model,
         sample=replace(config.sample, seed=config.sample.seed + number - 1),
         sources=SourceSettings(_sources(config, model.model)),
+        scoring=replace(config.scoring, model=model.model),  # π of a KL term; its ρ stays
         train=train,
         watch=watch,
     )

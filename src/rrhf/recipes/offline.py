@@ -150,22 +150,18 @@ def score_stage(at: Pass, data: Path | None = None) -> Stage:
     return Stage(
         "score",
         at.run.scored,
-        lambda: {
-            **_files(responses),
-            **rewards_digests(config.score, config.scoring.context(config.text, config.score_remote)),
-        },
-        lambda: score_file(responses, at.run.scored, config.score, config.scoring, config.text, config.score_remote),
+        lambda: {**_files(responses), **_scored(config)},
+        lambda: _score(at, responses),
     )
 
 
 def train_stage(at: Pass, data: Path | None = None, online: Online | None = None) -> Stage:
     """``data``: what is trained on, where it is not the scored responses; ``online``: how they are sampled then."""
     scored, model = data or at.run.scored, at.config.model.model
-    codes = {} if online is None else {f"the code of {name}": code for name, code in online.codes().items()}
     return Stage(
         "train",
         at.run.model,
-        lambda: {**_files(scored), model: model_digest(model), **codes},
+        lambda: {**_files(scored), model: model_digest(model), **(_scored(at.config) if online else {})},
         lambda: _train(at, scored, online),
     )
 
@@ -240,6 +236,19 @@ def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
         remote=config.remote,
         policies=policies,
     )
+
+
+def _scored(config: RunConfig) -> dict[str, str]:
+    """The digests of the rewards, and of the models whose log-probabilities shape their scores."""
+    context = config.scoring.context(config.text, config.score_remote)
+    columns = {model: name for name, model in config.scoring.sums_columns(context).items()}
+    return {**rewards_digests(config.score, context), **columns}
+
+
+def _score(at: Pass, responses: Path) -> None:
+    config = at.config
+    at.policies.release()  # free the sampling weights
+    score_file(responses, at.run.scored, config.score, config.scoring, config.text, config.score_remote)
 
 
 def _train(at: Pass, data: Path, online: Online | None) -> None:

@@ -21,7 +21,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.progress import Progress
 from rrhf.records.checksums import checksum_of_records
 from rrhf.records.files import WRITERS, file_suffix
-from rrhf.records.parts_folder import PartsFolder, Work
+from rrhf.records.parts_folder import Finish, PartsFolder, Work
 from rrhf.records.record import Record
 
 Input = tuple[str | None, Callable[[], list[Record]]]  # a part's checksum, None where it is not there yet; reads it
@@ -37,6 +37,7 @@ def in_parts(
     overwrite: bool = False,
     counts: Counter[str] | None = None,
     total: int | None = None,
+    finish: Finish | None = None,
 ) -> int:
     """Run ``steps`` over ``records``, a part at a time, and write what the last returns to ``output`` in order.
 
@@ -56,6 +57,9 @@ def in_parts(
             with the same settings are gone on with, so that the same command can be stopped and run again.
         counts: works add to it what they count. In the end it holds the sum over all parts, whoever did them and when.
         total: how many records there are, where known.
+        finish: what needs all results at once: given a function that streams them in order, as often as it is called,
+            it returns what is written instead of them. It runs in the one process that joins the parts, and again
+            where that process dies.
 
     Returns:
         The number of input records; 0 where the work was done before this process began.
@@ -72,7 +76,7 @@ def in_parts(
             sizes, checksums = _work_through(records, steps, folder, part_size, total)
             if not sizes:
                 raise UserError(f"{output}: there is no record to work on")
-            if folder.join(checksums):
+            if folder.join(checksums, finish):
                 return sum(sizes)
     finally:
         folder.close()

@@ -20,6 +20,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,7 @@ from rrhf.records.record import Record, record_line
 log = logging.getLogger("rrhf")
 
 Work = Callable[[list[Record], Callable[[int], None]], Iterable[Record]]
+Finish = Callable[[Callable[[], Iterator[Record]]], Iterable[Record]]  # streams all results → what is written
 
 
 def nothing_left(output: Path, overwrite: bool) -> bool:
@@ -279,11 +281,12 @@ class PartsFolder:
 
     # -- the end
 
-    def join(self, origins: Sequence[str]) -> bool:
+    def join(self, origins: Sequence[str], finish: Finish | None = None) -> bool:
         """Join the parts into the output, unless another process has; false where parts are left to do after all.
 
         Args:
             origins: the checksums of the input's parts, in order.
+            finish: see ``in_parts``.
         """
         assert self.lock is not None
         fcntl.flock(self.lock, fcntl.LOCK_EX)  # waits until no other process works here
@@ -301,7 +304,8 @@ class PartsFolder:
             log.info(f"{missing} parts were not finished by the process that began them: they are done here")
             fcntl.flock(self.lock, fcntl.LOCK_SH)
             return False
-        write_records(self.output, self._records(len(origins)), overwrite=True)
+        results = partial(self._records, len(origins))
+        write_records(self.output, finish(results) if finish else results(), overwrite=True)
         counted = [self.entries[step, number].counts for step in range(self.steps) for number in range(len(origins))]
         self._total(counted)
         self.lock.write(json.dumps([self.counts]))  # for those who wait with the file open

@@ -1,8 +1,8 @@
 """What a causal language model says of responses: the policy as a reward, and the sums that references are kept by.
 
 ``logprob:MODEL`` scores by p_i = Σ_t log P(y_i,t | x, y_i,<t) / ‖y_i‖ (Eq. 1 of arXiv 2304.05302) and
-``logprob-sum:MODEL`` by the sum; with a reference model ρ both are differences to ρ's, of which that of the sums is,
-up to β, DPO's implicit reward (arXiv 2305.18290).
+``logprob-sum:MODEL`` by the sum; with a reference model ρ the sums are differences to ρ's, which are, up to β, DPO's
+implicit reward (arXiv 2305.18290).
 
 Sums that are kept stand in ``Record.rewards`` under ``logprob-sum:NAME#DIGEST`` (``reference_sums_name``).
 """
@@ -30,6 +30,7 @@ from rrhf.models.locate import locate
 from rrhf.models.tokenization import EncodedRecord, TextFormat, TextSettings, cut_left
 from rrhf.records.record import Record
 from rrhf.rewards.kind import Item, RewardContext, RewardKind, Scorer
+from rrhf.rewards.kl import log_ratios
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -218,6 +219,16 @@ class LogprobModel:
         self._sums = None
 
 
+def logprob_model(name: str, context: RewardContext) -> LogprobModel:
+    """The model of a name, with what a reward's context says of device, type, texts and limits."""
+    return LogprobModel(
+        ModelSettings(name, device=context.device, dtype=context.dtype),
+        context.text,
+        max_length=context.max_length,
+        max_tokens_per_forward=context.max_tokens_per_forward,
+    )
+
+
 def with_logprob_sums(
     records: Iterable[Record],
     model: ModelSettings,
@@ -239,8 +250,7 @@ def with_logprob_sums(
         UserError: the model cannot be found or loaded, or gives something else than numbers.
     """
     name = reference_sums_name(model.model, text, max_length)
-    limits = {"max_length": max_length, "max_tokens_per_forward": max_tokens_per_forward}
-    asked = LogprobModel(model, text, **limits)
+    asked = LogprobModel(model, text, max_length=max_length, max_tokens_per_forward=max_tokens_per_forward)
     return _filled(iter(records), name, asked, batch_size)
 
 
@@ -270,43 +280,45 @@ def fill_sums(batch: Sequence[Record], name: str, model: LogprobModel | Response
 
 
 class _LogprobScorer:
-    """Scores by a model's log-probabilities, less those of a reference where the context has one."""
+    """Scores by a model's log-probabilities, less those of a reference where the context has one.
+
+    ``mean`` divides by the response's length in the model's tokens. Sums that a record has are not computed again.
+    """
 
     def __init__(self, model: str, context: RewardContext, mean: bool) -> None:
         if not model:
             raise UserError("reward logprob: names no model: write logprob:MODEL or logprob-sum:MODEL")
-        self.mean, self.text, self.max_length = mean, context.text, context.max_length
-        names = [model, *([context.reference_model] if context.reference_model else [])]
-        limits = {"max_length": context.max_length, "max_tokens_per_forward": context.max_tokens_per_forward}
-        self.models = [
-            LogprobModel(ModelSettings(name, device=context.device, dtype=context.dtype), context.text, **limits)
-            for name in names
-        ]
+        self.mean, self.context = mean, context
+        self.policy = logprob_model(model, context)
+        self.reference = logprob_model(context.reference_model, context) if context.reference_model else None
 
     def __call__(self, items: Sequence[Item]) -> list[float | None]:
-        policy, *reference = [self._values(model, items) for model in self.models]
-        return [_difference(*pair) for pair in zip(policy, *reference)] if reference else policy
-
-    def _values(self, model: LogprobModel, items: Sequence[Item]) -> list[float | None]:
         if not items:
             return []
+        lengths = [1] * len(items)
         if self.mean:
-            return [logprob and logprob.sum / logprob.length for logprob in model(items)]
-        name = reference_sums_name(model.settings.model, self.text, self.max_length)
+            found = self.policy(items)
+            sums = [logprob and logprob.sum for logprob in found]
+            lengths = [logprob.length if logprob else 1 for logprob in found]
+        else:
+            sums = self._sums(self.policy, items)
+        if self.reference is not None:
+            sums = log_ratios(sums, self._sums(self.reference, items))
+        return [None if total is None else total / length for total, length in zip(sums, lengths, strict=True)]
+
+    def _sums(self, model: LogprobModel, items: Sequence[Item]) -> list[float | None]:
+        name = reference_sums_name(model.settings.model, self.context.text, self.context.max_length)
         values = [record.rewards[name][index] if name in record.rewards else None for record, index in items]
         missing = [place for place, value in enumerate(values) if value is None]
         found = model([items[place] for place in missing]) if missing else []
         for place, logprob in zip(missing, found, strict=True):
-            values[place] = None if logprob is None else logprob.sum
+            values[place] = logprob and logprob.sum
         return values
 
     def close(self) -> None:
-        for model in self.models:
-            model.close()
-
-
-def _difference(policy: float | None, reference: float | None) -> float | None:
-    return None if policy is None or reference is None else policy - reference
+        for model in (self.policy, self.reference):
+            if model is not None:
+                model.close()
 
 
 def _scorer(model: str, context: RewardContext, mean: bool) -> Scorer:

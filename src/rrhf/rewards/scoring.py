@@ -6,8 +6,7 @@ says of its own, such as ``provided`` (the records' ``scores``) and ``logprob:MO
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -15,9 +14,12 @@ from typing import Any
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import code_digest
 from rrhf.records.record import Record
+from rrhf.rewards.combination import combination_of
 from rrhf.rewards.functions import RewardFunction, function_scorer, load_reward
 from rrhf.rewards.kind import RewardContext, RewardKind, Scorer
+from rrhf.rewards.kl import Shaping
 from rrhf.rewards.logprob import LOGPROB, LOGPROB_SUM
+from rrhf.rewards.normalise import Moments
 from rrhf.rewards.provided import PROVIDED
 
 __all__ = [
@@ -89,6 +91,9 @@ class Rewards:
     Args:
         rewards: names (see ``REWARDS`` and ``load_reward``) or functions.
         weights: w_j, one a reward; 1 each by default.
+        normalisation: of each reward before it is weighted, or one for all (``NORMALISATIONS``); "none" by default.
+        moments: of the rewards that are normalised over the data (``data_moments``), by their names.
+        shaping: the KL term that is taken off the sum, of columns that the records have.
         batch_size: records whose responses one call of a reward gets.
         missing_only: keep the values that stand in ``record.rewards`` already and ask only for the others.
         context: what rewards need beside their names.
@@ -102,6 +107,9 @@ class Rewards:
         rewards: Sequence[str | RewardFunction],
         *,
         weights: Sequence[float] | None = None,
+        normalisation: Sequence[str] | None = None,
+        moments: Mapping[str, Moments] | None = None,
+        shaping: Shaping | None = None,
         batch_size: int = 64,
         missing_only: bool = False,
         context: RewardContext | None = None,
@@ -111,19 +119,22 @@ class Rewards:
             raise UserError(f"no reward is named: give --reward, one of {', '.join(FORMS)}")
         if len(set(names)) < len(names):
             raise UserError(f"a reward is named twice: {', '.join(names)}")
-        factors = [float(weight) for weight in weights] if weights is not None else [1.0] * len(names)
-        if len(factors) != len(names) or not all(map(math.isfinite, factors)):
-            raise UserError(f"reward weights {factors} for the rewards {', '.join(names)}: give one finite number each")
         if batch_size < 1:
             raise UserError(f"--batch_size {batch_size}: must be at least 1")
-        self.weights, self.batch_size, self.missing_only = factors, batch_size, missing_only
+        self.combination = combination_of(names, weights, normalisation, shaping)
+        self.moments, self.batch_size, self.missing_only = moments, batch_size, missing_only
         self.scorers = {name: make_scorer(reward, context) for name, reward in zip(names, rewards)}
 
     def score(self, records: Iterable[Record]) -> Iterator[Record]:
         """Score the responses of each record, in a stream; see ``score_records``."""
+        missing = [name for name in self.combination.over_the_data if name not in (self.moments or {})]
+        if missing:
+            raise UserError(
+                f"rewards {', '.join(missing)} are to be normalised over the data, whose moments are not known here: "
+                "give the normalisation query, or score a file with `rrhf score`"
+            )
         for record in self.judge(records):
-            columns = [record.rewards[name] for name in self.scorers] if record.responses else []
-            yield replace(record, scores=[_weighted_sum(values, self.weights) for values in zip(*columns)])
+            yield self.combination.score(record, self.moments)
 
     def judge(self, records: Iterable[Record], names: Iterable[str] | None = None) -> Iterator[Record]:
         """The records with the values of each reward, or of those with these ``names``, in ``rewards``; in a stream."""
@@ -158,6 +169,7 @@ def score_records(
     rewards: Sequence[str | RewardFunction],
     *,
     weights: Sequence[float] | None = None,
+    normalisation: Sequence[str] | None = None,
     batch_size: int = 64,
     missing_only: bool = False,
     context: RewardContext | None = None,
@@ -171,7 +183,14 @@ def score_records(
     Raises:
         UserError: at once for an unknown reward or unfit weights; while iterating where a reward fails.
     """
-    kept = Rewards(rewards, weights=weights, batch_size=batch_size, missing_only=missing_only, context=context)
+    kept = Rewards(
+        rewards,
+        weights=weights,
+        normalisation=normalisation,
+        batch_size=batch_size,
+        missing_only=missing_only,
+        context=context,
+    )
 
     def scored() -> Iterator[Record]:
         try:
@@ -213,9 +232,3 @@ def _known(record: Record, name: str, missing_only: bool) -> list[float | None]:
     if missing_only and len(values) == len(record.responses):
         return list(values)
     return [None] * len(record.responses)
-
-
-def _weighted_sum(values: Sequence[float | None], weights: Sequence[float]) -> float | None:
-    """Σ_j w_j R_j, rounded once: the order of the rewards cannot make two equal sums differ in their last bit."""
-    terms = [weight * value for weight, value in zip(weights, values, strict=True) if value is not None]
-    return math.fsum(terms) if len(terms) == len(values) else None

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rrhf.common.endpoint_settings import EndpointLimits
-from rrhf.common.errors import UserError
+from rrhf.common.errors import UserError, nearest
 from rrhf.models.load import DTYPES
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import count_records, read_records
 from rrhf.records.parts import in_parts
+from rrhf.records.parts_folder import Finish, Work
 from rrhf.records.record import Record
+from rrhf.rewards.combination import Combination
 from rrhf.rewards.kind import RewardContext
+from rrhf.rewards.kl import Shaping
+from rrhf.rewards.logprob import LogprobModel, fill_sums, logprob_model, reference_sums_name
+from rrhf.rewards.normalise import NORMALISATIONS, data_moments
 from rrhf.rewards.scoring import FORMS, Rewards, reward_digest
 
 SCORING_PART = 512  # records in a part
+SORTED_TOGETHER = 64  # records whose responses are sorted by length into forward passes
 
 
 @dataclass(frozen=True)
@@ -31,10 +38,23 @@ class RewardSettings:
 
 @dataclass(frozen=True)
 class ScoringSettings:
-    """What rewards need beside their names."""
+    """What rewards need beside their names, and how their values become one score."""
 
+    reward_normalisation: list[str] = field(
+        default_factory=lambda: ["none"],
+        metadata={"help": "of each reward, or of all, before they are summed: "
+                  + "; ".join(f"{name}: {text}" for name, text in NORMALISATIONS.items()), "nargs": "+"},
+    )  # fmt: skip
+    model: str | None = field(
+        default=None, metadata={"help": "π, which the responses were drawn from, where --kl_beta is given"}
+    )
     reference_model: str | None = field(
-        default=None, metadata={"help": "ρ: rewards that are a policy's log-probabilities become differences to it"}
+        default=None,
+        metadata={"help": "ρ: its log-probability sums of the responses are kept in the records, and rewards that are "
+                  "log-probabilities become differences to it"},
+    )  # fmt: skip
+    kl_beta: float = field(
+        default=0.0, metadata={"help": "β: β (log π(y|x) − log ρ(y|x)), summed over tokens, is taken off each score"}
     )
     device: str = field(default="auto", metadata={"help": "of reward models: cpu, cuda, cuda:N, mps, or auto"})
     dtype: str = field(default="auto", metadata={"help": f"of reward models' weights: {', '.join(DTYPES)}"})
@@ -55,6 +75,15 @@ class ScoringSettings:
 
     def _faults(self) -> list[str]:
         faults = []
+        for method in self.reward_normalisation:
+            if method not in NORMALISATIONS:
+                faults.append(f"--reward_normalisation {method}: {nearest(method, NORMALISATIONS)}")
+        if not 0 <= self.kl_beta < math.inf:
+            faults.append(f"--kl_beta {self.kl_beta}: must be a number of at least 0")
+        if self.kl_beta:
+            for name, meaning in (("model", "π, which the responses were drawn from"), ("reference_model", "ρ")):
+                if not getattr(self, name):
+                    faults.append(f"--kl_beta {self.kl_beta} needs --{name}: {meaning}")
         if self.dtype not in DTYPES:
             faults.append(f"--dtype {self.dtype}: known: {', '.join(DTYPES)}")
         for name, least in (("max_tokens_per_forward", 1), ("max_length", 2)):
@@ -79,6 +108,22 @@ class ScoringSettings:
             seed=self.seed,
         )
 
+    def shaping(self, context: RewardContext) -> Shaping | None:
+        """The KL term that ``kl_beta`` asks for, of columns that ``sums_columns`` has."""
+        if not self.kl_beta:
+            return None
+        columns = {model: name for name, model in self.sums_columns(context).items()}
+        return Shaping(self.kl_beta, columns[str(self.model)], columns[str(self.reference_model)])
+
+    def sums_columns(self, context: RewardContext) -> dict[str, str]:
+        """The columns of log-probability sums that the records get, each with its model.
+
+        Raises:
+            UserError: there is no such model.
+        """
+        models = [self.reference_model, self.model if self.kl_beta else None]
+        return {reference_sums_name(model, context.text, context.max_length): model for model in models if model}
+
 
 def rewards_digests(settings: RewardSettings, context: RewardContext) -> dict[str, str]:
     """What the scores depend on beside settings and records: of each reward the digest of its code or weights."""
@@ -98,11 +143,12 @@ def score_file(
     """Score the responses of ``data`` and write the records with ``rewards`` and ``scores`` to ``output``.
 
     A stopped call goes on where it was, with the same rewards and the same code of theirs; answers that were paid for
-    are kept in the folder of the parts.
+    are kept in the folder of the parts. One policy at a time is in memory: the reference goes through all records,
+    then the policy, then the rewards.
 
     Args:
         settings: the rewards.
-        scoring: what they need; by default nothing that a function needs.
+        scoring: what they need, and how one score is made of them; by default the weighted sum.
         text: how policies read queries.
         remote: how servers are asked, and what they may cost.
 
@@ -111,29 +157,81 @@ def score_file(
     """
     scoring = scoring or ScoringSettings()
     context = scoring.context(text, remote, journals=output.with_name(f"{output.name}.parts"))
-    # An unknown reward is refused before any work.
-    rewards = Rewards(settings.reward, weights=settings.reward_weights or None, context=context)
-
-    def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
-        for record in rewards.score(block):
-            yield record
-            done(1)
-
+    # An unknown reward or model is refused before any work.
+    rewards = Rewards(
+        settings.reward,
+        weights=settings.reward_weights or None,
+        normalisation=scoring.reward_normalisation,
+        shaping=scoring.shaping(context),
+        context=context,
+    )
+    columns = scoring.sums_columns(context)
+    held = {name: logprob_model(model, context) for name, model in columns.items()}
+    closing: list[LogprobModel | Rewards] = [*held.values(), rewards]
+    combine = _combine_all(rewards.combination) if rewards.combination.over_the_data else None
     try:
         in_parts(
             lambda: read_records(data, require="responses"),
             output,
-            {"score": work},
-            {**asdict(settings), **_scores_depend_on(scoring, context), **rewards_digests(settings, context)},
+            {
+                **{f"log-probabilities of {columns[name]}": _sums_work(name, held[name], closing) for name in held},
+                "score": _score_work(rewards, closing, combine is None),
+            },
+            {**_scores_depend_on(settings, scoring, context), "log-probabilities": list(columns)},
             part_size=SCORING_PART,
             overwrite=overwrite,
             total=count_records(data),
+            finish=combine,
         )
     finally:
-        rewards.close()
+        for each in closing:
+            each.close()
 
 
-def _scores_depend_on(scoring: ScoringSettings, context: RewardContext) -> dict[str, object]:
-    """The settings that scores depend on; on what device, and how many at a time, they are computed is none."""
-    settings = {**asdict(scoring), **asdict(context.text)}
-    return {name: value for name, value in settings.items() if name not in ("device", "max_tokens_per_forward")}
+def _scores_depend_on(settings: RewardSettings, scoring: ScoringSettings, context: RewardContext) -> dict[str, object]:
+    """What scores depend on. On which device, and how many at a time, they are computed is none of it.
+
+    A model counts by the digest in its column's name, not by where it lies.
+    """
+    unread = ("device", "max_tokens_per_forward", "model", "reference_model")
+    values = {**asdict(settings), **asdict(scoring), **asdict(context.text), **rewards_digests(settings, context)}
+    return {name: value for name, value in values.items() if name not in unread}
+
+
+def _sums_work(name: str, model: LogprobModel, closing: Sequence[LogprobModel | Rewards]) -> Work:
+    def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
+        _close_others(model, closing)
+        for start in range(0, len(block), SORTED_TOGETHER):
+            yield from fill_sums(block[start : start + SORTED_TOGETHER], name, model)
+            done(len(block[start : start + SORTED_TOGETHER]))
+
+    return work
+
+
+def _score_work(rewards: Rewards, closing: Sequence[LogprobModel | Rewards], combined: bool) -> Work:
+    """Asks the rewards; ``combined`` makes the scores of them too."""
+
+    def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
+        _close_others(rewards, closing)
+        for record in rewards.score(block) if combined else rewards.judge(block):
+            yield record
+            done(1)
+
+    return work
+
+
+def _close_others(one: LogprobModel | Rewards, closing: Sequence[LogprobModel | Rewards]) -> None:
+    for other in closing:  # one model in memory at a time
+        if other is not one:
+            other.close()
+
+
+def _combine_all(combination: Combination) -> Finish:
+    """Makes the scores of rewards that are normalised over the data: their moments first, then every record."""
+
+    def finish(results: Callable[[], Iterator[Record]]) -> Iterator[Record]:
+        moments = data_moments(results(), combination.over_the_data)
+        for record in results():
+            yield combination.score(record, moments)
+
+    return finish
