@@ -152,3 +152,18 @@ def test_a_settings_class_is_read_from_its_source(tmp_path: Path, monkeypatch: p
     assert "made_up" not in sys.modules
     with pytest.raises(LookupError, match="no class Other"):
         settings_in_source("made_up", "Other")
+
+
+def test_a_settings_class_is_read_through_its_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its folder's other modules are read, too, and nothing of it is imported."""
+    folder = tmp_path / "made_up_package"
+    folder.mkdir()
+    (folder / "__init__.py").write_text("import nowhere\nfrom made_up_package.settings import Settings\n")
+    (folder / "kinds.py").write_text("import nowhere\nKINDS = ['a', 'b']\nLOST = nowhere.KINDS\n")
+    (folder / "settings.py").write_text(
+        "from dataclasses import dataclass, field\nimport nowhere\nfrom made_up_package.kinds import KINDS, LOST\n\n"
+        "@dataclass\nclass Settings:\n    kind: str = field(default='a', metadata={'help': ', '.join(KINDS)})\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert flags_of(settings_in_source("made_up_package", "Settings")) == [Flag("kind", "str", "a", "a, b")]
+    assert "made_up_package" not in sys.modules

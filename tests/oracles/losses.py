@@ -102,6 +102,24 @@ RANKING = {
 }
 
 
+def with_ties(name: str, p: Sequence[float], scores: Scores, margin: float, scale: float, ties: str) -> float:
+    """A pairwise loss under ``--ties``: every pair by itself, a tie under "half" as the mean of both directions."""
+    total = 0.0
+    for i, low in enumerate(scores):
+        for j, high in enumerate(scores):
+            if i == j or low is None or high is None:
+                continue
+            worse, better = lower(low, high, scores), lower(high, low, scores)
+            steps = rank(scores, i) - rank(scores, j) if name == "margin" else 1
+            pair = RANKING[name]([p[i], p[j]], [0.0, 1.0], steps * margin, scale)
+            least = float(ties[7:]) if ties.startswith("margin:") else 0.0
+            if worse and high - low >= least - 1e-9 * max(abs(low), abs(high), least):
+                total += pair
+            elif ties == "half" and not worse and not better:
+                total += pair / 2
+    return total
+
+
 def best(scores: Scores) -> int | None:
     """Eq. 3: argmax_i r_i, the first of equals."""
     found = None

@@ -12,6 +12,8 @@ import pytest
 
 from rrhf.common.errors import UserError
 from rrhf.models.load import ModelSettings, load_policy
+from rrhf.models.passes import response_logprobs
+from rrhf.models.tokenization import TextFormat
 from rrhf.records.duplicates import merge_duplicates
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
@@ -37,7 +39,7 @@ def config(folder: Path, **options: Any) -> RRHFConfig:
     return RRHFConfig(
         output_dir=str(folder), bf16=False, report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2, learning_rate=1e-2,
-        resample_steps=K, max_length=64, **options,
+        resample_steps=K, max_length=64, warmup_steps=0, **options,
     )  # fmt: skip
 
 
@@ -116,6 +118,26 @@ def test_beta_is_adapted_an_update_a_step(trained: RRHFTrainer) -> None:
         assert after["kl_beta"] == pytest.approx(before["kl_beta"] * (1 + 0.1 * error) ** K)
     logged = {line["step"]: line for line in trained.state.log_history if "kl" in line}
     assert [logged[step]["kl_beta"] for step in (1, 3, 5)] == [note["kl_beta"] for note in notes]
+
+
+def test_losses_over_tokens_read_the_policy_that_sampled(model: str, tmp_path: Path) -> None:
+    context = RewardContext(device="cpu", dtype="float32", reference_model=model)
+    args = config(tmp_path, ranking_loss="grpo", token_kl=0.5, save_steps=K)
+    made = trainer(model, args, OnlineRecords(tiny.rows(4, responses=0), Online(SAMPLING, [vowels], context=context)))
+    made.train()
+    log = [line for line in made.state.log_history if "rank_loss" in line]
+    # π = π_old at the first step, whose advantages sum to 0, and π = ρ; at the second π has moved away from both.
+    assert abs(log[0]["rank_loss"]) < 1e-5 < abs(log[1]["rank_loss"]) and log[0]["grad_norm"] > 0
+    records, _ = window(made, 0)
+    policy, tokenizer = load_policy(ModelSettings(model, device="cpu", dtype="float32"))
+    encoded = [TextFormat(tokenizer).encode_record(record, 64) for record in records]
+    wanted = response_logprobs(policy, encoded).token_logprobs
+    for column in ("old_token_logprobs", "reference_token_logprobs"):
+        found = [value for record in records for row in record.extra[column] for value in row]
+        assert found == pytest.approx(wanted.tolist(), abs=1e-5), column
+    with pytest.raises(UserError, match="give --reference_model"):
+        args = config(tmp_path / "dpo", ranking_loss="dpo")
+        trainer(model, args, OnlineRecords(tiny.rows(4), Online(SAMPLING, [vowels])))
 
 
 def test_a_window_trains_as_its_records_do_offline(model: str, tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ import argparse
 import ast
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -57,20 +58,51 @@ def settings_in_source(module: str, name: str) -> type:
     """A dataclass with the fields that class ``name`` itself declares, read from the source of ``module``.
 
     For a help that must not wait until torch is imported: of the module only imports from the standard library,
-    functions and the assignments that need no more are run.
+    functions and the assignments that need no more are run; modules of the same folder that it imports are read in the
+    same way.
     """
-    spec = importlib.util.find_spec(module)
-    assert spec is not None and spec.origin is not None, module
-    tree = ast.parse(Path(spec.origin).read_text(encoding="utf-8"))
     names: dict[str, Any] = {"__name__": module}
-    for statement in tree.body:
+    for statement in _statements(module):
         if isinstance(statement, ast.ClassDef) and statement.name == name:
             return dataclasses.make_dataclass(name, list(_fields(statement, names)), kw_only=True)
-        if _needs_no_import(statement):
-            code = compile(ast.Module([statement], []), spec.origin, "exec", __future__.annotations.compiler_flag)
-            with contextlib.suppress(NameError):  # it stands on an import that was left out
-                exec(code, names)
-    raise LookupError(f"{spec.origin} has no class {name}")
+        if isinstance(statement, ast.ImportFrom) and any(alias.name == name for alias in statement.names):
+            return settings_in_source(str(statement.module), name)
+        _run(statement, names, module)
+    raise LookupError(f"{module} has no class {name}")
+
+
+def _statements(module: str) -> list[ast.stmt]:
+    package, *below = module.split(".")
+    spec = importlib.util.find_spec(package)  # of a module in it, this would import the packages above it
+    assert spec is not None and spec.origin is not None, module
+    path = Path(spec.origin)
+    if below:
+        place = path.parent.joinpath(*below)
+        path = place / "__init__.py" if place.is_dir() else place.with_name(place.name + ".py")
+    return ast.parse(path.read_text(encoding="utf-8"), str(path)).body
+
+
+def _run(statement: ast.stmt, names: dict[str, Any], module: str) -> None:
+    """Run a statement of ``module`` if it needs no import from elsewhere."""
+    folder = module.rpartition(".")[0]
+    if folder and isinstance(statement, ast.ImportFrom) and str(statement.module).rpartition(".")[0] == folder:
+        found = _names(str(statement.module))
+        names.update(
+            {alias.asname or alias.name: found[alias.name] for alias in statement.names if alias.name in found}
+        )
+    elif _needs_no_import(statement):
+        code = compile(ast.Module([statement], []), module, "exec", __future__.annotations.compiler_flag)
+        with contextlib.suppress(NameError):  # it stands on an import that was left out
+            exec(code, names)
+
+
+@functools.cache
+def _names(module: str) -> dict[str, Any]:
+    """What ``module`` defines without an import from elsewhere."""
+    names: dict[str, Any] = {"__name__": module}
+    for statement in _statements(module):
+        _run(statement, names, module)
+    return names
 
 
 def _needs_no_import(statement: ast.stmt) -> bool:

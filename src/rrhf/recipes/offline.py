@@ -262,6 +262,13 @@ def _train(at: Pass, data: Path, online: Online | None) -> None:
     train_model(data, config.model, config.train, config.adapter, watch=watch, saved=saved, online=online)
 
 
+def loss_needs(config: RunConfig) -> frozenset[str]:
+    """What the training's loss reads beside sums, lengths and scores."""
+    from rrhf.losses import needed_by, ranking_loss
+
+    return needed_by(ranking_loss(config.train.ranking_loss), config.train.loss)
+
+
 def _evaluation_context(config: RunConfig) -> RewardContext:
     return reward_context(
         config.model,

@@ -18,6 +18,7 @@ from rrhf.recipes.offline import (
     data_stage,
     evaluate_stage,
     finish,
+    loss_needs,
     score_stage,
     train_stage,
 )
@@ -72,5 +73,7 @@ def _online(run: RunFolder, config: RunConfig) -> Online:
         )
     score, scoring = config.score, config.scoring
     context = scoring.context(config.text, config.score_remote, journals=run.model / FOLDER)
+    if scoring.reference_model is None and any("reference" in name for name in loss_needs(config)):
+        context = replace(context, reference_model=config.train.reference_model or config.model.model)
     weights = score.reward_weights or None
     return Online(config.sample, score.reward, weights, scoring.reward_normalisation, context, scoring.kl_beta)

@@ -208,6 +208,7 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         ("ranking loss", None if ranking is None else _ranking(str(ranking))),
         ("rank weight", settings.get("rank_weight")),
         ("margin", settings.get("margin") or None),
+        ("equal scores", _ties(str(settings.get("ties", "none")))),
         ("cross-entropy", SFT.get(str(settings.get("sft_reduction")), settings.get("sft_reduction"))),
         ("SFT weight", settings.get("sft_weight")),
         ("p_i", f"log-probability / length^{settings.get('length_exponent', 1.0):g} (Eq. 1)"),
@@ -230,6 +231,13 @@ def _ranking(name: str) -> str:
     from rrhf.losses import RANKING_LOSSES, describe  # here: cards of records need no torch
 
     return f"`{name}`, {describe(RANKING_LOSSES[name])}" if name in RANKING_LOSSES else f"`{name}`"
+
+
+def _ties(ties: str) -> str | None:
+    """What a rule for equal scores does; nothing for Eq. 2's own."""
+    from rrhf.losses import describe, tie_rule
+
+    return None if ties == "none" else f"`{ties}`: {describe(tie_rule(ties)[0])}"
 
 
 def _adapter(settings: Mapping[str, Any]) -> str | None:

@@ -52,6 +52,13 @@ class RRHFConfig(TrainingArguments, LossSettings):
     )
     system_prompt: str | None = field(default=None, metadata={"help": "put before queries that are messages"})
     chat_template_kwargs: str | None = field(default=None, metadata={"help": "arguments of the chat template, as JSON"})
+    reference_model: str | None = field(
+        default=None,
+        metadata={
+            "help": "the reference of dpo, ipo, kto, dpo-listmle, lambda and swepo, with the same tokenizer; it is in "
+            "memory before training only; default: the model that training starts from"
+        },
+    )
     max_tokens_per_forward: int | None = field(
         default=None,
         metadata={
@@ -82,6 +89,7 @@ class RRHFConfig(TrainingArguments, LossSettings):
     )
 
     def __post_init__(self) -> None:
+        self.settle()
         faults = [
             f"--{name} {getattr(self, name)}: must be at least {least}"
             for name, least in (

@@ -18,9 +18,22 @@ from rrhf.records.record import Record, record_from_row
 
 @dataclass(frozen=True)
 class TrainingRecord(EncodedRecord):
-    """A record with the responses that its loss reads; ``padded_length`` is of the longest row with all of them."""
+    """A record with the responses that its loss reads.
+
+    ``padded_length``: of the longest row with all responses. ``reference_sums``: Σ_t log ρ(y_t | …) of each response.
+    ``old_token_logprobs``, ``reference_token_logprobs``: log P(y_t | …) of each response's tokens, under the policy
+    that drew it and under ρ. None where the records bring none.
+    """
 
     padded_length: int
+    reference_sums: Sequence[float] | None = None
+    old_token_logprobs: Sequence[Sequence[float]] | None = None
+    reference_token_logprobs: Sequence[Sequence[float]] | None = None
+
+
+# Columns of records (``Record.extra``), for losses over tokens: a list of ‖y_i‖ numbers a response, for the token ids
+# that training sees. ``RRHFTrainer.with_token_logprobs`` writes them.
+TOKEN_COLUMNS = ("old_token_logprobs", "reference_token_logprobs")
 
 
 class EncodedRecords(Dataset):
@@ -28,10 +41,18 @@ class EncodedRecords(Dataset):
 
     Responses that no loss reads are not kept, so nothing computes them: those without a score and, with ``only_best``,
     all but the best one (Eq. 3).
+
+    Args:
+        reference_sums: the name in ``Record.rewards`` of the reference's sums; None: records bring none.
     """
 
     def __init__(
-        self, rows: Iterable[Record | Mapping[str, Any]], format: TextFormat, max_length: int, only_best: bool = False
+        self,
+        rows: Iterable[Record | Mapping[str, Any]],
+        format: TextFormat,
+        max_length: int,
+        only_best: bool = False,
+        reference_sums: str | None = None,
     ) -> None:
         self.records: list[TrainingRecord] = []
         self.skipped: Counter[str] = Counter()
@@ -44,7 +65,7 @@ class EncodedRecords(Dataset):
                 self.skipped[reason] += 1
                 continue
             self.unranked += sum(score is not None for score in encoded.scores) < 2
-            self.records.append(_as_trained(encoded, only_best))
+            self.records.append(_as_trained(encoded, record, only_best, reference_sums))
         self.queries_cut, self.responses_cut = format.queries_cut, format.responses_cut
 
     def __len__(self) -> int:
@@ -78,15 +99,54 @@ def _as_record(row: dict[str, Any], where: str) -> Record:
     return record_from_row(row, where, require="scores")
 
 
-def _as_trained(record: EncodedRecord, only_best: bool) -> TrainingRecord:
-    read = [i for i, score in enumerate(record.scores) if score is not None]
+def _as_trained(encoded: EncodedRecord, record: Record, only_best: bool, reference: str | None) -> TrainingRecord:
+    read = [i for i, score in enumerate(encoded.scores) if score is not None]
     if only_best:
-        levels = score_levels(score for score in record.scores if score is not None)
+        levels = score_levels(score for score in encoded.scores if score is not None)
         read = [read[levels.index(max(levels))]]  # the first of equals
-    responses: list[Sequence[int]] = [array("i", record.responses[i]) for i in read]
-    padded = len(record.query) + max(map(len, record.responses))
-    scores = [record.scores[i] for i in read]
-    return TrainingRecord(record.id, array("i", record.query), responses, scores, padded)
+    responses: list[Sequence[int]] = [array("i", encoded.responses[i]) for i in read]
+    padded = len(encoded.query) + max(map(len, encoded.responses))
+    scores = [encoded.scores[i] for i in read]
+    sums = None if reference is None else record.rewards.get(reference)
+    return TrainingRecord(
+        encoded.id,
+        array("i", encoded.query),
+        responses,
+        scores,
+        padded,
+        None if sums is None else _reference_sums(responses, [sums[i] for i in read]),
+        *(_token_logprobs(record, name, read, responses) for name in TOKEN_COLUMNS),
+    )
+
+
+def _reference_sums(responses: Sequence[Sequence[int]], sums: Sequence[float | None]) -> list[float] | None:
+    """The sums as numbers; a response without tokens, which has none, has the log-probability 0."""
+    values = [0.0 if value is None and not ids else value for value, ids in zip(sums, responses, strict=True)]
+    return None if None in values else [float(value) for value in values if value is not None]
+
+
+def _token_logprobs(
+    record: Record, name: str, read: Sequence[int], responses: Sequence[Sequence[int]]
+) -> list[Sequence[float]] | None:
+    """The column ``name`` of the responses that are read.
+
+    Raises:
+        UserError: it has not one number a token.
+    """
+    column = record.extra.get(name)
+    if column is None:
+        return None
+    lengths = list(map(len, responses))
+    try:
+        values: list[Sequence[float]] = [array("d", column[i]) for i in read]
+    except (TypeError, KeyError, IndexError):
+        values = []
+    if list(map(len, values)) != lengths:
+        raise UserError(
+            f"record {record.id!r}: {name} must have one number for each of the {lengths} tokens of its responses "
+            "that training sees: was it made with another model or other length limits? Make it anew, or drop it"
+        )
+    return values
 
 
 def _unusable(record: EncodedRecord, max_length: int) -> str | None:

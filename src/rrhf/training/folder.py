@@ -41,7 +41,10 @@ FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "disabl
 BUDGET = "max_tokens_per_forward"  # stands in the settings, chosen or given, and is not compared
 # Compared only where both runs know them: older versions did not write them down.
 INPUTS = {"data_checksum", "eval_data", "eval_data_checksum", "model_digest"}
-NAMED = {"data": "data_checksum", "eval_data": "eval_data_checksum", "model": "model_digest"}  # name → its content
+NAMED = {  # name → its content
+    "data": "data_checksum", "eval_data": "eval_data_checksum", "model": "model_digest",
+    "reference_model": "reference_sums",
+}  # fmt: skip
 
 
 @contextmanager

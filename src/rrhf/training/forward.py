@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rrhf.common.progress import progress
+from rrhf.models.batching import plan_forwards
 from rrhf.models.passes import response_logprobs
 from rrhf.models.tokenization import EncodedRecord
 
@@ -24,27 +26,61 @@ class ForwardOutputs:
     """What a forward pass says of its R responses, on the CPU and with the graph.
 
     ``sums``: Σ_t log P(y_t | …), Tensor of shape (R,). ``router_loss``: the auxiliary loss of a mixture of experts,
-    a scalar, or None.
+    a scalar, or None. ``token_logprobs``: log P(y_t | …) of all response tokens in order, Tensor of shape (N,), or None
+    where they were not asked for.
     """
 
     sums: Tensor
     router_loss: Tensor | None
+    token_logprobs: Tensor | None = None
+
+
+Compute = Callable[[Sequence[EncodedRecord]], ForwardOutputs]
 
 
 def forward_records(
-    model: nn.Module, records: Sequence[EncodedRecord], path: str, keep_logits: bool = False
+    model: nn.Module, records: Sequence[EncodedRecord], path: str, keep_logits: bool = False, tokens: bool = False
 ) -> ForwardOutputs:
     """One call of ``model``, prepared by ``accept_records``, and one copy from its device.
 
     Losses and metrics are then made of a few numbers on the CPU: nothing more waits for the device, and fp64, which
     some devices lack, is there. Gradients cross the copy.
     """
-    outputs: dict[str, Any] = model(rrhf_records=records, rrhf_path=path, rrhf_keep_logits=keep_logits)
+    outputs: dict[str, Any] = model(
+        rrhf_records=records, rrhf_path=path, rrhf_keep_logits=keep_logits, rrhf_tokens=tokens
+    )
     sums, router = outputs["sums"], outputs["router_loss"]
-    if router is None:
-        return ForwardOutputs(sums.cpu(), None)
-    numbers = torch.cat([sums, router.reshape(1).to(sums.dtype)]).cpu()
-    return ForwardOutputs(numbers[:-1], numbers[-1])
+    parts = [sums, *([outputs["token_logprobs"]] if tokens else [])]
+    parts += [] if router is None else [router.reshape(1).to(sums.dtype)]
+    numbers = (torch.cat(parts) if len(parts) > 1 else sums).cpu()
+    whole = numbers if router is None else numbers[:-1]
+    return ForwardOutputs(
+        whole[: len(sums)], None if router is None else numbers[-1], whole[len(sums) :] if tokens else None
+    )
+
+
+@torch.no_grad()
+def measure(
+    records: Sequence[EncodedRecord], compute: Compute, budget: int, path: str, show: str | None = None
+) -> list[ForwardOutputs]:
+    """What ``compute`` says of each record, in order and without a graph; ``show`` names a progress bar."""
+    places = {id(record): place for place, record in enumerate(records)}
+    found: list[ForwardOutputs | None] = [None] * len(records)
+    forwards = plan_forwards(records, budget, path)
+    for forward in progress(forwards, show, unit="batches") if show else forwards:
+        parts: list[Sequence[EncodedRecord]] = [[part] for part in forward.slices] or [forward.records]
+        outputs = [compute(part) for part in parts]
+        sums = torch.cat([output.sums for output in outputs])
+        lengths = [len(response) for record in forward.records for response in record.responses]
+        given = [output.token_logprobs for output in outputs if output.token_logprobs is not None]
+        tokens = torch.cat(given).split(lengths) if given else None
+        start = 0
+        for record in forward.records:
+            stop = start + len(record.responses)
+            own = None if tokens is None else torch.cat(tokens[start:stop])
+            found[places[id(record)]] = ForwardOutputs(sums[start:stop], None, own)
+            start = stop
+    return cast("list[ForwardOutputs]", found)
 
 
 def accept_records(model: PreTrainedModel) -> None:
@@ -62,12 +98,14 @@ def accept_records(model: PreTrainedModel) -> None:
         rrhf_records: Any = None,
         rrhf_path: str = "tree",
         rrhf_keep_logits: bool = False,
+        rrhf_tokens: bool = False,
         **kwargs: Any,
     ) -> Any:
         if rrhf_records is None:
             return plain(self, *args, **kwargs)
         logprobs = response_logprobs(self, rrhf_records, rrhf_path, rrhf_keep_logits)
-        return {"sums": logprobs.sums, "router_loss": logprobs.router_loss}
+        tokens = {"token_logprobs": logprobs.token_logprobs} if rrhf_tokens else {}
+        return {"sums": logprobs.sums, "router_loss": logprobs.router_loss, **tokens}
 
     # Callers look here for what a model takes: decoding gives position_ids where they are named.
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)

@@ -46,12 +46,13 @@ from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.batching import MicroBatchSampler, Steps, shares
 from rrhf.training.config import RRHFConfig
-from rrhf.training.dataset import EncodedRecords, TrainingRecord
+from rrhf.training.dataset import TOKEN_COLUMNS, EncodedRecords, TrainingRecord
 from rrhf.training.undisturbed import undisturbed
 from rrhf.training.windows import FOLDER, SECONDS, WEIGHTS, Windows
 
 log = logging.getLogger("rrhf")
 
+OLD, OF_REFERENCE = TOKEN_COLUMNS
 BETA = "kl_beta"  # of a window
 MEASURED = ("sample_reward_mean", "kl", BETA)  # in a window's note, and in the trainer's metrics
 
@@ -60,8 +61,8 @@ MEASURED = ("sample_reward_mean", "kl", BETA)  # in a window's note, and in the 
 class Online:
     """Where the responses of OP-k come from, and what scores them; k is ``RRHFConfig.resample_steps``.
 
-    With ``kl_beta`` β (log π(y|x) − log ρ(y|x)) is taken off each score, where π is the policy that samples and ρ
-    ``context.reference_model``.
+    ρ is ``context.reference_model``, for losses that need a reference and for ``kl_beta``: β (log π(y|x) − log ρ(y|x)),
+    where π is the policy that samples, is taken off each score. It stays in memory beside the policy.
 
     Raises:
         UserError: a reward cannot score new texts, or ρ is missing.
@@ -87,11 +88,11 @@ class Online:
 
     @property
     def reference(self) -> str | None:
-        """The column of ρ's log-probability sums, where there is a KL term."""
+        """The column of ρ's log-probability sums; None without ρ."""
         context = self.context
-        if not self.kl_beta:
+        if context.reference_model is None:
             return None
-        return reference_sums_name(str(context.reference_model), context.text, context.max_length)
+        return reference_sums_name(context.reference_model, context.text, context.max_length)
 
     def settings(self) -> dict[str, Any]:
         """What the samples and their scores depend on, beside the policy and the queries."""
@@ -136,7 +137,8 @@ class OnlineRecords(Dataset):
             missing_only=True,
             context=online.context,
         )
-        self._rho = logprob_model(str(online.context.reference_model), online.context) if online.kl_beta else None
+        named = online.context.reference_model
+        self._rho = None if named is None else logprob_model(named, online.context)
         self.skipped: Counter[str] = Counter()
         self.unranked = self.queries_cut = self.responses_cut = 0
         self.records: list[TrainingRecord] = []  # as large as they can get: what memory is planned with
@@ -148,6 +150,11 @@ class OnlineRecords(Dataset):
         self._measured: dict[str, float] = {}
 
     # -- what the trainer asks for
+
+    @property
+    def provides(self) -> tuple[str, ...]:
+        """What its records bring for losses that need more than sums and scores (``rrhf.losses.OPTIONAL``)."""
+        return (OLD, *(() if self._rho is None else ("reference_sums", OF_REFERENCE)))
 
     def prepare(self, format: TextFormat, args: RRHFConfig, only_best: bool) -> None:
         """Take over how texts become tokens; ``only_best``: no loss reads more than the best response."""
@@ -257,7 +264,7 @@ class OnlineRecords(Dataset):
             raise UserError(f"{self.windows.records(number)}: no response that was sampled could be scored")
 
     def _encoded(self, rows: Iterable[Record]) -> list[TrainingRecord]:
-        encoded = EncodedRecords(rows, self.format, self.args.max_length, self.only_best)
+        encoded = EncodedRecords(rows, self.format, self.args.max_length, self.only_best, self.online.reference)
         self.skipped.update(encoded.skipped)
         self.unranked += encoded.unranked
         self.queries_cut, self.responses_cut = self.format.queries_cut, self.format.responses_cut
@@ -329,7 +336,7 @@ class OnlineRecords(Dataset):
     def _combination(self, made_of: Mapping[str, Any]) -> Combination:
         """How a window's scores are made of its rewards."""
         reference = self.online.reference
-        if reference is None:
+        if reference is None or not self.online.kl_beta:
             return self.rewards.combination
         return replace(self.rewards.combination, shaping=Shaping(made_of[BETA], _policy_column(made_of), reference))
 
@@ -343,21 +350,30 @@ class OnlineRecords(Dataset):
 
     def _score(self, combination: Combination, block: list[Record], done: Callable[[int], None]) -> list[Record]:
         with self._timed("score"), undisturbed(self.trainer.model):
-            if combination.shaping is not None and self._rho is not None:
-                self.trainer.model.eval()
+            self.trainer.model.eval()
+            if combination.shaping is not None:
                 block = fill_sums(block, combination.shaping.policy, self._pi)
-                block = fill_sums(block, combination.shaping.reference, self._rho)
+            if self._rho is not None:
+                block = fill_sums(block, str(self.online.reference), self._rho)
+            if OLD in self.trainer.needed:
+                block = self._with_tokens(block, OLD)
+            if OF_REFERENCE in self.trainer.needed and self._rho is not None:
+                block = self._with_tokens(block, OF_REFERENCE, under=self._rho.model())
             scored = [combination.score(record) for record in self.rewards.judge(block)]
         done(len(block))
         return scored
+
+    def _with_tokens(self, block: Sequence[Record], column: str, **options: Any) -> list[Record]:
+        filled = iter(self.trainer.with_token_logprobs([r for r in block if r.responses], column, **options))
+        return [next(filled) if record.responses else record for record in block]
 
     def _means(self, records: Sequence[Record], made_of: Mapping[str, Any]) -> dict[str, float]:
         """Of the responses that were sampled: their mean reward, without the KL term, and their mean log π − log ρ."""
         sampled = [[self.sampler.source in source_names(tag) for tag in record.sources] for record in records]
         rewards = [self.rewards.combination.score(record).scores for record in records]
         means = {"sample_reward_mean": _mean(rewards, sampled)}
-        if self.online.reference is not None:
-            names = _policy_column(made_of), self.online.reference
+        if self.online.kl_beta:
+            names = _policy_column(made_of), str(self.online.reference)
             sums = [[record.rewards.get(name, []) for name in names] for record in records]
             means |= {"kl": _mean([log_ratios(*pair) for pair in sums], sampled), BETA: made_of[BETA]}
         return {name: value for name, value in means.items() if value is not None}

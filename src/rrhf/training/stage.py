@@ -51,6 +51,7 @@ from rrhf.training.folder import (
 from rrhf.training.master_weights import has_low_precision
 from rrhf.training.memory import MemoryPlan
 from rrhf.training.online import Online, OnlineRecords
+from rrhf.training.reference import Reference, reference_column, with_reference_sums
 from rrhf.training.trainer import RRHFTrainer
 from rrhf.training.watch_settings import WatchSettings
 from rrhf.training.watching import Watch, watch_training
@@ -97,6 +98,7 @@ def train_model(
             if is_trained(folder):
                 raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
             settings = _remember_settings(job)
+        job = replace(job, reference=_reference(job))  # before the policy is in memory
         training = _build(job, *_load(job))
         settings = _remember_budget(job, settings)
         log.info(f"train: {training.trainer.memory_plan().line()}")
@@ -159,6 +161,7 @@ class Job:
     watch: WatchSettings
     callbacks: Sequence[TrainerCallback]
     online: Online | None
+    reference: Reference | None = None
 
     @property
     def merges(self) -> bool:
@@ -183,11 +186,20 @@ def _load(job: Job) -> tuple[Any, Any]:
     return load_policy_or_adapter(job.model, training=True)
 
 
+def _reference(job: Job) -> Reference | None:
+    """The reference's sums of the records, computed where they are not known; samples get theirs when they come."""
+    if job.online is not None:
+        return None
+    files = [file for file in (job.data, job.eval_data) if file is not None]
+    return with_reference_sums(files, job.model, job.config, job.folder)
+
+
 def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     """The trainer with its records and callbacks."""
     config = job.config
 
     def records(file: Path) -> Iterator[Record]:
+        file = file if job.reference is None else job.reference.files[file]
         return read_records(file, require="scores", empty_responses="drop")
 
     trainer = RRHFTrainer(
@@ -198,6 +210,7 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
         processing_class=tokenizer,
         peft_config=peft_config(job.adapter),
         callbacks=list(job.callbacks),
+        reference_sums=None if job.reference is None else job.reference.column,
     )
     precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "no autocast"
     if has_low_precision(trainer.model):
@@ -332,6 +345,7 @@ def _inputs(job: Job) -> dict[str, str | None]:
         "model_digest": model_digest(job.model.model) or None,
         "dtype": job.model.dtype,
         "ranking_loss_code": _loss_code(job.config.ranking_loss),
+        "reference_sums": reference_column(job.model, job.config),
     }
 
 

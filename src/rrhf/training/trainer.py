@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -29,18 +29,20 @@ from rrhf.models.forward import causal_lm
 from rrhf.models.load import ModelSettings
 from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
+from rrhf.records.record import Record
 from rrhf.training.batching import StepSampler
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
-from rrhf.training.forward import IDLE, ForwardOutputs, accept_records, forward_records
+from rrhf.training.forward import IDLE, Compute, ForwardOutputs, accept_records, forward_records, measure
 from rrhf.training.master_weights import MasterWeights, has_low_precision
 from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
+from rrhf.training.needs import optional_tensors, refuse_unmet
 from rrhf.training.online import OnlineRecords
-from rrhf.training.two_pass import Compute, SecondPass, first_pass
+from rrhf.training.reference import fill_in_memory, reference_pass
+from rrhf.training.two_pass import SecondPass, first_pass
 
 log = logging.getLogger("rrhf")
 
-PROVIDED: frozenset[str] = frozenset()  # of the optional fields of RecordTensors, those that training can give a loss
 NAMED = 20  # a message names at most so many records
 
 
@@ -55,6 +57,9 @@ class RRHFTrainer(Trainer):
             whose responses the policy samples every ``args.resample_steps`` steps.
         processing_class: the tokenizer; default: the one that comes with ``model``.
         peft_config: a PEFT configuration; the adapter alone is then trained.
+        reference_sums: for losses with a reference, the name in the records' ``rewards`` of its log-probability sums.
+            Where they do not have it, the trainer computes them before the first step, under ``args.reference_model``
+            or the model as it is given.
 
     The loss is the mean over the queries of an optimiser step, whatever the batching, accumulation and number of
     processes. Every other argument is ``transformers.Trainer``'s.
@@ -68,11 +73,13 @@ class RRHFTrainer(Trainer):
         eval_dataset: Iterable[Any] | None = None,
         processing_class: PreTrainedTokenizerBase | None = None,
         peft_config: Any = None,
+        reference_sums: str | None = None,
         **options: Any,
     ) -> None:
         args = args or RRHFConfig()
         _use_one_gpu(args)
-        _refuse_unmet_needs(args.ranking_loss)
+        self.needed = needed_by(ranking_loss(args.ranking_loss), args.loss)
+        self.reference_sums = reference_sums
         _refuse_missing_optimiser(str(args.optim.value))
         if isinstance(model, str):
             device = "cpu" if args.use_cpu else "auto"
@@ -88,10 +95,9 @@ class RRHFTrainer(Trainer):
                 model.enable_input_require_grads()
 
         # Held-out records keep all their scored responses: how they are ranked is measured whatever the loss.
-        train = _encoded(train_dataset, args, processing_class, args.ranking_loss == "none")
-        held_out = _encoded(eval_dataset, args, processing_class)
-        if train is not None and not train.records:
-            raise UserError(f"no record is left to train on: {train.summary()}")
+        train = _encoded(train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none")
+        held_out = _encoded(eval_dataset, args, processing_class, reference_sums)
+        _refuse_unusable(train, held_out, args.ranking_loss, self.needed)
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
@@ -187,7 +193,52 @@ class RRHFTrainer(Trainer):
         # Held for the whole run: gradient checkpointing looks the attention up again in the backward pass.
         model = causal_lm(self.model)
         with our_attention(model) if self.path == "tree" and takes_layouts(model) else contextlib.nullcontext():
+            self._fill_reference_sums(self.train_dataset, self.eval_dataset)
             return super().train(*args, **kwargs)
+
+    def _fill_reference_sums(self, *datasets: Any) -> None:
+        """Before the first step, when the model is still the one it started as: what the records do not bring of ρ."""
+        lacking = [
+            data
+            for data in datasets
+            if isinstance(data, EncodedRecords) and any(record.reference_sums is None for record in data.records)
+        ]
+        if "reference_sums" not in self.needed or not lacking:
+            return
+        if self.state.global_step:
+            raise UserError("evaluation on new records needs the reference's sums: give them before training starts")
+        own = partial(self._compute, self.model)
+        args, model = self.args, self.model
+        with reference_pass(model, args, self.processing_class, own) as compute:
+            for data in lacking:
+                budget: int = args.max_tokens_per_forward
+                fill_in_memory(data, compute, budget, self.path, args.process_index, args.world_size)
+
+    def with_token_logprobs(
+        self, records: Sequence[Record], column: str = "old_token_logprobs", under: PreTrainedModel | None = None
+    ) -> list[Record]:
+        """The records with the log-probability of every response token under the policy as it is now, or ``under``.
+
+        It stands in ``extra[column]``: k lists of ‖y_i‖ numbers, for the token ids that training sees. Dropout is off.
+        Losses over tokens (grpo, rloo) read it from the records that they train on.
+        """
+        format = TextFormat(self.processing_class, self.args.text)
+        encoded = [format.encode_record(record, self.args.max_length) for record in records]
+        model, path = self.model, self.path
+        if under is not None:
+            accept_records(under)
+            model, path = under, usable_path(under)
+        was_training = model.training
+        model.eval()
+        compute = partial(forward_records, model, path=path, tokens=True)
+        outputs = measure(encoded, compute, self.args.max_tokens_per_forward, path)
+        model.train(was_training)
+        filled = []
+        for record, ids, output in zip(records, encoded, outputs, strict=True):
+            assert output.token_logprobs is not None
+            each = output.token_logprobs.split([len(response) for response in ids.responses])
+            filled.append(replace(record, extra={**record.extra, column: [row.tolist() for row in each]}))
+        return filled
 
     def training_step(
         self, model: nn.Module, inputs: list[EncodedRecord], num_items_in_batch: Tensor | int | None = None
@@ -201,6 +252,7 @@ class RRHFTrainer(Trainer):
         weight = self.args.world_size / max(int(num_items_in_batch or 1), 1)
         compute = partial(self._compute, model)
         forwards = plan_forwards(inputs, self.args.max_tokens_per_forward, self.path)
+        kl = self._kl_of_step(model, compute, forwards) if "batch_kl" in self.needed else None
         # Where weights are sharded every pass is a collective operation: all processes make equally many without a
         # graph, and then equally many with one. How many is settled before the first of them.
         without = sum(len(forward.slices) for forward in forwards)
@@ -210,11 +262,11 @@ class RRHFTrainer(Trainer):
         backward: list[Callable[[], Tensor]] = []
         for forward in forwards:
             if forward.slices:
-                share, slices = self._first_pass(compute, forward, weight)
+                share, slices = self._first_pass(compute, forward, weight, kl)
                 total = total + share
                 backward += [partial(self._second_pass, compute, part) for part in slices]
             else:
-                backward.append(partial(self._one_pass, compute, forward, weight))
+                backward.append(partial(self._one_pass, compute, forward, weight, kl))
         with torch.no_grad():
             for _ in range(most_without - without):
                 compute([IDLE])
@@ -228,7 +280,41 @@ class RRHFTrainer(Trainer):
         return total.to(self.args.device)
 
     def _compute(self, model: nn.Module, records: Sequence[EncodedRecord]) -> ForwardOutputs:
-        return forward_records(model, records, self.path, self.args.keep_logits)
+        return forward_records(model, records, self.path, self.args.keep_logits, "token_logprobs" in self.needed)
+
+    @torch.no_grad()
+    def _without_graph(self, compute: Compute, forwards: Sequence[Forward]) -> list[tuple[Tensor, Tensor | None]]:
+        """The sums and, where the loss needs them, the tokens' log-probabilities of each forward.
+
+        All processes make equally many passes, as in ``training_step``.
+        """
+        passes = sum(len(forward.slices) or 1 for forward in forwards)
+        idle = int(self._over_processes(passes).max()) - passes
+        found = []
+        for forward in forwards:
+            parts: list[Sequence[EncodedRecord]] = [[part] for part in forward.slices] or [forward.records]
+            outputs = [compute(part) for part in parts]
+            tokens = [output.token_logprobs for output in outputs if output.token_logprobs is not None]
+            sums = torch.cat([output.sums for output in outputs])
+            found.append((sums, torch.cat(tokens) if tokens else None))
+        for _ in range(idle):
+            compute([IDLE])
+        return found
+
+    def _kl_of_step(self, model: nn.Module, compute: Compute, forwards: Sequence[Forward]) -> Tensor:
+        """``batch_kl`` of the records of a step: a pass of its own over all of them, without dropout."""
+        model.eval()
+        found = self._without_graph(compute, forwards)
+        model.train()
+        return self._batch_kl(forwards, [sums for sums, _ in found])
+
+    def _batch_kl(self, forwards: Sequence[Forward], sums: Sequence[Tensor]) -> Tensor:
+        """max(0, mean of log π − log ρ over all responses, those of all processes), a scalar."""
+        records = [cast("TrainingRecord", record) for forward in forwards for record in forward.records]
+        reference = [value for record in records for value in record.reference_sums or ()]
+        total = float(torch.cat([*sums, torch.zeros(0)]).double().sum()) - math.fsum(reference)
+        ratios, responses = self._over_processes(total, len(reference)).sum(0).tolist()
+        return torch.tensor(max(0.0, ratios / max(responses, 1)))
 
     def _gradients_shared(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Hold the exchange of gradients back until the step's last forward: one exchange of whole gradients (DDP).
@@ -239,17 +325,19 @@ class RRHFTrainer(Trainer):
             return contextlib.nullcontext()
         return self.accelerator.no_sync(model)
 
-    def _one_pass(self, compute: Compute, forward: Forward, weight: float) -> Tensor:
+    def _one_pass(self, compute: Compute, forward: Forward, weight: float, kl: Tensor | None) -> Tensor:
         outputs = compute(forward.records)
-        loss = self._loss(forward.records, outputs.sums, outputs.router_loss) * weight
+        loss = self._loss(forward.records, outputs.sums, outputs.router_loss, outputs.token_logprobs, kl) * weight
         self._note_finite(loss, forward)
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _first_pass(self, compute: Compute, forward: Forward, weight: float) -> tuple[Tensor, list[SecondPass]]:
+    def _first_pass(
+        self, compute: Compute, forward: Forward, weight: float, kl: Tensor | None
+    ) -> tuple[Tensor, list[SecondPass]]:
         """The loss of a record in slices, and what is to be run again for its gradient (``rrhf.training.two_pass``)."""
         first = first_pass(forward.slices, compute, self.args.device)
-        loss = self._loss(forward.records, first.sums, None) * weight
+        loss = self._loss(forward.records, first.sums, None, first.token_logprobs, kl) * weight
         self._note_finite(loss, forward)
         self._sums["router_loss"] += first.router_loss
         return loss.detach() + first.router_loss * weight, first.second_passes(loss, weight)
@@ -262,18 +350,30 @@ class RRHFTrainer(Trainer):
         self.accelerator.backward(compute([IDLE]).sums.sum() * 0)
         return torch.zeros(())
 
-    def _loss(self, records: Sequence[EncodedRecord], sums: Tensor, router: Tensor | None) -> Tensor:
+    def _loss(
+        self,
+        records: Sequence[EncodedRecord],
+        sums: Tensor,
+        router: Tensor | None,
+        tokens: Tensor | None = None,
+        kl: Tensor | None = None,
+    ) -> Tensor:
         """The sum of the records' losses; their metrics are added up on the way. All of it on the CPU."""
         total = sums.new_zeros(())
         parts = sums.split([len(record.responses) for record in records])
-        for record, part in zip(cast("Sequence[TrainingRecord]", records), parts, strict=True):
+        sizes = [sum(map(len, record.responses)) for record in records]
+        own = [None] * len(records) if tokens is None else tokens.split(sizes)
+        for record, part, of_tokens in zip(cast("Sequence[TrainingRecord]", records), parts, own, strict=True):
             scores = torch.tensor(
                 [math.nan if score is None else score for score in record.scores], dtype=torch.float64
             )
             lengths = torch.tensor([len(response) for response in record.responses])
-            loss = rrhf_loss(part, lengths, scores, self.loss_settings, record.padded_length)
+            beside = optional_tensors(record, self.needed, part.detach(), of_tokens, kl)
+            loss = rrhf_loss(part, lengths, scores, self.loss_settings, record.padded_length, **beside)
             total = total + loss.total
             self._measure(loss, scores)
+        if kl is not None:
+            self._sums["batch_kl"] += float(kl) * len(records)
         if router is not None:
             total = total + router * len(records)
             self._sums["router_loss"] += float(router.detach()) * len(records)
@@ -281,7 +381,7 @@ class RRHFTrainer(Trainer):
 
     @torch.no_grad()
     def _measure(self, loss: Loss, scores: Tensor) -> None:
-        worse, better = ordered_pairs(scores)
+        worse, better = ordered_pairs(scores, self.loss_settings.ties)
         best = best_response(scores)
         p = loss.logprobs
         self._sums["queries"] += 1
@@ -332,7 +432,7 @@ class RRHFTrainer(Trainer):
     def _metrics(self) -> dict[str, float]:
         """Means since the last call, over all processes; the sums start anew."""
         means = ("rank_loss", "sft_loss", "violated_pairs", "best_logprob")
-        names = ("queries", "pairs", "ordered", "router_loss", *means)
+        names = ("queries", "pairs", "ordered", "router_loss", "batch_kl", *means)
         sums = self._over_processes(*(self._sums[name] for name in names)).sum(0)
         totals = dict(zip(names, sums.tolist(), strict=True))
         self._sums.clear()
@@ -344,6 +444,8 @@ class RRHFTrainer(Trainer):
             metrics["rank_accuracy"] = totals["ordered"] / totals["pairs"]
         elif self.loss_settings.ranking_loss == "none":  # pairs are not computed then
             del metrics["violated_pairs"]
+        if "batch_kl" in self.needed:
+            metrics["batch_kl"] = totals["batch_kl"] / queries
         if totals["router_loss"]:
             metrics["router_loss"] = totals["router_loss"] / queries
         return metrics
@@ -366,22 +468,20 @@ class RRHFTrainer(Trainer):
         """The losses and ranking metrics on held-out records, without generation."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not isinstance(data, EncodedRecords):
-            data = EncodedRecords(data, TextFormat(self.processing_class, self.args.text), self.args.max_length)
+            format = TextFormat(self.processing_class, self.args.text)
+            data = EncodedRecords(data, format, self.args.max_length, reference_sums=self.reference_sums)
+            refuse_unmet(self.args.ranking_loss, self.needed, data, "the records to evaluate on")
+        self._fill_reference_sums(data)
         kept, self._sums = self._sums, defaultdict(float)
         model = self.accelerator.unwrap_model(self.model)
         was_training = model.training
         model.eval()
         share = data.records[self.args.process_index :: self.args.world_size]
         forwards = plan_forwards(share, self.args.max_tokens_per_forward, self.path)
-        # As in training: where weights are sharded, all processes make equally many passes.
-        passes = sum(len(forward.slices) or 1 for forward in forwards)
-        idle = int(self._over_processes(passes).max()) - passes
-        for forward in forwards:
-            parts: list[Sequence[EncodedRecord]] = [[part] for part in forward.slices] or [forward.records]
-            sums = torch.cat([self._compute(model, part).sums for part in parts])
-            self._loss(forward.records, sums, None)
-        for _ in range(idle):
-            self._compute(model, [IDLE])
+        found = self._without_graph(partial(self._compute, model), forwards)
+        kl = self._batch_kl(forwards, [sums for sums, _ in found]) if "batch_kl" in self.needed else None
+        for forward, (sums, tokens) in zip(forwards, found, strict=True):
+            self._loss(forward.records, sums, None, tokens, kl)
         model.train(was_training)
         metrics, self._sums = self._metrics(), kept
         if not metrics:
@@ -406,6 +506,7 @@ def _encoded(
     rows: Iterable[Any] | OnlineRecords | None,
     args: RRHFConfig,
     tokenizer: PreTrainedTokenizerBase,
+    reference_sums: str | None = None,
     only_best: bool = False,
 ) -> EncodedRecords | OnlineRecords | None:
     """Rows as token ids; what is sampled while training is encoded then."""
@@ -417,7 +518,20 @@ def _encoded(
         return rows
     if args.resample_steps:
         raise UserError(f"--resample_steps {args.resample_steps}: the training's records must be OnlineRecords")
-    return EncodedRecords(rows, format, args.max_length, only_best)
+    return EncodedRecords(rows, format, args.max_length, only_best, reference_sums)
+
+
+def _refuse_unusable(
+    train: EncodedRecords | OnlineRecords | None,
+    held_out: EncodedRecords | OnlineRecords | None,
+    loss: str,
+    needed: Collection[str],
+) -> None:
+    if train is not None and not train.records:
+        raise UserError(f"no record is left to train on: {train.summary()}")
+    for data, flag in ((train, "the data"), (held_out, "--eval_data")):
+        if data is not None:
+            refuse_unmet(loss, needed, data, flag)
 
 
 def _use_one_gpu(args: RRHFConfig) -> None:
@@ -441,11 +555,6 @@ def _refuse_missing_optimiser(name: str) -> None:
     others = name.startswith("adamw_torch_")  # torchao's, which transformers asks for itself
     if ("bnb" in name or "8bit" in name) and not others and importlib.util.find_spec("bitsandbytes") is None:
         raise UserError(f"--optim {name} needs bitsandbytes: pip install bitsandbytes, or take --optim adafactor")
-
-
-def _refuse_unmet_needs(name: str) -> None:
-    if unmet := needed_by(ranking_loss(name)) - PROVIDED:
-        raise UserError(f"--ranking_loss {name}: it needs {' and '.join(sorted(unmet))}, which training does not give")
 
 
 def _keep_sums_exact(accelerator: Any) -> None:
