@@ -14,7 +14,7 @@ from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import count_records, read_records
 from rrhf.records.parts import in_parts
 from rrhf.records.parts_folder import Finish, Work
-from rrhf.records.record import Record
+from rrhf.records.record import Record, Require
 from rrhf.rewards.combination import Combination
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.kl import Shaping
@@ -139,6 +139,7 @@ def score_file(
     remote: EndpointLimits | None = None,
     *,
     overwrite: bool = False,
+    require: Require = "responses",
 ) -> None:
     """Score the responses of ``data`` and write the records with ``rewards`` and ``scores`` to ``output``.
 
@@ -151,6 +152,7 @@ def score_file(
         scoring: what they need, and how one score is made of them; by default the weighted sum.
         text: how policies read queries.
         remote: how servers are asked, and what they may cost.
+        require: "query" lets empty responses be scored too.
 
     Raises:
         UserError: a reward is unknown or fails, ``output`` exists, or unfinished work of other rewards stands there.
@@ -171,7 +173,7 @@ def score_file(
     combine = _combine_all(rewards.combination) if rewards.combination.over_the_data else None
     try:
         in_parts(
-            lambda: read_records(data, require="responses"),
+            lambda: read_records(data, require=require),
             output,
             {
                 **{f"log-probabilities of {columns[name]}": _sums_work(name, held[name], closing) for name in held},
