@@ -18,6 +18,7 @@ class Baseline(NamedTuple):
 # A new baseline is a line here and a module of rrhf.cli.baselines, which reads flags and calls rrhf.recipes.baselines.
 BASELINES = {
     "sft": Baseline("fine-tune on the best or the chosen response of each query", "sft"),
+    "best-of-n": Baseline("n samples a prompt at inference, the best kept: reward as a function of n", "best_of_n"),
     "ppo": Baseline("reinforcement learning: clipped surrogate, value function, KL penalty a token", "ppo"),
     "nlpo": Baseline("PPO that draws from the likeliest tokens of a lagged policy alone (RL4LMs)", "ppo"),
 }

@@ -116,7 +116,8 @@ def flags(online: bool = True) -> Flags:
     """The flags of a training; ``online``: of one that samples and scores as well."""
     from rrhf.training.config import RRHFConfig
 
-    kinds = [ModelSettings, Files, AdapterSettings, *(ONLINE if online else ()), RRHFConfig, WatchSettings]
+    # A flag of several has the help and the default of the last.
+    kinds = [Files, AdapterSettings, *(ONLINE if online else ()), ModelSettings, RRHFConfig, WatchSettings]
     return Flags(kinds, "train")
 
 
@@ -128,16 +129,17 @@ def main(arguments: list[str]) -> int:
     if not _given(arguments, ["resample_steps"]):
         if idle := _given(arguments, [flag.name for flag in online_help()]):
             raise UserError(f"--{idle[0]} is for responses that are sampled while training: give --resample_steps too")
-        model, files, adapter, config, watch = flags(online=False).parse(with_output(arguments))
+        files, adapter, model, config, watch = flags(online=False).parse(with_output(arguments))
         set_up_logging()
         return carry_out(Path(files.data), model, files, adapter, config, watch)
     from rrhf.training.online import Online
     from rrhf.training.windows import FOLDER
 
-    model, files, adapter, sampling, rewards, scoring, remote, config, watch = flags().parse(with_output(arguments))
+    files, adapter, sampling, rewards, scoring, remote, model, config, watch = flags().parse(with_output(arguments))
     set_up_logging()
     context = scoring.context(config.text, remote, journals=Path(files.output) / FOLDER)
-    online = Online(sampling, rewards.reward, rewards.reward_weights or None, context)
+    online = Online(sampling, rewards.reward, rewards.reward_weights or None, scoring.reward_normalisation, context,
+                    scoring.kl_beta)  # fmt: skip
     return carry_out(Path(files.data), model, files, adapter, config, watch, online if config.resample_steps else None)
 
 

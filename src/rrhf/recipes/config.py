@@ -239,6 +239,8 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
         values = {**{key: value for key, value in shared.items() if key in section.keys}, **given}
         if name == "train":
             values["output_dir"] = str(model_folder)
+        if name == "score" and values.get("kl_beta") and not values.get("reference_model"):
+            values["reference_model"] = shared.get("model")  # ρ is what the run begins with
         try:
             parsed |= section.parse(values)
         except (UserError, ValueError) as error:

@@ -28,6 +28,7 @@ from rrhf.recipes.offline import (
     data_stage,
     evaluate_stage,
     finish,
+    loss_needs,
     sample_stage,
     score_stage,
     train_stage,
@@ -96,6 +97,8 @@ def _of_round(config: RunConfig, number: int, model: ModelSettings, folder: RunF
     train, watch = copy.copy(config.train), config.watch  # a training settles what is open in its settings
     train.output_dir, train.seed = str(folder.model), train.seed + number - 1
     train.push_to_hub = train.push_to_hub and number == config.rounds.iterations
+    if number > 1 and any("reference" in name for name in loss_needs(config)):
+        train.reference_model = train.reference_model or config.model.model
     if number > 1 and watch.watch_steps and config.adapter.peft is None:
         watch = replace(watch, watch_perplexity_model=watch.watch_perplexity_model or config.model.model)
     return replace(
@@ -103,6 +106,7 @@ def _of_round(config: RunConfig, number: int, model: ModelSettings, folder: RunF
         model=model,
         sample=replace(config.sample, seed=config.sample.seed + number - 1),
         sources=SourceSettings(_sources(config, model.model)),
+        scoring=replace(config.scoring, model=model.model),  # π of a KL term; its ρ stays
         train=train,
         watch=watch,
     )

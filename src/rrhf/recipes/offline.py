@@ -147,22 +147,21 @@ def sample_stage(at: Pass) -> Stage:
 def score_stage(at: Pass, data: Path | None = None) -> Stage:
     """``data``: what is scored, where it is not the sampled responses."""
     config, responses = at.config, data or at.run.responses
-
-    def work() -> None:
-        at.policies.release()  # free the sampling weights
-        score_file(responses, at.run.scored, config.score, config.scoring, config.text, config.score_remote)
-
-    return Stage("score", at.run.scored, lambda: {**_files(responses), **_scored(config, responses)}, work)
+    return Stage(
+        "score",
+        at.run.scored,
+        lambda: {**_files(responses), **_scored(config, responses)},
+        lambda: _score(at, responses),
+    )
 
 
 def train_stage(at: Pass, data: Path | None = None, online: Online | None = None) -> Stage:
     """``data``: what is trained on, where it is not the scored responses; ``online``: how they are sampled then."""
     scored, model = data or at.run.scored, at.config.model.model
-    codes = {} if online is None else {f"the code of {name}": code for name, code in online.codes().items()}
     return Stage(
         "train",
         at.run.model,
-        lambda: {**_files(scored), model: model_digest(model), **codes},
+        lambda: {**_files(scored), model: model_digest(model), **(_scored(at.config, scored) if online else {})},
         lambda: _train(at, scored, online),
     )
 
@@ -246,6 +245,12 @@ def _scored(config: RunConfig, responses: Path) -> dict[str, str]:
     return {**rewards_digests(config.score, context), **columns}
 
 
+def _score(at: Pass, responses: Path) -> None:
+    config = at.config
+    at.policies.release()  # free the sampling weights
+    score_file(responses, at.run.scored, config.score, config.scoring, config.text, config.score_remote)
+
+
 def _train(at: Pass, data: Path, online: Online | None) -> None:
     from rrhf.report.hub import card_of_training
     from rrhf.training.stage import train_model
@@ -255,6 +260,13 @@ def _train(at: Pass, data: Path, online: Online | None) -> None:
     saved = partial(card_of_training, token=config.train.hub_token)
     watch = config.watch.filled(at.run.held_out, config.evaluate_rewards.reward)
     train_model(data, config.model, config.train, config.adapter, watch=watch, saved=saved, online=online)
+
+
+def loss_needs(config: RunConfig) -> frozenset[str]:
+    """What the training's loss reads beside sums, lengths and scores."""
+    from rrhf.losses import needed_by, ranking_loss
+
+    return needed_by(ranking_loss(config.train.ranking_loss), config.train.loss)
 
 
 def _evaluation_context(config: RunConfig) -> RewardContext:

@@ -5,7 +5,8 @@ data → train, which samples and scores, → evaluate → report. Responses tha
 
 from __future__ import annotations
 
-from typing import Any
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
 from rrhf.models.cache import PolicyCache
@@ -17,12 +18,15 @@ from rrhf.recipes.offline import (
     data_stage,
     evaluate_stage,
     finish,
+    loss_needs,
     score_stage,
     train_stage,
 )
 from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.files import read_records
-from rrhf.sampling.settings import SamplingSettings
+
+if TYPE_CHECKING:
+    from rrhf.training.online import Online
 
 
 def run_online(run: RunFolder, config: RunConfig) -> dict[str, Any]:
@@ -34,17 +38,16 @@ def run_online(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     Raises:
         UserError: responses would not come from the policy that is trained, or as ``run_offline``.
     """
-    from rrhf.training.online import Online
-    from rrhf.training.windows import FOLDER, window_seconds
+    from rrhf.training.windows import window_seconds
 
-    context = config.scoring.context(config.text, config.score_remote, journals=run.model / FOLDER)
-    online = Online(_sampling(config), config.score.reward, config.score.reward_weights or None, context)
+    online = _online(run, config)
     whole = Pass(run, config, config.model, PolicyCache())
     check_evaluation(whole)
     carry_out([data_stage(whole)], run)
     data, stages = run.queries, []
     if next(read_records(run.queries)).responses:
-        data, stages = run.scored, [score_stage(whole, run.queries)]
+        unshaped = replace(config, scoring=replace(config.scoring, kl_beta=0.0))  # the KL term is that of each window
+        data, stages = run.scored, [score_stage(replace(whole, config=unshaped), run.queries)]
     carry_out(stages, run)
     training = train_stage(whole, data, online)
     trained = training.is_complete()
@@ -55,8 +58,11 @@ def run_online(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     return finish(run, [run])
 
 
-def _sampling(config: RunConfig) -> SamplingSettings:
-    """How responses are sampled. Refuses, before any work, what would not be the policy's own."""
+def _online(run: RunFolder, config: RunConfig) -> Online:
+    """How responses are sampled and scored. Refuses, before any work, samples that would not be the policy's own."""
+    from rrhf.training.online import Online
+    from rrhf.training.windows import FOLDER
+
     if config.sample is None:
         raise UserError("train.resample_steps with sample: null: nothing is sampled: give the section sample")
     if config.sources.source:
@@ -65,4 +71,9 @@ def _sampling(config: RunConfig) -> SamplingSettings:
             "weights that stay as they are: a server, vLLM, OpenVINO and a file cannot be given those of the policy in "
             "training. Leave sample.source out: the policy itself samples"
         )
-    return config.sample
+    score, scoring = config.score, config.scoring
+    context = scoring.context(config.text, config.score_remote, journals=run.model / FOLDER)
+    if scoring.reference_model is None and any("reference" in name for name in loss_needs(config)):
+        context = replace(context, reference_model=config.train.reference_model or config.model.model)
+    weights = score.reward_weights or None
+    return Online(config.sample, score.reward, weights, scoring.reward_normalisation, context, scoring.kl_beta)

@@ -65,3 +65,19 @@ def format_examples(rows: Sequence[Mapping[str, Any]], count: int = 3, width: in
             lines.append(f"{MODELS[model]:<8}  [{values}] {shorten(row[model], width)}")
         blocks.append("\n".join(lines))
     return "\n\n".join(blocks)
+
+
+def format_best_of_n(curves: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
+    """Each reward of the best of n samples as a function of n, with its interval, beside the bound on KL to ρ."""
+    names = list(curves)
+    rows = []
+    for place, line in enumerate(curves[names[0]]):
+        cells = [str(line["n"]), number(line["kl_bound"], 3)]
+        for name in names:
+            if place < len(curves[name]):
+                at = curves[name][place]
+                cells.append(f"{number(at['mean'], 3)} ({number(at['low'], 3)} to {number(at['high'], 3)})")
+            else:
+                cells.append("")
+        rows.append(cells)
+    return text_table(["n", "KL at most", *map(short_name, names)], rows)

@@ -206,11 +206,18 @@ class LogprobModel:
         self._sums: ResponseSums | None = None
 
     def __call__(self, items: Sequence[Item]) -> list[ResponseLogprob | None]:
+        return self._loaded()(items)
+
+    def model(self) -> PreTrainedModel:
+        """The model itself, which stays in memory until ``close``."""
+        return self._loaded().model
+
+    def _loaded(self) -> ResponseSums:
         if self._sums is None:
             model, tokenizer = load_policy_or_adapter(self.settings)
             limits = {"max_length": self.max_length, "max_tokens_per_forward": self.max_tokens_per_forward}
             self._sums = ResponseSums(model.eval(), tokenizer, self.text, **limits)
-        return self._sums(items)
+        return self._sums
 
     def close(self) -> None:
         """Release the model, and say what did not fit."""

@@ -13,6 +13,7 @@ from rrhf.models.load import DTYPES
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import count_records, read_records
 from rrhf.records.parts import in_parts
+from rrhf.records.record import Require
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.kl import Shaping
 from rrhf.rewards.logprob import logprob_model, reference_sums_name
@@ -142,6 +143,7 @@ def score_file(
     remote: EndpointLimits | None = None,
     *,
     overwrite: bool = False,
+    require: Require = "responses",
 ) -> None:
     """Score the responses of ``data`` and write the records with ``rewards`` and ``scores`` to ``output``.
 
@@ -154,6 +156,7 @@ def score_file(
         scoring: what they need, and how one score is made of them; by default the weighted sum.
         text: how policies read queries.
         remote: how servers are asked, and what they may cost.
+        require: "query" lets empty responses be scored too.
 
     Raises:
         UserError: a reward is unknown or fails, ``output`` exists, or unfinished work of other rewards stands there.
@@ -180,7 +183,7 @@ def score_file(
     steps["score"] = rewards_work(rewards, last, holders, parts, combine=combine is None)
     try:
         in_parts(
-            lambda: read_records(data, require="responses"),
+            lambda: read_records(data, require=require),
             output,
             steps,
             {**_scores_depend_on(settings, scoring, context), "log-probabilities": list(columns)},

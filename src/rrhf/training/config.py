@@ -69,6 +69,13 @@ class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
             "from the policy as it is, and scored; 0: never, the data's responses are trained on"
         },
     )
+    kl_target: float | None = field(
+        default=None,
+        metadata={
+            "help": "with --resample_steps and --kl_beta: β is adapted, an update an optimiser step, so that the KL of "
+            "sampled responses stays near so many nats each (arXiv 1909.08593); default: β is fixed"
+        },
+    )
     keep_logits: bool = field(
         default=True,
         metadata={
@@ -89,6 +96,8 @@ class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
             )
             if getattr(self, name) is not None and getattr(self, name) < least
         ]
+        if self.kl_target is not None and not (self.kl_target > 0 and self.resample_steps):
+            faults.append(f"--kl_target {self.kl_target}: must be above 0, and needs --resample_steps")
         faults += self.faults() + self.selection_faults()
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             faults.append(

@@ -20,7 +20,7 @@ from rrhf.training.dataset import EncodedRecords, TrainingRecord
 
 OF_THE_STEP = ("token_logprobs", "batch_kl")
 CURES = {
-    "reference_sums": "train on records that are scored beforehand",
+    "reference_sums": "give --reference_model, or train on records that are scored beforehand",
     "old_token_logprobs": "it is for training that samples its responses itself (--resample_steps) and keeps how "
     "likely each token was then; or give records with that column",
     "reference_token_logprobs": "leave --token_kl 0, or give records with that column",

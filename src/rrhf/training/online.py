@@ -17,7 +17,8 @@ from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
@@ -32,10 +33,14 @@ from rrhf.records.checksums import checksum_of_records
 from rrhf.records.duplicates import merge_duplicates
 from rrhf.records.files import Ids, read_records
 from rrhf.records.parts import in_parts
-from rrhf.records.record import Record, record_from_row
+from rrhf.records.parts_folder import Work
+from rrhf.records.record import TOKEN_COLUMNS, Record, record_from_row
 from rrhf.records.sources import source_names
+from rrhf.rewards.combination import Combination
 from rrhf.rewards.functions import RewardFunction
 from rrhf.rewards.kind import RewardContext
+from rrhf.rewards.kl import Shaping, adapted_beta, log_ratios
+from rrhf.rewards.logprob import DIGITS, SUM, ResponseSums, fill_sums, logprob_model, reference_sums_name
 from rrhf.rewards.scoring import Rewards, is_provided, reward_digest, reward_name
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
@@ -47,34 +52,60 @@ from rrhf.training.windows import FOLDER, SECONDS, WEIGHTS, Windows
 
 log = logging.getLogger("rrhf")
 
+OLD, OF_REFERENCE = TOKEN_COLUMNS
+BETA = "kl_beta"  # of a window
+MEASURED = ("sample_reward_mean", "kl", BETA)  # in a window's note, and in the trainer's metrics
+
 
 @dataclass(frozen=True)
 class Online:
     """Where the responses of OP-k come from, and what scores them; k is ``RRHFConfig.resample_steps``.
 
+    ρ is ``context.reference_model``, for losses that need a reference and for ``kl_beta``: β (log π(y|x) − log ρ(y|x)),
+    where π is the policy that samples, is taken off each score. It stays in memory beside the policy.
+
     Raises:
-        UserError: a reward cannot score new texts.
+        UserError: a reward cannot score new texts, or ρ is missing.
     """
 
     sampling: SamplingSettings
     rewards: Sequence[str | RewardFunction]
     reward_weights: Sequence[float] | None = None
-    context: RewardContext | None = None
+    reward_normalisation: Sequence[str] = ("none",)
+    context: RewardContext = field(default_factory=RewardContext)
+    kl_beta: float = 0.0
 
     def __post_init__(self) -> None:
+        if "data" in self.reward_normalisation:
+            raise UserError(
+                "--reward_normalisation data: there are no data to normalise over before they are sampled: query"
+            )
+        if self.kl_beta and not self.context.reference_model:
+            raise UserError(f"--kl_beta {self.kl_beta} needs --reference_model: ρ")
         for reward in self.rewards:
             if is_provided(reward):
                 raise UserError(f"--reward {reward}: cannot score new texts; give pkg.module:function")
 
-    def codes(self) -> dict[str, str]:
-        """Each reward's name → the digest of its code or weights."""
-        return {reward_name(reward): reward_digest(reward, self.context) for reward in self.rewards}
+    @property
+    def reference(self) -> str | None:
+        """The column of ρ's log-probability sums; None without ρ."""
+        context = self.context
+        if context.reference_model is None:
+            return None
+        return reference_sums_name(context.reference_model, context.text, context.max_length)
 
     def settings(self) -> dict[str, Any]:
         """What the samples and their scores depend on, beside the policy and the queries."""
         sampling = {f"sample.{name}": value for name, value in asdict(self.sampling).items() if name != "batch_size"}
-        codes = {f"code of {name}": code for name, code in self.codes().items()}
-        return {**sampling, **codes, "score.reward_weights": list(self.reward_weights or [])}
+        codes = {f"code of {reward_name(reward)}": reward_digest(reward, self.context) for reward in self.rewards}
+        return {
+            **sampling,
+            **codes,
+            "score.reward_weights": list(self.reward_weights or []),
+            "score.reward_normalisation": list(self.reward_normalisation),
+            "score.kl_beta": self.kl_beta,
+            "score.reference": self.reference,
+        }
 
 
 class OnlineRecords(Dataset):
@@ -99,7 +130,15 @@ class OnlineRecords(Dataset):
         if not self.queries:
             raise UserError("no query is left to sample responses to")
         self.online = online
-        self.rewards = Rewards(online.rewards, weights=online.reward_weights, missing_only=True, context=online.context)
+        self.rewards = Rewards(
+            online.rewards,
+            weights=online.reward_weights,
+            normalisation=online.reward_normalisation,
+            missing_only=True,
+            context=online.context,
+        )
+        named = online.context.reference_model
+        self._rho = None if named is None else logprob_model(named, online.context)
         self.skipped: Counter[str] = Counter()
         self.unranked = self.queries_cut = self.responses_cut = 0
         self.records: list[TrainingRecord] = []  # as large as they can get: what memory is planned with
@@ -111,6 +150,11 @@ class OnlineRecords(Dataset):
         self._measured: dict[str, float] = {}
 
     # -- what the trainer asks for
+
+    @property
+    def provides(self) -> tuple[str, ...]:
+        """What its records bring for losses that need more than sums and scores (``rrhf.losses.OPTIONAL``)."""
+        return (OLD, *(() if self._rho is None else ("reference_sums", OF_REFERENCE)))
 
     def prepare(self, format: TextFormat, args: RRHFConfig, only_best: bool) -> None:
         """Take over how texts become tokens; ``only_best``: no loss reads more than the best response."""
@@ -140,6 +184,11 @@ class OnlineRecords(Dataset):
         self.steps = Steps(
             len(self.queries), args.per_device_train_batch_size, args.gradient_accumulation_steps, args.world_size, seed
         )
+        context = self.online.context
+        self._pi = ResponseSums(
+            trainer.model, trainer.processing_class, context.text, max_length=context.max_length,
+            max_tokens_per_forward=context.max_tokens_per_forward,
+        )  # fmt: skip
         self.windows = Windows(Path(str(args.output_dir)) / FOLDER)
 
     def loader(self) -> DataLoader:
@@ -179,8 +228,10 @@ class OnlineRecords(Dataset):
         )
 
     def close(self) -> None:
-        """Let go of what the rewards hold."""
+        """Let go of what the rewards and the reference hold."""
         self.rewards.close()
+        if self._rho is not None:
+            self._rho.close()
 
     # -- a window
 
@@ -197,11 +248,10 @@ class OnlineRecords(Dataset):
             self._prepare(number, asked, begun=step > begin)
         self.trainer.accelerator.wait_for_everyone()
         if not self.windows.is_whole(number):
-            self._of_window.clear()
             self._make(number, asked)
         self.trainer.accelerator.wait_for_everyone()
         records = list(read_records(self.windows.records(number)))
-        self._measured = _means(records, self.sampler.source)
+        self._measured = {name: value for name, value in self.windows.note(number).items() if name in MEASURED}
         self._number, self._shares = number, {}
         trained = 0
         for place, rows in groupby(records, key=lambda record: int(record.id.rpartition("@")[2])):
@@ -214,7 +264,9 @@ class OnlineRecords(Dataset):
             raise UserError(f"{self.windows.records(number)}: no response that was sampled could be scored")
 
     def _encoded(self, rows: Iterable[Record]) -> list[TrainingRecord]:
-        encoded = EncodedRecords(rows, self.format, self.args.max_length, self.only_best, select=self.args.select)
+        encoded = EncodedRecords(
+            rows, self.format, self.args.max_length, self.only_best, self.online.reference, self.args.select
+        )
         self.skipped.update(encoded.skipped)
         self.unranked += encoded.unranked
         self.queries_cut, self.responses_cut = self.format.queries_cut, self.format.responses_cut
@@ -226,7 +278,7 @@ class OnlineRecords(Dataset):
         ``begun``: steps of it are done, by a training that was stopped. Only its very samples will do then: the weights
         that wrote them are gone.
         """
-        made_of = self._made_of(asked)
+        made_of = self._made_of(number, asked)
         if begun:
             del made_of[WEIGHTS]
             made_of = {**made_of, WEIGHTS: self.windows.note(number).get("made_of", {}).get(WEIGHTS)}
@@ -242,27 +294,53 @@ class OnlineRecords(Dataset):
             )
         self.windows.begin(number, made_of)
 
-    def _made_of(self, asked: Sequence[Record]) -> dict[str, Any]:
+    def _made_of(self, number: int, asked: Sequence[Record]) -> dict[str, Any]:
         return {
             **self.online.settings(),
             **asdict(self.args.text),
+            BETA: self._beta(number),
             "queries": checksum_of_records(asked),
             WEIGHTS: weights_digest(self.trainer.model),
         }
 
+    def _beta(self, number: int) -> float:
+        """β of a window: fixed, or adapted to the KL of the one before, an update for each of its steps."""
+        target = self.args.kl_target
+        if target is None or number == 0 or not self.online.kl_beta:
+            return self.online.kl_beta
+        before = self.windows.note(number - 1)
+        if "kl" not in before:
+            raise UserError(f"window {number - 1} has no note of its KL, which β is adapted to: remove the checkpoints")
+        beta = float(before["made_of"][BETA])
+        for _ in range(self.args.resample_steps):
+            beta = adapted_beta(beta, before["kl"], target)
+        return beta
+
     def _make(self, number: int, asked: Sequence[Record]) -> None:
         """Sample and score in parts: what a killed process has done is taken up again, and processes share them."""
-        in_parts(
-            lambda: asked,
-            self.windows.records(number),
-            {f"window {number}: sample": self._sample, f"window {number}: score": self._score},
-            self.windows.note(number)["made_of"],
-            part_size=self.online.sampling.block_size,
-            overwrite=True,
-            total=len(asked),
-        )
+        made_of, file = self.windows.note(number)["made_of"], self.windows.records(number)
+        self._of_window.clear()
+        works: dict[str, Work] = {"sample": self._sample, "score": partial(self._score, self._combination(made_of))}
+        if not file.exists():
+            in_parts(
+                lambda: asked,
+                file,
+                {f"window {number}: {name}": work for name, work in works.items()},
+                made_of,
+                part_size=self.online.sampling.block_size,
+                overwrite=True,
+                total=len(asked),
+            )
         if self.trainer.is_world_process_zero():
-            self.windows.finish(number, {f"{name}_seconds": round(s, 3) for name, s in self._of_window.items()})
+            seconds = {f"{name}_seconds": round(value, 3) for name, value in self._of_window.items()}
+            self.windows.finish(number, {**seconds, **self._means(list(read_records(file)), made_of)})
+
+    def _combination(self, made_of: Mapping[str, Any]) -> Combination:
+        """How a window's scores are made of its rewards."""
+        reference = self.online.reference
+        if reference is None or not self.online.kl_beta:
+            return self.rewards.combination
+        return replace(self.rewards.combination, shaping=Shaping(made_of[BETA], _policy_column(made_of), reference))
 
     def _sample(self, block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
         drawn = {}
@@ -272,11 +350,35 @@ class OnlineRecords(Dataset):
                 done(1)
         return (drawn[index] for index in range(len(block)))
 
-    def _score(self, block: list[Record], done: Callable[[int], None]) -> list[Record]:
+    def _score(self, combination: Combination, block: list[Record], done: Callable[[int], None]) -> list[Record]:
         with self._timed("score"), undisturbed(self.trainer.model):
-            scored = list(self.rewards.score(block))
+            self.trainer.model.eval()
+            if combination.shaping is not None:
+                block = fill_sums(block, combination.shaping.policy, self._pi)
+            if self._rho is not None:
+                block = fill_sums(block, str(self.online.reference), self._rho)
+            if OLD in self.trainer.needed:
+                block = self._with_tokens(block, OLD)
+            if OF_REFERENCE in self.trainer.needed and self._rho is not None:
+                block = self._with_tokens(block, OF_REFERENCE, under=self._rho.model())
+            scored = [combination.score(record) for record in self.rewards.judge(block)]
         done(len(block))
         return scored
+
+    def _with_tokens(self, block: Sequence[Record], column: str, **options: Any) -> list[Record]:
+        filled = iter(self.trainer.with_token_logprobs([r for r in block if r.responses], column, **options))
+        return [next(filled) if record.responses else record for record in block]
+
+    def _means(self, records: Sequence[Record], made_of: Mapping[str, Any]) -> dict[str, float]:
+        """Of the responses that were sampled: their mean reward, without the KL term, and their mean log π − log ρ."""
+        sampled = [[self.sampler.source in source_names(tag) for tag in record.sources] for record in records]
+        rewards = [self.rewards.combination.score(record).scores for record in records]
+        means = {"sample_reward_mean": _mean(rewards, sampled)}
+        if self.online.kl_beta:
+            names = _policy_column(made_of), str(self.online.reference)
+            sums = [[record.rewards.get(name, []) for name in names] for record in records]
+            means |= {"kl": _mean([log_ratios(*pair) for pair in sums], sampled), BETA: made_of[BETA]}
+        return {name: value for name, value in means.items() if value is not None}
 
     @contextmanager
     def _timed(self, what: str) -> Iterator[None]:
@@ -293,12 +395,12 @@ def _only(batches: list[list[TrainingRecord]]) -> list[TrainingRecord]:
     return batch
 
 
-def _means(records: Iterable[Record], source: str) -> dict[str, float]:
-    """The mean score of the responses that were sampled."""
-    scores = [
-        score
-        for record in records
-        for tag, score in zip(record.sources, record.scores)
-        if score is not None and source in source_names(tag)
-    ]
-    return {"sample_reward_mean": sum(scores) / len(scores)} if scores else {}
+def _policy_column(made_of: Mapping[str, Any]) -> str:
+    """Where the log-probability sums of the policy that sampled stand, beside those of the reference."""
+    return f"{SUM}:policy#{made_of[WEIGHTS][:DIGITS]}"
+
+
+def _mean(values: Iterable[Sequence[float | None]], chosen: Iterable[Sequence[bool]]) -> float | None:
+    """The mean of those of ``values`` that are chosen and not None."""
+    found = [v for row, flags in zip(values, chosen) for v, flag in zip(row, flags) if flag and v is not None]
+    return sum(found) / len(found) if found else None

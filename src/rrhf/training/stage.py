@@ -187,9 +187,10 @@ def _load(job: Job) -> tuple[Any, Any]:
 
 
 def _reference(job: Job) -> Reference | None:
-    """The reference's sums of the records, computed where they are not known."""
-    data = None if job.online is not None else job.data  # what is sampled while training is not there yet
-    files = [file for file in (data, job.eval_data) if file is not None]
+    """The reference's sums of the records, computed where they are not known; samples get theirs when they come."""
+    if job.online is not None:
+        return None
+    files = [file for file in (job.data, job.eval_data) if file is not None]
     return with_reference_sums(files, job.model, job.config, job.folder)
 
 

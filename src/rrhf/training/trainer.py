@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -99,9 +99,7 @@ class RRHFTrainer(Trainer):
             train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none", args.select
         )
         held_out = _encoded(eval_dataset, args, processing_class, reference_sums)
-        if train is not None and not train.records:
-            raise UserError(f"no record is left to train on: {train.summary()}")
-        refuse_unmet(args.ranking_loss, self.needed, {"the data": train, "--eval_data": held_out})
+        _refuse_unusable(train, held_out, args.ranking_loss, self.needed)
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
@@ -214,19 +212,25 @@ class RRHFTrainer(Trainer):
                 budget: int = args.max_tokens_per_forward
                 fill_in_memory(data, compute, budget, self.path, args.process_index, args.world_size)
 
-    def with_token_logprobs(self, records: Sequence[Record], column: str = "old_token_logprobs") -> list[Record]:
-        """The records with the log-probability of every response token under the policy as it is now.
+    def with_token_logprobs(
+        self, records: Sequence[Record], column: str = "old_token_logprobs", under: PreTrainedModel | None = None
+    ) -> list[Record]:
+        """The records with the log-probability of every response token under the policy as it is now, or ``under``.
 
         It stands in ``extra[column]``: k lists of ‖y_i‖ numbers, for the token ids that training sees. Dropout is off.
         Losses over tokens (grpo, rloo) read it from the records that they train on.
         """
         format = TextFormat(self.processing_class, self.args.text)
         encoded = [format.encode_record(record, self.args.max_length) for record in records]
-        was_training = self.model.training
-        self.model.eval()
-        compute = partial(forward_records, self.model, path=self.path, tokens=True)
-        outputs = measure(encoded, compute, self.args.max_tokens_per_forward, self.path)
-        self.model.train(was_training)
+        model, path = self.model, self.path
+        if under is not None:
+            accept_records(under)
+            model, path = under, usable_path(under)
+        was_training = model.training
+        model.eval()
+        compute = partial(forward_records, model, path=path, tokens=True)
+        outputs = measure(encoded, compute, self.args.max_tokens_per_forward, path)
+        model.train(was_training)
         filled = []
         for record, ids, output in zip(records, encoded, outputs, strict=True):
             assert output.token_logprobs is not None
@@ -499,7 +503,7 @@ def _encoded(
     rows: Iterable[Any] | OnlineRecords | None,
     args: RRHFConfig,
     tokenizer: PreTrainedTokenizerBase,
-    reference_sums: str | None,
+    reference_sums: str | None = None,
     only_best: bool = False,
     select: str = "all",
 ) -> EncodedRecords | OnlineRecords | None:
@@ -513,6 +517,17 @@ def _encoded(
     if args.resample_steps:
         raise UserError(f"--resample_steps {args.resample_steps}: the training's records must be OnlineRecords")
     return EncodedRecords(rows, format, args.max_length, only_best, reference_sums, select)
+
+
+def _refuse_unusable(
+    train: EncodedRecords | OnlineRecords | None,
+    held_out: EncodedRecords | OnlineRecords | None,
+    loss: str,
+    needed: Collection[str],
+) -> None:
+    if train is not None and not train.records:
+        raise UserError(f"no record is left to train on: {train.summary()}")
+    refuse_unmet(loss, needed, {"the data": train, "--eval_data": held_out})
 
 
 def _use_one_gpu(args: RRHFConfig) -> None:

@@ -35,7 +35,7 @@ def main(arguments: list[str], name: str) -> int:
         print(format_help(name, str(__doc__), short_help()), end="")
         raise SystemExit(0)
     settings = [*train.flags(online=False).settings, Sft]
-    model, files, adapter, config, watch, sft = Flags(settings, name).parse(
+    files, adapter, model, config, watch, sft = Flags(settings, name).parse(
         ["--ranking_loss", "none", *train.with_output(arguments)]
     )
     if config.ranking_loss != "none":

@@ -1,0 +1,196 @@
+"""OP-k's data set against what it must be: samples of the weights of then, scored and shaped as by hand."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rrhf.common.errors import UserError
+from rrhf.models.load import ModelSettings, load_policy
+from rrhf.models.passes import response_logprobs
+from rrhf.models.tokenization import TextFormat
+from rrhf.records.duplicates import merge_duplicates
+from rrhf.records.files import read_records
+from rrhf.records.record import Record
+from rrhf.rewards.kind import RewardContext
+from rrhf.rewards.logprob import reference_sums_name, with_logprob_sums
+from rrhf.sampling.sampler import sample
+from rrhf.sampling.settings import SamplingSettings
+from rrhf.training.batching import MicroBatchSampler, Steps, StepSampler
+from rrhf.training.config import RRHFConfig
+from rrhf.training.online import Online, OnlineRecords
+from rrhf.training.trainer import RRHFTrainer
+from support import tiny
+
+SAMPLING = SamplingSettings(policy="top-p", num_responses=3, max_new_tokens=5, batch_size=4, seed=2)
+K, BETA, TARGET = 2, 0.05, 4.0
+
+
+def vowels(prompts: list[str], completions: list[str]) -> list[float | None]:
+    return [None if "z" in text else sum(letter in "aeiou" for letter in text) / 4 for text in completions]
+
+
+def config(folder: Path, **options: Any) -> RRHFConfig:
+    return RRHFConfig(
+        output_dir=str(folder), bf16=False, report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
+        per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2, learning_rate=1e-2,
+        resample_steps=K, max_length=64, warmup_steps=0, **options,
+    )  # fmt: skip
+
+
+def trainer(model: str, args: RRHFConfig, data: Any) -> RRHFTrainer:
+    policy, tokenizer = load_policy(ModelSettings(model, device="cpu", dtype="float32"), training=True)
+    return RRHFTrainer(model=policy, args=args, train_dataset=data, processing_class=tokenizer)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(tiny.write_model(tmp_path_factory.mktemp("policy") / "model"))
+
+
+@pytest.fixture(scope="module")
+def trained(model: str, tmp_path_factory: pytest.TempPathFactory) -> RRHFTrainer:
+    """10 queries, 4 a step: 6 steps in windows of 2, of which the second spans two epochs; a checkpoint at each."""
+    folder = tmp_path_factory.mktemp("trained")
+    context = RewardContext(device="cpu", dtype="float32", reference_model=model)
+    online = Online(SAMPLING, [vowels], context=context, kl_beta=BETA)
+    records = OnlineRecords(tiny.rows(10, responses=1, scores=False), online)
+    args = config(folder, kl_target=TARGET, save_steps=K)
+    made = trainer(model, args, records)
+    made.train()
+    return made
+
+
+def window(made: RRHFTrainer, number: int) -> tuple[list[Record], dict[str, Any]]:
+    folder = Path(str(made.args.output_dir)) / "windows"
+    return list(read_records(folder / f"{number}.jsonl")), json.loads((folder / f"{number}.json").read_text())
+
+
+def policy_of(made: RRHFTrainer, number: int, model: str) -> str:
+    """The weights that the window was sampled from."""
+    return str(Path(str(made.args.output_dir)) / f"checkpoint-{number * K}") if number else model
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_the_samples_are_those_of_the_weights_of_then(number: int, trained: RRHFTrainer, model: str) -> None:
+    records, _ = window(trained, number)
+    steps = Steps(10, 2, 2, seed=trained.args.seed)
+    rows = tiny.rows(10, responses=1, scores=False)
+    planned = [(step, rows[i]["id"]) for step in range(number * K, number * K + K) for i in steps.step(step)]
+    assert [record.id for record in records] == [f"{name}@{step}" for step, name in planned]
+    asked = [replace(record.keeping([0]), scores=[], rewards={}) for record in records]
+    policy, tokenizer = load_policy(ModelSettings(policy_of(trained, number, model), device="cpu", dtype="float32"))
+    drawn = [merge_duplicates(record)[0] for record in sample(asked, policy, tokenizer, SAMPLING)]
+    assert [record.responses for record in drawn] == [record.responses for record in records]
+
+
+@pytest.mark.parametrize("number", range(3))
+def test_scores_are_shaped_by_the_policy_of_then_and_the_first_one(
+    number: int, trained: RRHFTrainer, model: str
+) -> None:
+    records, note = window(trained, number)
+    beta = note["kl_beta"]
+    sums = []
+    for name in (policy_of(trained, number, model), model):
+        settings = ModelSettings(name, device="cpu", dtype="float32")
+        plain = [replace(record, rewards={}) for record in records]
+        sums.append([r.rewards[reference_sums_name(name)] for r in with_logprob_sums(plain, settings)])
+    ratios = [[pi - rho for pi, rho in zip(*row, strict=True)] for row in zip(*sums, strict=True)]
+    for record, row in zip(records, ratios, strict=True):
+        rewards = vowels([], record.responses)
+        wanted = [None if r is None else r - beta * ratio for r, ratio in zip(rewards, row, strict=True)]
+        assert record.scores == pytest.approx(wanted, abs=1e-4)
+    sampled = [r for rec, row in zip(records, ratios) for tag, r in zip(rec.sources, row) if "top-p" in tag]
+    assert note["kl"] == pytest.approx(sum(sampled) / len(sampled), abs=1e-4)
+    assert (abs(note["kl"]) < 1e-4) == (number == 0)
+
+
+def test_beta_is_adapted_an_update_a_step(trained: RRHFTrainer) -> None:
+    notes = [window(trained, number)[1] for number in range(3)]
+    assert notes[0]["kl_beta"] == BETA
+    for before, after in pairwise(notes):
+        error = min(max(before["kl"] / TARGET - 1, -0.2), 0.2)
+        assert after["kl_beta"] == pytest.approx(before["kl_beta"] * (1 + 0.1 * error) ** K)
+    logged = {line["step"]: line for line in trained.state.log_history if "kl" in line}
+    assert [logged[step]["kl_beta"] for step in (1, 3, 5)] == [note["kl_beta"] for note in notes]
+
+
+def test_losses_over_tokens_read_the_policy_that_sampled(model: str, tmp_path: Path) -> None:
+    context = RewardContext(device="cpu", dtype="float32", reference_model=model)
+    args = config(tmp_path, ranking_loss="grpo", token_kl=0.5, save_steps=K)
+    made = trainer(model, args, OnlineRecords(tiny.rows(4, responses=0), Online(SAMPLING, [vowels], context=context)))
+    made.train()
+    log = [line for line in made.state.log_history if "rank_loss" in line]
+    # π = π_old at the first step, whose advantages sum to 0, and π = ρ; at the second π has moved away from both.
+    assert abs(log[0]["rank_loss"]) < 1e-5 < abs(log[1]["rank_loss"]) and log[0]["grad_norm"] > 0
+    records, _ = window(made, 0)
+    policy, tokenizer = load_policy(ModelSettings(model, device="cpu", dtype="float32"))
+    encoded = [TextFormat(tokenizer).encode_record(record, 64) for record in records]
+    wanted = response_logprobs(policy, encoded).token_logprobs
+    for column in ("old_token_logprobs", "reference_token_logprobs"):
+        found = [value for record in records for row in record.extra[column] for value in row]
+        assert found == pytest.approx(wanted.tolist(), abs=1e-5), column
+    with pytest.raises(UserError, match="give --reference_model"):
+        args = config(tmp_path / "dpo", ranking_loss="dpo")
+        trainer(model, args, OnlineRecords(tiny.rows(4), Online(SAMPLING, [vowels])))
+
+
+def test_a_window_trains_as_its_records_do_offline(model: str, tmp_path: Path) -> None:
+    """The same steps on the same records offline, in the order of the windows, come to the same weights."""
+    import torch
+
+    online = Online(SAMPLING, [vowels])
+    ours = trainer(model, config(tmp_path / "a"), OnlineRecords(tiny.rows(4), online))
+    ours.train()
+    rows = [row for number in range(1) for row in tiny.read_rows(tmp_path / f"a/windows/{number}.jsonl")]
+    assert ours.state.global_step == 2 and len(rows) == 8
+    args = replace(config(tmp_path / "b"), resample_steps=0, num_train_epochs=1)
+    theirs = trainer(model, args, rows)
+    theirs.get_train_dataloader = (
+        lambda: [  # type: ignore[method-assign]
+            theirs.train_dataset.records[i : i + 2] for i in range(0, 8, 2)
+        ]
+    )
+    theirs.train()
+    for name, weight in ours.model.state_dict().items():
+        assert torch.equal(weight, theirs.model.state_dict()[name]), name
+
+
+def test_a_data_set_that_samples_and_the_setting_belong_together(model: str, tmp_path: Path) -> None:
+    args = config(tmp_path)
+    with pytest.raises(UserError, match="must be OnlineRecords"):
+        trainer(model, args, tiny.rows(3))
+    args.resample_steps = 0
+    with pytest.raises(UserError, match="every --resample_steps steps"):
+        trainer(model, args, OnlineRecords(tiny.rows(3), Online(SAMPLING, [vowels])))
+    with pytest.raises(UserError, match="needs --reference_model"):
+        Online(SAMPLING, [vowels], kl_beta=0.1)
+    with pytest.raises(UserError, match="no data to normalise over"):
+        Online(SAMPLING, [vowels], reward_normalisation=["data"])
+
+
+@pytest.mark.parametrize(("count", "per_device", "accumulation", "world"), [(10, 2, 2, 1), (9, 1, 4, 2), (4, 3, 1, 1)])
+def test_the_steps_are_those_of_a_data_set_that_is_there(
+    count: int, per_device: int, accumulation: int, world: int
+) -> None:
+    steps = Steps(count, per_device, accumulation, world, seed=5)
+    names = MicroBatchSampler(steps)
+    samplers = [
+        StepSampler([1] * count, per_device, accumulation, world=world, rank=rank, seed=5) for rank in range(world)
+    ]
+    for epoch in range(2):
+        for sampler in (names, *samplers):
+            sampler.set_epoch(epoch)
+        planned = list(names)
+        assert len(planned) == len(names) == len(samplers[0])
+        batches = [list(sampler) for sampler in samplers]
+        for place, ((number, batch),) in enumerate(planned):
+            assert batch < steps.micro_batches(number)
+            assert {i for of_rank in batches for i in of_rank[place]} <= set(steps.step(number))
+        every = sorted(i for number in {name[0] for (name,) in planned} for i in steps.step(number))
+        assert every == list(range(count))
