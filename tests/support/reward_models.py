@@ -29,7 +29,7 @@ def bert_tokenizer() -> Any:
     )  # fmt: skip
 
 
-def write_encoder(folder: Path, labels: dict[int, str] | None = None, context: int = 64) -> Any:
+def write_encoder(folder: Path, labels: dict[int, str] | None = None, context: int = 64, spread: float = 0.4) -> Any:
     """A BERT of two layers for sequence classification; returns the model."""
     import torch
     from transformers import BertConfig, BertForSequenceClassification
@@ -37,7 +37,7 @@ def write_encoder(folder: Path, labels: dict[int, str] | None = None, context: i
     tokenizer = bert_tokenizer()
     config = BertConfig(
         vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
-        max_position_embeddings=context, num_labels=len(labels or {0: ""}), pad_token_id=0, initializer_range=0.4,
+        max_position_embeddings=context, num_labels=len(labels or {0: ""}), pad_token_id=0, initializer_range=spread,
     )  # fmt: skip
     if labels:
         config.id2label, config.label2id = labels, {name: number for number, name in labels.items()}

@@ -34,14 +34,19 @@ def config(folder: Path, **options: Any) -> RewardModelConfig:
 
 
 def lists(folder: Path) -> tuple[Path, Path]:
-    """Lists of four in which the later response is the better one, and pairs beside them; to train on, held out."""
-    made = [*tiny.rows(10, responses=4), *({**row, "id": f"m{row['id']}"} for row in tiny.rows(4, messages=True))]
+    """Lists of four in which more z are better, and pairs of messages beside them; to train on, and held out."""
+    pairs = [{**row, "id": f"m{row['id']}"} for row in tiny.rows(4, messages=True)]
+    made = [_with_z(row) for row in [*tiny.rows(10, responses=4), *pairs]]
     for row in made[1::3]:
         row["scores"][0] = row["scores"][1]  # ties
     made[2]["scores"] = [None, None, 1.0, 2.0]
     made[3]["scores"] = [1.0] * 4
-    held_out = [{**row, "query": f"new {row['query']}"} for row in tiny.rows(6, responses=4)]
+    held_out = [_with_z({**row, "query": f"new {row['query']}"}) for row in tiny.rows(6, responses=4)]
     return tiny.write_rows(folder / "lists.jsonl", made), tiny.write_rows(folder / "held-out.jsonl", held_out)
+
+
+def _with_z(row: dict[str, Any]) -> dict[str, Any]:
+    return {**row, "responses": [f" {'a' * (6 - 2 * j)}{'z' * 2 * j}" for j in range(len(row["responses"]))]}
 
 
 @pytest.mark.parametrize("backbone", ["llama", "bert"])
@@ -49,9 +54,9 @@ def test_it_learns_the_order_and_its_folder_is_a_reward(backbone: str, tmp_path:
     if backbone == "llama":
         tiny.write_model(tmp_path / "base")
     else:
-        write_encoder(tmp_path / "base", context=128)
+        write_encoder(tmp_path / "base", context=128, spread=0.1)
     data, held_out = lists(tmp_path)
-    settings = config(tmp_path / "rm", num_train_epochs=4 if backbone == "llama" else 12)
+    settings = config(tmp_path / "rm", num_train_epochs=4 if backbone == "llama" else 8)
     measures = train_reward_model(
         data, ModelSettings(str(tmp_path / "base"), "cpu", "float32"), settings, eval_data=held_out
     )
