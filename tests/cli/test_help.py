@@ -7,6 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from rrhf.cli.train import REWARD
 from rrhf.common.flag_help import Flag, flags_of, format_help, settings_in_source
 
 PAGES = [*(name for name in COMMANDS if name != "baseline"), *(f"baseline {name}" for name in BASELINES)]
-PARSED = ["sample", "score", "train", "evaluate"]  # the commands whose flags are settings classes
+PARSED = ["sample", "score", "train", "evaluate", "reward-model"]  # the commands whose flags are settings classes
 
 HELPS = """
 import contextlib, io, json, sys
@@ -56,8 +57,12 @@ def test_the_help_is_grouped(command: str, shown: tuple[dict[str, list[str]], di
     assert "--output" in page or command == "inspect"
 
 
+def module_of(command: str) -> Any:
+    return importlib.import_module(f"rrhf.cli.{command.replace('-', '_')}")
+
+
 def shown_flags(command: str) -> dict[str, Flag]:
-    groups = importlib.import_module(f"rrhf.cli.{command}").short_help()
+    groups = module_of(command).short_help()
     flags = [flag for group in groups.values() for flag in group]
     assert len({flag.name for flag in flags}) == len(flags)
     return {flag.name: flag for flag in flags}
@@ -65,7 +70,7 @@ def shown_flags(command: str) -> dict[str, Flag]:
 
 @pytest.mark.parametrize("command", PARSED)
 def test_the_short_help_shows_the_flags_as_they_are(command: str) -> None:
-    module = importlib.import_module(f"rrhf.cli.{command}")
+    module = module_of(command)
     real = {flag.name: flag for settings in module.flags().settings for flag in flags_of(settings)}
     page = shown_flags(command)
     assert set(page) <= set(real)
@@ -81,7 +86,7 @@ def test_the_short_help_shows_the_flags_as_they_are(command: str) -> None:
 def test_the_short_help_shows_every_flag_of_ours(command: str) -> None:
     from transformers import TrainingArguments
 
-    module = importlib.import_module(f"rrhf.cli.{command}")
+    module = module_of(command)
     theirs = {flag.name for flag in flags_of(TrainingArguments)}
     known = {name.removeprefix("--") for name in module.flags().known()}
     switches = {name for name in known if name.startswith("no_") and name.removeprefix("no_") in known}

@@ -30,7 +30,7 @@ def short_help() -> Groups:
     own = flags_of(settings_in_source("rrhf.training.reward_model.config", "RewardModelConfig"))
     return {
         "files": flags_of(Files),
-        "model": without(flags_of(ModelSettings), ["attn_implementation"]),
+        "model": flags_of(ModelSettings),
         "training": [*without(own, SETTLED), *COMMON],
     }
 

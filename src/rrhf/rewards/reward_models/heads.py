@@ -24,7 +24,8 @@ HEADS = ("score", "v_head.summary", "v_head", "value_head")
 RAW = (".pt", ".bin", ".pth")  # read only where the user names the file, or it has the one known name
 KNOWN_RAW = "hf_ckpt.pt"
 WRAPPERS = ("module.", "pretrained_model.")  # what trainers put in front of every name
-WITHOUT_WEIGHTS = ("attn.bias", "attn.masked_bias", "rotary_emb.inv_freq", "position_ids")  # buffers that are made anew
+# Buffers that are made anew.
+WITHOUT_WEIGHTS = (".attn.bias", ".attention.bias", ".masked_bias", ".inv_freq", ".position_ids")
 OUTPUT_LAYERS = ("lm_head.",)  # of the language model, which a score does not need
 
 
@@ -46,6 +47,17 @@ def stored_names(folder: Path) -> set[str]:
         with safe_open(file, "pt") as tensors:
             names |= set(tensors.keys())
     return names
+
+
+def stored_rows(folder: Path, name: str) -> int:
+    """How many rows a matrix in a folder's safetensors files has; no weights are read."""
+    from safetensors import safe_open
+
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            if name in tensors.keys():  # noqa: SIM118 - it is no dictionary
+                return int(tensors.get_slice(name).get_shape()[0])
+    raise UserError(f"{folder}: the file that should hold {name} is missing: fetch the model again")
 
 
 def stored_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
@@ -78,11 +90,12 @@ def read_raw(file: Path) -> dict[str, Tensor]:
         UserError: the file is no checkpoint of tensors alone.
     """
     import pickle
+    import zipfile
 
     import torch
 
     try:
-        state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        state = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
     except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError) as error:
         raise UserError(
             f"{file}: is no checkpoint of weights alone ({str(error).splitlines()[0]}): nothing else is unpickled"
@@ -92,11 +105,10 @@ def read_raw(file: Path) -> dict[str, Tensor]:
     if not isinstance(state, dict) or not all(isinstance(value, torch.Tensor) for value in state.values()):
         raise UserError(f"{file}: holds no dictionary of tensors")
     for prefix in WRAPPERS:
-        if all(name.startswith(prefix) or find_head({name}, None) for name in state):
+        if all(name.startswith((prefix, *HEADS)) for name in state):
             state = {name.removeprefix(prefix): value for name, value in state.items()}
-    made_anew = (*WITHOUT_WEIGHTS,)
     return {
         name: value
         for name, value in state.items()
-        if not name.endswith(made_anew) and not name.startswith(OUTPUT_LAYERS)
+        if not name.endswith(WITHOUT_WEIGHTS) and not name.startswith(OUTPUT_LAYERS)
     }

@@ -113,7 +113,8 @@ def positive_label(place: Place, label: str | None) -> int:
     Raises:
         UserError: there are several and none is named, or not this one.
     """
-    labels: dict[int, str] = dict(place.config.id2label) if place.outputs > 1 else {}
+    several = range(place.outputs) if place.outputs > 1 else range(0)
+    labels = {number: str(place.config.id2label.get(number, number)) for number in several}
     if not labels:
         if label is not None:
             raise UserError(f"reward model {place.name}#{label}: has one score and no labels: leave #{label} out")

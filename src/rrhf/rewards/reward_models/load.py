@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,7 +12,14 @@ from rrhf.common.errors import UserError
 from rrhf.models.devices import resolve_device, resolve_dtype
 from rrhf.models.load import context_length
 from rrhf.models.locate import locate
-from rrhf.rewards.reward_models.heads import find_head, raw_checkpoint, read_raw, stored_names, stored_tensors
+from rrhf.rewards.reward_models.heads import (
+    find_head,
+    raw_checkpoint,
+    read_raw,
+    stored_names,
+    stored_rows,
+    stored_tensors,
+)
 from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward, Head, RewardModel
 from rrhf.rewards.reward_models.reading import CausalReader, PairReader
 
@@ -27,12 +34,21 @@ FAILURES = (OSError, ValueError, ImportError, KeyError, RuntimeError)
 
 @dataclass(frozen=True)
 class Place:
-    """Where a reward model lies: its ``folder`` (or hub id), its configuration, and its raw checkpoint if any."""
+    """Where a reward model lies, and what is known of it without its weights.
+
+    Attributes:
+        name: as it was given.
+        folder: where configuration and tokenizer are, or the hub id.
+        config: the configuration.
+        raw: the raw checkpoint, if it is one.
+        head: the head's name among its tensors and how many numbers it gives, where a causal model's lies in a folder.
+    """
 
     name: str
     folder: str
     config: Any
-    raw: Path | None
+    raw: Path | None = None
+    head: tuple[str, int] | None = None
 
     @property
     def classifies(self) -> bool:
@@ -41,7 +57,9 @@ class Place:
 
     @property
     def outputs(self) -> int:
-        """How many scores a row gets: the labels of a classification model; else 1."""
+        """How many numbers a row gets: one a label of a classification model; else 1."""
+        if self.head is not None:
+            return self.head[1]
         return int(self.config.num_labels) if self.classifies else 1
 
     @property
@@ -53,7 +71,7 @@ class Place:
 def find_reward_model(name: str) -> Place:
     """Find a reward model by its name: a hub id, a folder, a raw checkpoint, or ``package:NAME/FILE``.
 
-    Its configuration is read, no weights.
+    Its configuration and the names of its weights are read, no weights.
 
     Raises:
         UserError: nothing is there, or something else than a reward model.
@@ -61,21 +79,37 @@ def find_reward_model(name: str) -> Place:
     from transformers import AutoConfig
 
     raw = raw_checkpoint(Path(name))
-    if raw is not None:
-        folder = str(raw.parent)
-        if not (raw.parent / "config.json").exists():
-            raise UserError(
-                f"reward model {name}: beside {raw.name} there is no config.json: put the configuration and the "
-                "tokenizer of the model there that it was trained from (EleutherAI/gpt-j-6B for Dahoas/gptj-rm-static)"
-            )
-    else:
-        location = _located(name)
-        folder = location
+    folder = str(raw.parent) if raw is not None else _located(name)
+    if raw is not None and not (raw.parent / "config.json").exists():
+        raise UserError(
+            f"reward model {name}: beside {raw.name} there is no config.json: put the configuration and the tokenizer "
+            "of the model there that it was trained from (EleutherAI/gpt-j-6B for Dahoas/gptj-rm-static)"
+        )
     try:
         config = AutoConfig.from_pretrained(folder)
     except FAILURES as error:
         raise UserError(f"reward model {name}: its configuration cannot be read: {error}") from error
-    return Place(name, folder, config, raw)
+    place = Place(name, folder, config, raw)
+    return _with_known_head(place, Path(folder)) if raw is None and Path(folder).is_dir() else place
+
+
+def _with_known_head(place: Place, folder: Path) -> Place:
+    """The place with the causal head that lies in the folder, if one does.
+
+    Raises:
+        UserError: there is none, nor a classification model.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    head = find_head(stored_names(folder), place.config)
+    if head is not None and type(place.config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return replace(place, head=(head, stored_rows(folder, f"{head}.weight")))
+    if place.classifies:
+        return place
+    raise UserError(
+        f"reward model {place.name}: has neither a classification head nor a scalar one that is known (score, v_head, "
+        f"value_head). To score by a policy's likelihood give --reward logprob:{place.name}"
+    )
 
 
 def _located(name: str) -> str:
@@ -95,7 +129,6 @@ def load_reward_model(place: Place, device: str = "auto", dtype: str = "auto") -
         UserError: it cannot be loaded, has no head that is known, or lacks weights: nothing is made up.
     """
     from transformers import AutoTokenizer
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     here = resolve_device(device)
     weights_dtype = resolve_dtype(dtype, here)
@@ -104,15 +137,9 @@ def load_reward_model(place: Place, device: str = "auto", dtype: str = "auto") -
         if place.raw is not None:
             return _raw(place, tokenizer, here, weights_dtype)
         folder = _downloaded(place)
-        head = find_head(stored_names(folder), place.config)
-        if head is not None and type(place.config) in MODEL_FOR_CAUSAL_LM_MAPPING:
-            return _causal(place, folder, head, tokenizer, here, weights_dtype)
-        if not place.classifies:
-            raise UserError(
-                f"reward model {place.name}: has neither a classification head nor a scalar one that is known (score, "
-                f"v_head, value_head). To score by a policy's likelihood give --reward logprob:{place.name}"
-            )
-        return _classifier(place, folder, tokenizer, here, weights_dtype)
+        place = _with_known_head(place, folder)
+        load = _classifier if place.head is None else _causal
+        return load(place, folder, tokenizer, here, weights_dtype)
     except FAILURES as error:
         raise UserError(f"reward model {place.name}: cannot be loaded: {error}") from error
 
@@ -143,10 +170,12 @@ def _classifier(
 
 
 def _causal(
-    place: Place, folder: Path, name: str, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
+    place: Place, folder: Path, tokenizer: PreTrainedTokenizerBase, device: torch.device, dtype: torch.dtype
 ) -> CausalReward:
     from transformers import AutoModel
 
+    assert place.head is not None
+    name = place.head[0]
     with quiet():
         backbone, info = AutoModel.from_pretrained(folder, dtype=dtype, use_safetensors=True, output_loading_info=True)
     _refuse_missing(place, info)
@@ -185,11 +214,8 @@ def _with_head(
     place: Place, backbone: Any, tensors: dict[str, Any], name: str, tokenizer: Any, device: torch.device
 ) -> CausalReward:
     weight, bias = tensors[f"{name}.weight"], tensors.get(f"{name}.bias")
-    if len(weight) != place.outputs:
-        raise UserError(
-            f"reward model {place.name}: its head {name} gives {len(weight)} numbers, not {place.outputs}: set "
-            "num_labels and id2label in its config.json"
-        )
+    if place.raw is not None and len(weight) != 1:
+        raise UserError(f"reward model {place.name}: its head {name} gives {len(weight)} numbers, not one score")
     shift = (0.0, 1.0)
     if getattr(place.config, "normalize_reward", False):  # OpenRLHF's
         shift = (float(place.config.mean), float(place.config.std))

@@ -44,9 +44,7 @@ class RankedRecords(Dataset):
             scores = tuple(float(record.scores[index] or 0.0) for index in read)
             found = pairs(torch.tensor(scores, dtype=torch.float64), ties)
             if not found:
-                self.skipped[
-                    "no two responses with different scores" if len(read) > 1 else "fewer than two scores"
-                ] += 1
+                self.skipped["equal scores alone" if len(read) > 1 else "fewer than two scores"] += 1
                 continue
             self.pairs += found
             self.records.append(RankedRows(record.id, tuple(model.encode(record, read)), scores))

@@ -20,7 +20,7 @@ from rrhf.common.svg import INK, inline_svg
 from rrhf.evaluation.ranking import ranking_report
 from rrhf.models.devices import resolve_dtype
 from rrhf.models.identity import model_digest
-from rrhf.models.load import ModelSettings, context_length
+from rrhf.models.load import FLEX, ModelSettings, attention_options, context_length
 from rrhf.models.locate import locate
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records
@@ -92,6 +92,8 @@ def _build(job: Job) -> RewardTrainer:
     location = locate(job.model.model)
     if location.adapter is not None:
         raise UserError(f"--model {job.model.model}: is an adapter alone; name its base model {location.base}")
+    if job.model.attn_implementation == FLEX:
+        raise UserError(f"--attn_implementation {FLEX}: reward models are not trained with it: leave it out")
     set_seed(config.seed)  # the head begins with random weights
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.source)
@@ -101,6 +103,7 @@ def _build(job: Job) -> RewardTrainer:
                 num_labels=1,
                 dtype=resolve_dtype(job.model.dtype, device, training=True),
                 use_safetensors=True,
+                **attention_options(job.model, device),
             )
     except FAILURES as error:
         raise UserError(f"--model {job.model.model}: no reward model can be made of it: {error}") from error
@@ -240,6 +243,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "eval_data": checksum(job.eval_data),
         "model": model_digest(job.model.model) or job.model.model,
         "dtype": job.model.dtype,
+        "attn_implementation": job.model.attn_implementation,
         "max_tokens_per_forward": job.config.max_tokens_per_forward,
     }
     if job.config.bf16_by_default:

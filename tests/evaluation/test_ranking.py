@@ -1,0 +1,57 @@
+"""Measures of a ranking: worked by hand, and against scipy's."""
+
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+
+from rrhf.evaluation.ranking import calibration, kendall_tau, pair_margins, ranking_report, right, share_with_interval
+
+
+def test_margins_and_accuracy_by_hand() -> None:
+    assert pair_margins([1.0, 3.0, 1.0], [0.5, 0.2, 0.2]) == pytest.approx([-0.3, 0.0])  # equal scores are no pair
+    assert right([-0.3, 0.0, 2.0]) == 1.5
+    assert pair_margins([0.1 + 0.2, 0.3], [1.0, 2.0]) == []
+
+
+def test_kendalls_tau_is_scipys() -> None:
+    scipy_stats = pytest.importorskip("scipy.stats")
+    draw = random.Random(1)
+    for _ in range(60):
+        k = draw.randint(2, 7)
+        a, b = ([float(draw.randint(0, 4)) for _ in range(k)] for _ in range(2))
+        expected = scipy_stats.kendalltau(a, b).statistic
+        found = kendall_tau(a, b)
+        assert (found is None) == math.isnan(expected)
+        if found is not None:
+            assert found == pytest.approx(expected)
+
+
+def test_the_interval_resamples_queries() -> None:
+    """Pairs of one query go together: as independent ones the interval would be narrower."""
+    hits, counts = [6.0, 0.0] * 20, [6, 6] * 20
+    whole = share_with_interval(hits, counts, seed=0)
+    apart = share_with_interval([1.0, 0.0] * 120, [1] * 240, seed=0)
+    assert whole["mean"] == apart["mean"] == 0.5 and whole["n"] == 240
+    assert whole["high"] - whole["low"] > 2 * (apart["high"] - apart["low"])
+    assert whole == share_with_interval(hits, counts, seed=0)
+    with pytest.raises(ValueError, match="no pair"):
+        share_with_interval([0.0], [0], seed=0)
+
+
+def test_calibration_of_a_model_that_says_75_percent_and_is_right_half_the_time() -> None:
+    bins, error = calibration([math.log(3), -math.log(3)] * 10, bins=2)
+    assert [b["n"] for b in bins] == [10, 10]
+    assert bins[0]["confidence"] == pytest.approx(0.75) and bins[0]["accuracy"] == 0.5
+    assert error == pytest.approx(0.25)
+
+
+def test_the_report_counts_lists_and_pairs() -> None:
+    ranked = [([0.0, 1.0, 2.0], [0.0, 0.1, 0.2]), ([1.0, 0.0], [0.0, 1.0]), ([1.0, 1.0], [0.0, 1.0])]
+    report = ranking_report(ranked)
+    assert report["queries"] == 2
+    assert report["pair_accuracy"]["n"] == 4 and report["pair_accuracy"]["mean"] == 0.75
+    assert report["kendall_tau"]["n"] == 1 and report["kendall_tau"]["mean"] == 1.0
+    assert ranking_report(ranked[1:])["kendall_tau"] is None
