@@ -22,6 +22,7 @@ COMMANDS = {
     "score": "score responses",
     "train": "train a policy on scored responses",
     "evaluate": "measure a model, or two on the same prompts",
+    "judge": "compare two systems' answers by judges, with what the judges are worth",
     "inspect": "look into a file of records",
     "convert": "turn other data sets into records",
     "report": "one HTML page of one run or several",

@@ -9,6 +9,7 @@ from rrhf.cli.parser import show_help
 from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
+from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.stage import RewardSettings, score_file
 
 
@@ -17,6 +18,9 @@ class Files:
     data: str = field(metadata={"help": "records with responses (.jsonl, .jsonl.gz, .parquet)"})
     output: str = field(metadata={"help": "where the scored records go"})
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "say what judges would be asked and what that would cost; ask nothing"}
+    )
 
 
 def short_help() -> Groups:
@@ -31,4 +35,9 @@ def main(arguments: list[str]) -> None:
     show_help(arguments, "score", __doc__, short_help())
     reward, files = flags().parse(arguments)
     set_up_logging()
+    if files.dry_run:
+        from rrhf.rewards.judges.reward import describe_estimate
+
+        print(describe_estimate(reward.reward, Path(files.data), RewardContext()))
+        return
     score_file(Path(files.data), Path(files.output), reward, overwrite=files.overwrite)

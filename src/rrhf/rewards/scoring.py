@@ -17,6 +17,7 @@ from rrhf.rewards.functions import RewardFunction, function_scorer, load_reward
 from rrhf.rewards.judges.reward import JUDGE
 from rrhf.rewards.kind import RewardContext, RewardKind, Scorer
 from rrhf.rewards.provided import PROVIDED
+from rrhf.rewards.source import SOURCE
 
 __all__ = [
     "REWARDS",
@@ -35,6 +36,7 @@ __all__ = [
 REWARDS: dict[str, RewardKind] = {  # what stands before ":" → its kind
     "judge": JUDGE,
     "provided": PROVIDED,
+    "source": SOURCE,
 }
 FORMS = ("pkg.module:function", *(form for kind in REWARDS.values() for form in kind.forms))
 
