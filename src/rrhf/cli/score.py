@@ -19,6 +19,9 @@ class Files:
     data: str = field(metadata={"help": "records with responses (.jsonl, .jsonl.gz, .parquet)"})
     output: str = field(metadata={"help": "where the scored records go"})
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+    dry_run: bool = field(
+        default=False, metadata={"help": "say what judges would be asked and what that would cost; ask nothing"}
+    )
 
 
 def short_help() -> Groups:
@@ -39,4 +42,9 @@ def main(arguments: list[str]) -> None:
     show_help(arguments, "score", __doc__, short_help())
     reward, files, scoring, text, remote = flags().parse(arguments)
     set_up_logging()
+    if files.dry_run:
+        from rrhf.rewards.judges.reward import describe_estimate
+
+        print(describe_estimate(reward.reward, Path(files.data), scoring.context(text, remote)))
+        return
     score_file(Path(files.data), Path(files.output), reward, scoring, text, remote, overwrite=files.overwrite)

@@ -24,6 +24,7 @@ from rrhf.rewards.normalise import Moments
 from rrhf.rewards.people import PEOPLE
 from rrhf.rewards.provided import PROVIDED
 from rrhf.rewards.reward_models.kind import MODEL, names_reward_model
+from rrhf.rewards.source import SOURCE
 
 __all__ = [
     "REWARDS",
@@ -48,6 +49,7 @@ REWARDS: dict[str, RewardKind] = {  # what stands before ":" → its kind
     "logprob-sum": LOGPROB_SUM,
     "model": MODEL,
     "people": PEOPLE,
+    "source": SOURCE,
 }
 FORMS = ("pkg.module:function", *(form for kind in REWARDS.values() for form in kind.forms))
 

@@ -1,4 +1,4 @@
-"""The strict reader of judges' replies: hand-written replies with their verdicts, and generated ones, whole and damaged."""
+"""The strict reader of judges' replies: replies by hand with their verdicts, and generated ones, whole and damaged."""
 
 from __future__ import annotations
 

@@ -10,6 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+from rrhf.common.endpoint_settings import EndpointLimits
+from rrhf.records.files import read_records
 from rrhf.records.record import Record, query_text
 from rrhf.rewards.judges.judge import Judge, calls_of
 from rrhf.rewards.judges.template import JudgeTemplate, read_template
@@ -28,8 +30,8 @@ class JudgeScorer:
 
     def __init__(self, name: str, context: RewardContext) -> None:
         self.name, self.seed = name, context.seed
-        self.template = read_template(Path(name))
-        self.judge = Judge(self.template, context.remote, cache_folder(name, self.template), context.seed)
+        self.judge = open_judge(name, context.remote, context.seed)
+        self.template = self.judge.template
 
     def __call__(self, items: Sequence[Item]) -> list[float | None]:
         groups: dict[int, list[int]] = {}  # a record → the places of its items
@@ -52,7 +54,13 @@ class JudgeScorer:
             log.info(f"judge {self.name}: {self.judge.summary()}")
 
 
-def cache_folder(name: str, template: JudgeTemplate) -> Path:
+def open_judge(name: str, limits: EndpointLimits, seed: int) -> Judge:
+    """The judge of a file, ready to be asked. Raises ``UserError`` for faults of the file."""
+    template = read_template(Path(name))
+    return Judge(template, limits, _cache_folder(name, template), seed)
+
+
+def _cache_folder(name: str, template: JudgeTemplate) -> Path:
     """Where a judge's replies are kept, for every command and every output that asks it."""
     return Path(template.cache) if template.cache else Path(name).with_name(f"{Path(name).name}.replies")
 
@@ -68,6 +76,21 @@ def estimate_judge(name: str, records: Iterable[Record], context: RewardContext)
     scorer = JudgeScorer(name, context)
     items = ((record.id, query_text(record.query), record.responses) for record in records if record.responses)
     return scorer.judge.estimate(calls_of(items, scorer.template, context.seed))
+
+
+def describe_estimate(rewards: Sequence[str], data: Path, context: RewardContext) -> str:
+    """What the judges among ``rewards`` would ask for on a record file, a line each. Nothing is asked."""
+    lines = []
+    for reward in rewards:
+        kind, _, name = reward.partition(":")
+        if kind == "judge":
+            found = estimate_judge(name, read_records(data, require="responses"), context)
+            cost = "the file gives no price" if found["cost"] is None else f"at most ${found['cost']:.2f}"
+            lines.append(
+                f"{reward}: {found['calls']} calls, {found['cached']} of them in the journal; about "
+                f"{found['prompt_tokens']:,} tokens of prompts, at most {found['reply_tokens']:,} of replies: {cost}"
+            )
+    return "\n".join(lines or ["no judge is asked, and nothing is paid for"])
 
 
 JUDGE = RewardKind(("judge:FILE",), JudgeScorer, judge_digest)

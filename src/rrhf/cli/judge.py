@@ -1,0 +1,90 @@
+"""rrhf judge: compare two systems' answers to the same questions, by one judge or several, in both orders."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rrhf.cli.parser import show_help
+from rrhf.common.endpoint_settings import EndpointLimits
+from rrhf.common.errors import UserError
+from rrhf.common.files import refuse_existing, write_text
+from rrhf.common.flag_help import Groups, flags_of
+from rrhf.common.flags import Flags
+from rrhf.common.logging import set_up_logging
+from rrhf.common.presentation import number, percent
+
+
+@dataclass(frozen=True)
+class Settings:
+    questions: str = field(
+        metadata={"help": "records, or questions in Vicuna's layout, with a category each or without"}
+    )
+    a: str = field(metadata={"help": "records with the first system's answers, joined by id, else by the query"})
+    b: str = field(metadata={"help": "records with the second system's answers"})
+    judge: list[str] = field(
+        metadata={"help": "a judge's file (see docs/judging.md); several are compared", "nargs": "+"}
+    )
+    output: str = field(metadata={"help": "where the numbers go (.json)"})
+    seed: int = field(default=0, metadata={"help": "of requests and of the bootstraps over questions"})
+    overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+
+
+def short_help() -> Groups:
+    return {"files": flags_of(Settings), "the judges' servers, and what they may cost": flags_of(EndpointLimits)}
+
+
+def flags() -> Flags:
+    return Flags([Settings, EndpointLimits], "judge")
+
+
+def main(arguments: list[str]) -> None:
+    show_help(arguments, "judge", __doc__, short_help())
+    settings, limits = flags().parse(arguments)
+    set_up_logging()
+    refuse_existing(settings.output, settings.overwrite)
+    if len(set(settings.judge)) < len(settings.judge):
+        raise UserError("--judge: a file is named twice")
+    from rrhf.evaluation.pairwise.judging import judge_pair
+    from rrhf.evaluation.pairwise.questions import answers_to, read_questions
+    from rrhf.rewards.judges.reward import open_judge
+
+    questions = read_questions(Path(settings.questions))
+    a, b = (answers_to(questions, Path(path)) for path in (settings.a, settings.b))
+    judges = {name: open_judge(name, limits, settings.seed) for name in settings.judge}
+    result = {"a": settings.a, "b": settings.b, "seed": settings.seed}
+    result |= judge_pair(judges, questions, a, b, seed=settings.seed)
+    write_text(settings.output, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
+    print(format_result(result))
+
+
+def format_result(result: dict[str, Any]) -> str:
+    """The numbers that a judged comparison is never told without, a judge a paragraph."""
+    lines = [f"a: {result['a']}, b: {result['b']}, {result['questions']} questions"]
+    for name, said in result["judges"].items():
+        lines += [f"{name}: {said['replies']}"]
+        if not said["n"]:
+            lines += ["  no question was judged in both orders"]
+            continue
+        sums = said["summed_scores"]
+        lines += [
+            f"  a wins {said['win']}, ties {said['tie']}, loses {said['lose']}; {said['unjudged']} not judged",
+            f"  win rate {_interval(said['win_rate'])}",
+            f"  win rate at equal length {_interval(said['length_controlled_win_rate'])}",
+            f"  summed scores {number(sums['a'], 1)} – {number(sums['b'], 1)}",
+            f"  the two orders contradict each other on {percent(said['position_flip_rate'])}; "
+            f"the first answer shown wins {percent(said['first_position_win_rate'])}",
+            f"  control: a constant answer in a's place wins {_interval(said['null_model']['win_rate'])}",
+        ]
+    for pair, found in result["agreement"].items():
+        lines += [
+            f"{pair}: same outcome on {percent(found['same'])} of {found['n']}, no contradiction on "
+            f"{percent(found['not_contradicting'])}, kappa {number(found['kappa'], 2)}"
+        ]
+    return "\n".join(lines)
+
+
+def _interval(rate: dict[str, float] | None) -> str:
+    return "–" if rate is None else f"{percent(rate['mean'])} ({percent(rate['low'])} to {percent(rate['high'])})"

@@ -1,0 +1,85 @@
+"""``rrhf judge`` and ``rrhf score --dry_run`` at a real server on loopback."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rrhf.cli.main import main
+from support import misbehaving as bad
+from support import tiny
+from support.judge_replies import ASPECTS
+
+pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
+pytest.importorskip("choix", reason="the extra `judging` is not installed")
+
+
+@pytest.fixture
+def server() -> Iterator[bad.Misbehaving]:
+    def behave(handler: bad.Handler, body: dict[str, Any]) -> None:
+        texts = re.findall(r"Response \d+:\n<<begin .*>>\n(.*)\n<<end", body["messages"][-1]["content"])
+        scores = {f"Response {n}": dict.fromkeys(ASPECTS, 1 + len(text) % 5) for n, text in enumerate(texts, 1)}
+        handler.send_json(bad.answer(body, [json.dumps(scores)]))
+
+    with bad.misbehaving() as running:
+        running.default = behave
+        yield running
+
+
+@pytest.fixture
+def folder(tmp_path: Path, server: bad.Misbehaving, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        (tmp_path / f"{name}.yaml").write_text(f"url: {server.url}\nmodel: {name}\nprice: [1, 2]\n", encoding="utf-8")
+    questions = [
+        {"question_id": i, "category": ("maths", "prose")[i % 2], "turns": [f"Question number {i}?"]} for i in range(4)
+    ]
+    tiny.write_rows(tmp_path / "questions.jsonl", questions)
+    for name, text in (("a", "xxxx"), ("b", "xx")):
+        rows = [{"query": row["turns"][0], "responses": [text]} for row in questions]
+        tiny.write_rows(tmp_path / f"{name}.jsonl", rows)
+    return tmp_path
+
+
+JUDGE = ("judge", "--questions", "questions.jsonl", "--a", "a.jsonl", "--b", "b.jsonl", "--output", "out.json")
+
+
+def test_two_judges_from_the_command_line(
+    folder: Path, server: bad.Misbehaving, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*JUDGE, "--judge", "one.yaml", "two.yaml"]) == 0
+    result = json.loads((folder / "out.json").read_text())
+    one = result["judges"]["one.yaml"]
+    assert (one["n"], one["win"], one["summed_scores"]) == (4, 4, {"a": 80.0, "b": 48.0})
+    assert set(one["categories"]) == {"maths", "prose"}
+    assert result["agreement"]["one.yaml / two.yaml"]["same"] == 1.0
+    printed = capsys.readouterr().out
+    for words in ("a wins 4", "at equal length", "80.0 – 48.0", "contradict each other on 0.0%", "a constant answer"):
+        assert words in printed
+    server.posts.clear()
+    assert main([*JUDGE, "--judge", "one.yaml"]) == 2  # the output is there
+    assert main([*JUDGE, "--judge", "one.yaml", "--overwrite"]) == 0
+    assert server.posts == []  # all replies were in the journal
+
+
+def test_a_question_without_an_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tiny.write_rows(folder / "b.jsonl", tiny.read_rows(folder / "b.jsonl")[1:])
+    assert main([*JUDGE, "--judge", "one.yaml"]) == 2
+    assert "1 of 4 questions have no answer there" in capsys.readouterr().err
+
+
+def test_a_dry_run_asks_nothing(folder: Path, server: bad.Misbehaving, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["score", "--data", "a.jsonl", "--output", "scored.jsonl", "--reward", "judge:one.yaml"]
+    assert main([*command, "--dry_run"]) == 0
+    assert "judge:one.yaml: 4 calls, 0 of them in the journal; about " in capsys.readouterr().out
+    assert server.posts == [] and not (folder / "scored.jsonl").exists()
+    assert main(command) == 0
+    assert [row["scores"] for row in tiny.read_rows(folder / "scored.jsonl")] == [[20.0]] * 4
+    assert main([*command, "--dry_run"]) == 0
+    out = capsys.readouterr().out
+    assert "4 calls, 4 of them in the journal; about 0 tokens of prompts, at most 0 of replies: at most $0.00" in out

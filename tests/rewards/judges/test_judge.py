@@ -1,0 +1,232 @@
+"""The reward ``judge:FILE`` at a real server on loopback: what is asked, read, asked again, kept and counted."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rrhf.common.endpoint import BudgetReached
+from rrhf.common.endpoint_settings import EndpointLimits
+from rrhf.common.errors import UserError
+from rrhf.records.record import Record
+from rrhf.rewards.judges.judge import shuffled
+from rrhf.rewards.judges.reward import JudgeScorer, estimate_judge, judge_digest
+from rrhf.rewards.kind import RewardContext
+from rrhf.rewards.scoring import reward_digest, score_records
+from support import misbehaving as bad
+from support.judge_replies import ASPECTS
+
+pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
+
+RECORDS = [
+    Record(query=f"question {i}", responses=[f"answer {j} quality {(i + j) % 5 + 1}" for j in range(3)], id=f"r{i}")
+    for i in range(4)
+]
+SUMS = [[4.0 * ((i + j) % 5 + 1) for j in range(3)] for i in range(4)]
+
+
+@pytest.fixture
+def server() -> Iterator[bad.Misbehaving]:
+    with bad.misbehaving() as running:
+        running.default = judges
+        yield running
+
+
+@pytest.fixture
+def file(tmp_path: Path, server: bad.Misbehaving) -> Callable[..., str]:
+    def write(**values: Any) -> str:
+        path = tmp_path / "judge.yaml"
+        path.write_text(yaml.safe_dump({"url": server.url, "model": "m", **values}), encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+def prompt_of(body: dict[str, Any]) -> str:
+    return str(body["prompt"] if "prompt" in body else body["messages"][-1]["content"])
+
+
+def shown(body: dict[str, Any]) -> list[str]:
+    """The responses of a request, in the order in which the judge sees them."""
+    return re.findall(r"Response \d+:\n<<begin .*>>\n(.*)\n<<end", prompt_of(body))
+
+
+def judges(handler: bad.Handler, body: dict[str, Any]) -> None:
+    """Score each response, on each aspect, by the number that it ends in."""
+    scores = [(re.findall(r"\d", text) or ["1"])[-1] for text in shown(body)]
+    if "response_format" in body:
+        names = body["response_format"]["json_schema"]["schema"]["required"]
+        assert len(names) == len(scores) or body["max_tokens"] == 1
+        reply = json.dumps({name: dict.fromkeys(ASPECTS, int(score)) for name, score in zip(names, scores)})
+    else:
+        reply = "\n".join(
+            f"Response {place}: " + ", ".join(f"{name}: {score}" for name in ASPECTS)
+            for place, score in enumerate(scores, 1)
+        )
+    handler.send_json(bad.answer(body, [reply]))
+
+
+def refuses_schemas(handler: bad.Handler, body: dict[str, Any]) -> None:
+    if "response_format" in body:
+        handler.send_json({"error": {"message": "response_format is not supported"}}, 400)
+    else:
+        judges(handler, body)
+
+
+def scored(name: str, records: list[Record] = RECORDS, **context: Any) -> list[list[float | None]]:
+    return [record.scores for record in score_records(records, [f"judge:{name}"], context=RewardContext(**context))]
+
+
+def work(server: bad.Misbehaving) -> list[dict[str, Any]]:
+    """The requests that were no checks."""
+    return [post for post in server.posts if post["max_tokens"] > 1]
+
+
+def test_sums_of_aspects_by_one_call_a_record(server: bad.Misbehaving, file: Callable[..., str]) -> None:
+    assert scored(file()) == SUMS
+    assert len(work(server)) == len(RECORDS)
+    schema = work(server)[0]["response_format"]["json_schema"]["schema"]
+    assert schema["required"] == ["Response 1", "Response 2", "Response 3"]
+    assert schema["properties"]["Response 1"]["properties"]["Safety"] == {"type": "integer", "enum": [1, 2, 3, 4, 5]}
+
+
+@pytest.mark.parametrize("kind", ["chat", "completions"])
+def test_servers_without_schemas_are_asked_in_words(
+    server: bad.Misbehaving, file: Callable[..., str], kind: str
+) -> None:
+    server.default = refuses_schemas
+    assert scored(file(kind=kind)) == SUMS
+    assert not any("response_format" in post for post in work(server)) and len(work(server)) == len(RECORDS)
+
+
+def test_the_order_is_shuffled_by_seed_and_id_and_scores_find_back(
+    server: bad.Misbehaving, file: Callable[..., str]
+) -> None:
+    orders = {}
+    for seed in (0, 1):
+        server.posts.clear()
+        assert scored(file(), seed=seed) == SUMS
+        orders[seed] = {prompt_of(post).split("question ")[1][0]: shown(post) for post in work(server)}
+    assert orders[0] != orders[1]
+    assert len({tuple(re.sub("quality .", "", text) for text in order) for order in orders[0].values()}) > 1
+    assert shuffled(0, "x", 5) == shuffled(0, "x", 5) and sorted(shuffled(0, "x", 5)) == list(range(5))
+    server.posts.clear()
+    assert scored(file(order="given"), seed=2) == SUMS
+    assert {tuple(shown(post)) for post in work(server)} == {tuple(record.responses) for record in RECORDS}
+
+
+def test_nothing_is_paid_for_twice(server: bad.Misbehaving, file: Callable[..., str]) -> None:
+    name = file()
+    assert scored(name, RECORDS[:2]) == SUMS[:2]
+    server.posts.clear()
+    assert scored(name) == SUMS  # the first two stand in the journal
+    assert len(work(server)) == 2
+    server.posts.clear()
+    server.gets = 0
+    assert scored(name) == SUMS
+    assert server.posts == [] and server.gets == 0  # not even a check
+    assert len(list(Path(f"{name}.replies").glob("*.jsonl"))) == 1
+    assert scored(file(max_tokens=77)) == SUMS  # another question
+    assert len(work(server)) == len(RECORDS)
+
+
+def test_refused_replies_are_asked_for_again_with_other_seeds(
+    server: bad.Misbehaving, file: Callable[..., str]
+) -> None:
+    bad_reply = bad.text("I would rather not say.")
+    server.plan = [judges, judges, bad_reply, bad.text("Response 1: 5", finish="length"), judges]
+    assert scored(file(tries=3, temperature=0.1), RECORDS[:1]) == SUMS[:1]
+    asked = work(server)
+    assert len(asked) == 3 and len({post["seed"] for post in asked}) == 3
+    assert [post["temperature"] for post in asked] == [0.1, 0.7, 0.7]
+
+
+def test_what_cannot_be_read_is_null_and_counted(
+    server: bad.Misbehaving, file: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def sulks(handler: bad.Handler, body: dict[str, Any]) -> None:
+        if "question 2" in prompt_of(body):
+            bad.text("Response 1: Relevance: 5, Correctness: 5, Coherence: 5, Safety: 5")(handler, body)
+        else:
+            judges(handler, body)
+
+    server.default = sulks
+    name = file(tries=2)
+    caplog.set_level("INFO")
+    assert scored(name) == [*SUMS[:2], [None] * 3, SUMS[3]]
+    assert "3 of 4 calls scored (5 replies asked for, 2 refused: 2 response 2 is missing)" in caplog.text
+    server.posts.clear()
+    assert scored(name)[2] == [None] * 3  # refused replies were paid for, too
+    assert server.posts == []
+
+
+def test_a_stopped_run_keeps_what_it_has(server: bad.Misbehaving, file: Callable[..., str]) -> None:
+    name = file()
+    with pytest.raises(BudgetReached):
+        scored(name, remote=EndpointLimits(concurrency=1, max_requests=4))  # two checks and two records
+    server.posts.clear()
+    assert scored(name) == SUMS
+    assert len(work(server)) == 2
+    server.plan = [judges, bad.status(400, "context too long")]
+    with pytest.raises(UserError, match="record new: HTTP 400: context too long"):
+        scored(name, [*RECORDS, Record(query="q", responses=["a 1", "b 2"], id="new")])
+
+
+def test_a_judge_that_is_down(tmp_path: Path) -> None:
+    path = tmp_path / "judge.yaml"
+    path.write_text(f"url: http://127.0.0.1:{bad.closed_port()}/v1\nmodel: m\n", encoding="utf-8")
+    with pytest.raises(UserError, match="check that it is the API's root, often ending in /v1, that the server is up"):
+        scored(str(path), remote=EndpointLimits(max_retries=0))
+
+
+def test_a_server_that_is_not_told_its_model(server: bad.Misbehaving, file: Callable[..., str]) -> None:
+    name = file(model=None)
+    assert scored(name) == SUMS
+    assert work(server)[0]["model"] == "m"
+    server.posts.clear()
+    assert scored(name) == SUMS
+    assert work(server) == []
+    server.models = ["another"]
+    assert scored(name) == SUMS
+    assert len(work(server)) == len(RECORDS)  # another model's replies are others
+
+
+def test_files_are_checked_before_any_work(tmp_path: Path, file: Callable[..., str]) -> None:
+    with pytest.raises(UserError, match="no such file"):
+        score_records([], [f"judge:{tmp_path / 'none.yaml'}"])
+    with pytest.raises(UserError, match=r"place \{responses\}"):
+        score_records([], [f"judge:{file(prompt='Rate {query}', aspects=['A'], range=[1, 2])}"])
+
+
+def test_the_digest_changes_with_what_is_asked(file: Callable[..., str]) -> None:
+    context = RewardContext()
+    before = judge_digest(file(), context)
+    assert before == reward_digest(f"judge:{file()}", context)
+    assert before != judge_digest(file(), RewardContext(seed=1))
+    assert before != judge_digest(file(aspects=["Charm"]), context)
+
+
+def test_the_estimate_asks_nothing(server: bad.Misbehaving, file: Callable[..., str]) -> None:
+    name = file(price=[1.0, 2.0], max_tokens=50)
+    before = estimate_judge(name, RECORDS, RewardContext())
+    assert server.posts == [] and server.gets == 0
+    assert (before["calls"], before["cached"], before["reply_tokens"]) == (4, 0, 200)
+    prompts = before["prompt_tokens"]
+    assert prompts is not None and 4 * 250 < prompts < 4 * 700
+    assert before["cost"] == pytest.approx((prompts * 1.0 + 200 * 2.0) / 1e6)
+    scored(name, RECORDS[:3])
+    after = estimate_judge(name, RECORDS, RewardContext())
+    assert (after["cached"], after["reply_tokens"]) == (3, 50)
+
+
+def test_two_records_that_are_equal_but_for_their_ids(file: Callable[..., str], server: bad.Misbehaving) -> None:
+    scorer = JudgeScorer(file(), RewardContext())
+    twins = [Record(query="q", responses=["a 1", "b 3"], id=name) for name in "xy"]
+    assert scorer([(twins[0], 0), (twins[1], 1), (twins[0], 1), (twins[1], 0)]) == [4.0, 12.0, 12.0, 4.0]
+    assert len(work(server)) == 2
