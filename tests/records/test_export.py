@@ -97,7 +97,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert json.loads((tmp_path / "out.jsonl").read_text())["completion"] == said("b")
     for more, message in (
         (["--to", "trl"], "--to trl: .*known: .*trl-preference"),
-        (["--pairs", "best"], "--pairs best: .*best-worst"),
+        (["--pairing", "best"], "--pairing best: .*best-worst"),
         (["--weights", "helpfulness"], "write NAME=X"),
     ):
         with pytest.raises(UserError, match=message):

@@ -24,7 +24,7 @@ def main(arguments: list[str]) -> None:
     if options.to is None:
         written = write_records(options.output, progress(records, "convert", unit="records"), options.overwrite)
     else:
-        rows = exported(records, options.to, options.pairs, counts)
+        rows = exported(records, options.to, options.pairing, counts)
         written = write_rows(options.output, progress(rows, "convert", unit="rows"), options.overwrite)
     dropped = f"; {describe_counts(counts)}" if counts else ""
     print(f"{written} {'rows' if options.to else 'records'} in {options.output}{dropped}", file=sys.stderr)
@@ -49,7 +49,7 @@ def _parser() -> PlainParser:
     out = parser.add_argument_group("for other trainers")
     out.add_argument("--to", help=". ".join(f"{name}: {describe_export(export)}" for name, export in EXPORTS.items()))
     pairs = ". ".join(f"{name}: {describe_export(choose)}" for name, choose in PAIRS.items())
-    out.add_argument("--pairs", default="all", help=f"which pairs of a record. {pairs} (default: all)")
+    out.add_argument("--pairing", default="all", help=f"which pairs of a record. {pairs} (default: all)")
     return parser
 
 

@@ -123,14 +123,14 @@ def describe_export(export: Callable[..., Any]) -> str:
 
 
 def exported(
-    records: Iterable[Record], to: str, pairs: str = "all", counts: Counter[str] | None = None
+    records: Iterable[Record], to: str, pairing: str = "all", counts: Counter[str] | None = None
 ) -> Iterator[Row]:
     """Rows of ``records`` for another trainer, in their order; records that give none are counted.
 
     Args:
         records: scored records.
         to: a name in ``EXPORTS``.
-        pairs: a name in ``PAIRS``.
+        pairing: a name in ``PAIRS``.
         counts: counts records without a row.
 
     Raises:
@@ -138,9 +138,9 @@ def exported(
     """
     if to not in EXPORTS:
         raise UserError(f"--to {to}: {nearest(to, EXPORTS)}")
-    if pairs not in PAIRS:
-        raise UserError(f"--pairs {pairs}: {nearest(pairs, PAIRS)}")
-    return _rows(records, EXPORTS[to], PAIRS[pairs], Counter[str]() if counts is None else counts)
+    if pairing not in PAIRS:
+        raise UserError(f"--pairing {pairing}: {nearest(pairing, PAIRS)}")
+    return _rows(records, EXPORTS[to], PAIRS[pairing], Counter[str]() if counts is None else counts)
 
 
 def _rows(

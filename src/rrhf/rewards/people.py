@@ -10,6 +10,7 @@ depends on the file and the record alone, whatever else is scored with it.
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +22,7 @@ from typing import Any, NamedTuple
 from rrhf.common.errors import UserError, nearest
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records, require_file
+from rrhf.records.foreign.ratings import number_of
 from rrhf.records.formats import file_rows
 from rrhf.records.record import Record, RowError
 from rrhf.rewards.kind import Item, RewardContext, RewardKind, Scorer
@@ -124,7 +126,8 @@ class Judgements:
 
     def _indices(self, record: Record, response: str, vote: Vote) -> list[int]:
         if self.by == "response":
-            found = [int(response)] if response.isdecimal() and int(response) < len(record.responses) else []
+            number = response.removesuffix(".0")  # as tables with empty cells write it
+            found = [int(number)] if number.isdecimal() and int(number) < len(record.responses) else []
             has = f"0 to {len(record.responses) - 1}"
         elif self.by == "source":
             found = [i for i, tag in enumerate(record.sources) if response == tag or response in tag.split("|")]
@@ -189,11 +192,8 @@ def _filled(row: Mapping[str, Any], name: str, where: str) -> str:
 
 
 def _rating(text: str, where: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
+    value = number_of(text)
+    if value is None:
         raise RowError(where, f"{text!r} is no number", "give a finite number, or take the row out")
     return value
 
@@ -337,6 +337,8 @@ def people_scorer(argument: str, context: RewardContext) -> Scorer:
     """
     path, aggregate = _split(argument)
     require_file(path)
+    if aggregate == "plackett-luce" and importlib.util.find_spec("choix") is None:
+        raise UserError(f"people:{argument} needs the library choix: pip install 'rrhf[judging]'")
     checksum = checksum_of_file(path)
     _tell(path, checksum, context.records)
     judgements = _judgements(path, checksum)
