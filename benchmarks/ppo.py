@@ -24,7 +24,7 @@ from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.recipes.baselines.ppo import Job, train_ppo
 from rrhf.recipes.micro.language_model import LanguageModelSettings, language_model
-from rrhf.recipes.micro.prompts import RESPONSE_TOKENS, held_out_prompts, training_prompts
+from rrhf.recipes.micro.prompts import held_out_prompts, training_prompts
 from rrhf.records.files import write_records
 from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
@@ -33,7 +33,7 @@ from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
 
 REWARD = RewardSettings(["rrhf.recipes.micro.rewards:positive"])
 CONFIG = PPOConfig(
-    learning_rate=1e-3, rollout_queries=64, num_responses=1, max_new_tokens=RESPONSE_TOKENS, ppo_epochs=2,
+    learning_rate=1e-3, rollout_queries=64, num_responses=1, max_new_tokens=24, ppo_epochs=2,
     per_device_train_batch_size=16, value_coefficient=0.1, kl_beta=0.02, save_steps=8,
 )  # fmt: skip
 
@@ -43,8 +43,8 @@ def main() -> None:
     parser.add_argument("--folder", default="runs/ppo-micro", help="where runs, prompts and evaluations lie")
     parser.add_argument("--arms", default="ppo,nlpo", help="which of the two")
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--prompts", type=int, default=400, help="held-out prompts")
-    parser.add_argument("--steps", type=int, default=96, help="optimiser steps of a run")
+    parser.add_argument("--prompts", type=int, default=300, help="held-out prompts")
+    parser.add_argument("--steps", type=int, default=64, help="optimiser steps of a run")
     parser.add_argument("--language_model_epochs", type=float, default=LanguageModelSettings().epochs)
     parser.add_argument("--output", help="write the table as Markdown too")
     options = parser.parse_args()
