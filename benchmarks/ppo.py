@@ -34,7 +34,7 @@ from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
 REWARD = RewardSettings(["rrhf.recipes.micro.rewards:positive"])
 CONFIG = PPOConfig(
     learning_rate=1e-3, rollout_queries=64, num_responses=1, max_new_tokens=24, ppo_epochs=2,
-    per_device_train_batch_size=16, value_coefficient=0.1, kl_beta=0.02, save_steps=8,
+    per_device_train_batch_size=16, value_coefficient=0.1, kl_beta=0.01, save_steps=16,
 )  # fmt: skip
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--arms", default="ppo,nlpo", help="which of the two")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=300, help="held-out prompts")
-    parser.add_argument("--steps", type=int, default=64, help="optimiser steps of a run")
+    parser.add_argument("--steps", type=int, default=96, help="optimiser steps of a run")
     parser.add_argument("--language_model_epochs", type=float, default=LanguageModelSettings().epochs)
     parser.add_argument("--output", help="write the table as Markdown too")
     options = parser.parse_args()
