@@ -62,6 +62,14 @@ test-long: setup browser
 test-faults: setup
 	$(BIN)/python tests/faults/kill_runs.py
 
+# 8-bit Adam, which runs on CPUs too: bitsandbytes beside the environment, not in it (docs/dependencies.md).
+.PHONY: test-8bit
+.venv-8bit/.setup: $(VENV)/.setup
+	$(PIP) install --upgrade --no-deps --target .venv-8bit bitsandbytes==0.50.2
+	touch $@
+test-8bit: .venv-8bit/.setup
+	PYTHONPATH=.venv-8bit $(BIN)/python -m pytest -q tests/training/test_master_weights.py tests/training/test_memory.py $(ARGS)
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -92,7 +100,7 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm build dist
+	rm -rf $(VENV) .venv-8bit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm build dist
 
 # --- engines: each in an environment of its own, since their requirements do not fit together or with the lock ---------
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import io
 from typing import Any
 
-import bitsandbytes
 import pytest
 import torch
 from torch import Tensor, nn
@@ -22,9 +22,12 @@ OPTIMISERS: dict[str, tuple[type[torch.optim.Optimizer], dict[str, Any]]] = {
     "adafactor": (torch.optim.Adafactor, {"lr": 1e-2}),
     # as --optim adafactor makes it
     "adafactor of transformers": (Adafactor, {"lr": 1e-2, "scale_parameter": False, "relative_step": False}),
-    # as --optim adamw_bnb_8bit makes it, but with moments of 8 bits for tensors as small as these
-    "8-bit adamw": (bitsandbytes.optim.AdamW, {"lr": 1e-2, "optim_bits": 8, "min_8bit_size": 8}),
 }
+if importlib.util.find_spec("bitsandbytes") is not None:  # make test-8bit
+    import bitsandbytes
+
+    # as --optim adamw_bnb_8bit makes it, but with moments of 8 bits for tensors as small as these
+    OPTIMISERS["8-bit adamw"] = (bitsandbytes.optim.AdamW, {"lr": 1e-2, "optim_bits": 8, "min_8bit_size": 8})
 
 
 def trained(name: str, bucket: int, monkeypatch: pytest.MonkeyPatch) -> tuple[list[Tensor], dict[str, Any], list[int]]:

@@ -352,4 +352,6 @@ def test_what_cannot_be_is_refused(place: Path) -> None:
     assert launched.code == 2 and "one process" in launched.err
     unknown = tiny.warm(*command("ppo", "no", "--nlpo_top_p", "0.9"), cwd=place)
     assert unknown.code == 2 and "unknown flag --nlpo_top_p" in unknown.err
+    dropping = tiny.warm(*command("ppo", "no", "--peft", "lora", "--lora_dropout", "0.1"), cwd=place)
+    assert dropping.code == 2 and "--lora_dropout 0.1" in dropping.err
     assert not (place / "no").exists()

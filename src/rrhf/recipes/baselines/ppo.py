@@ -59,7 +59,14 @@ class Job:
 
     @property
     def context(self) -> RewardContext:
-        return RewardContext(self.model.device, self.model.dtype, text=self.text, seed=self.config.seed)
+        return RewardContext(
+            device=self.model.device,
+            dtype=self.model.dtype,
+            max_tokens_per_forward=self.config.max_tokens_per_forward,
+            text=self.text,
+            reference_model=self.config.reference_model,
+            seed=self.config.seed,
+        )
 
 
 def train_ppo(job: Job, *, overwrite: bool = False) -> dict[str, Any]:
@@ -106,6 +113,8 @@ def _refuse(job: Job) -> None:
             raise UserError(f"--reward {reward}: cannot score new texts; give pkg.module:function, or a reward model")
     if job.adapter.peft == "qlora":
         raise UserError(f"--peft qlora: `rrhf baseline {job.name}` trains whole weights or --peft lora")
+    if job.adapter.lora_dropout:
+        raise UserError(f"--lora_dropout {job.adapter.lora_dropout}: dropout is off here: leave it out")
 
 
 def _remember(job: Job) -> dict[str, Any]:
@@ -145,7 +154,7 @@ def _build(job: Job, rewards: Rewards) -> PPO:
     value = job.config.value_model
     adapted = job.adapter.peft is not None
     if adapted:
-        policy = with_adapter(policy, peft_config(replace(job.adapter, lora_dropout=0.0)))
+        policy = with_adapter(policy, peft_config(job.adapter))
 
     def other(name: str, training: bool = False) -> Any:
         return load_policy_or_adapter(replace(job.model, model=name), training)[0]

