@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -95,9 +95,7 @@ class RRHFTrainer(Trainer):
         # Held-out records keep all their scored responses: how they are ranked is measured whatever the loss.
         train = _encoded(train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none")
         held_out = _encoded(eval_dataset, args, processing_class, reference_sums)
-        if train is not None and not len(train):
-            raise UserError(f"no record is left to train on: {train.summary()}")
-        refuse_unmet(args.ranking_loss, self.needed, {"the data": train, "--eval_data": held_out})
+        _refuse_unusable(train, held_out, args.ranking_loss, self.needed)
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
@@ -457,7 +455,7 @@ class RRHFTrainer(Trainer):
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not isinstance(data, EncodedRecords):
             data = _encoded(data, self.args, self.processing_class, self.reference_sums)
-            refuse_unmet(self.args.ranking_loss, self.needed, {"the records to evaluate on": data})
+            refuse_unmet(self.args.ranking_loss, self.needed, data, "the records to evaluate on")
         self._fill_reference_sums(data)
         kept, self._sums = self._sums, defaultdict(float)
         model = self.accelerator.unwrap_model(self.model)
@@ -493,13 +491,23 @@ def _encoded(
     rows: Iterable[Any] | None,
     args: RRHFConfig,
     tokenizer: PreTrainedTokenizerBase,
-    reference_sums: str | None,
+    reference_sums: str | None = None,
     only_best: bool = False,
 ) -> EncodedRecords | None:
     """Rows as token ids."""
     if rows is None or isinstance(rows, EncodedRecords):
         return rows
     return EncodedRecords(rows, TextFormat(tokenizer, args.text), args.max_length, only_best, reference_sums)
+
+
+def _refuse_unusable(
+    train: EncodedRecords | None, held_out: EncodedRecords | None, loss: str, needed: Collection[str]
+) -> None:
+    if train is not None and not train.records:
+        raise UserError(f"no record is left to train on: {train.summary()}")
+    for data, flag in ((train, "the data"), (held_out, "--eval_data")):
+        if data is not None:
+            refuse_unmet(loss, needed, data, flag)
 
 
 def _use_one_gpu(args: RRHFConfig) -> None:
