@@ -65,7 +65,7 @@ def ours(name: str, record: Plain, options: dict[str, Any], ties: str = "none") 
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     record=records(),
     scale=st.floats(0, 4),

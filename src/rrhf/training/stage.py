@@ -223,12 +223,6 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     return Training(trainer, precision, watch, stop)
 
 
-def _preset(config: RRHFConfig) -> dict[str, float | str]:
-    """What the loss's name presets and nobody overruled."""
-    preset = PRESETS.get(config.ranking_loss, {})
-    return {name: value for name, value in preset.items() if getattr(config, name) == value}
-
-
 def _run(job: Job, training: Training) -> float:
     """Train, from the last checkpoint if there is one; returns the mean loss."""
     trainer, stop, watch = training.trainer, training.stop, training.watch
@@ -336,3 +330,9 @@ def _inputs(job: Job) -> dict[str, str | None]:
 def _loss_code(name: str) -> str | None:
     """The digest of the code of somebody's own loss; ours are named."""
     return (code_digest(ranking_loss(name)) or None) if ":" in name else None
+
+
+def _preset(config: RRHFConfig) -> dict[str, float | str]:
+    """What the loss's name presets and nobody overruled."""
+    preset = PRESETS.get(config.ranking_loss, {})
+    return {name: value for name, value in preset.items() if getattr(config, name) == value}
