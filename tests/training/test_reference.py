@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import gc
 import json
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from transformers import PreTrainedModel
+from transformers import AutoTokenizer, PreTrainedModel
 
 from oracles.logprobs import record_sums
 from rrhf.common.errors import UserError
@@ -86,6 +87,16 @@ def test_a_reference_with_other_tokens_is_refused(model: ModelSettings, data: Pa
     tiny_tokenizer(eos="<|im_end|>").save_pretrained(other)
     with pytest.raises(UserError, match=r"--reference_model .*other: its tokenizer is not that of the model"):
         with_reference_sums([data], model, config(tmp_path, reference_model=str(other)), tmp_path)
+    # another chat template matters where queries are messages
+    tokenizer = AutoTokenizer.from_pretrained(model.model)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer.save_pretrained(other)
+    rows = [json.loads(line) for line in data.read_text(encoding="utf-8").splitlines()]
+    rows[4]["query"] = [{"role": "user", "content": "Hi"}]
+    tiny.write_rows(tmp_path / "chat.jsonl", rows)
+    for file, refused in ((data, False), (tmp_path / "chat.jsonl", True)):
+        with pytest.raises(UserError, match="its chat template is not that") if refused else nullcontext():
+            with_reference_sums([file], model, config(tmp_path, reference_model=str(other)), tmp_path)
 
 
 def test_the_reference_is_gone_before_the_policy_comes(
@@ -95,7 +106,7 @@ def test_the_reference_is_gone_before_the_policy_comes(
 
     def models() -> int:
         gc.collect()
-        return sum(isinstance(thing, PreTrainedModel) for thing in gc.get_objects())
+        return sum(issubclass(type(thing), PreTrainedModel) for thing in gc.get_objects())
 
     loads, writes = stage._load, module._write
     before = models()

@@ -7,7 +7,7 @@ reference's tokens, the records must bring.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from typing import Any
 
 import torch
@@ -27,23 +27,21 @@ CURES = {
 }
 
 
-def refuse_unmet(loss: str, needed: Collection[str], data: Mapping[str, Any]) -> None:
-    """Refuse a loss that the data do not bring what it needs for.
+def refuse_unmet(loss: str, needed: Collection[str], data: Any, flag: str) -> None:
+    """Refuse a loss that ``data`` does not bring what it needs for.
 
     Records that come while training says what they will have in the data set's ``provides``.
 
     Args:
-        data: what brought them → ``EncodedRecords``, a data set that makes its records while training, or None.
+        data: ``EncodedRecords``, or a data set that makes its records while training.
+        flag: what brought the data.
 
     Raises:
         UserError: something is missing; the message says how to mend it.
     """
-    asked = [name for name in OPTIONAL if name in needed and name not in OF_THE_STEP]
-    for flag, records in data.items():
-        for name in asked if records is not None else ():
-            lacking = _lacking(records, name, flag)
-            if lacking:
-                raise UserError(f"--ranking_loss {loss}: it needs {name}, which {lacking}: {CURES[name]}")
+    for name in OPTIONAL:
+        if name in needed and name not in OF_THE_STEP and (lacking := _lacking(data, name, flag)):
+            raise UserError(f"--ranking_loss {loss}: it needs {name}, which {lacking}: {CURES[name]}")
 
 
 def _lacking(data: Any, name: str, flag: str) -> str:

@@ -13,9 +13,10 @@ those ids. A reference that cuts texts into other tokens is refused.
 from __future__ import annotations
 
 import hashlib
+import json
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -84,7 +85,7 @@ def with_reference_sums(
     files = {file: file if _has(file, column) else _beside(file, column, spare) for file in data}
     missing = {file: place for file, place in files.items() if not place.exists()}
     if missing and settings.model != model.model:
-        _refuse_other_tokens(settings.model, model.model)
+        _refuse_other_tokens(settings.model, model.model, data)
     asked = LogprobModel(
         settings, config.text, max_length=config.max_length, max_tokens_per_forward=config.max_tokens_per_forward
     )
@@ -127,25 +128,33 @@ def _write(file: Path, place: Path, column: str, model: LogprobModel, dtype: str
             raise
 
 
-def _refuse_other_tokens(reference: str, model: str) -> None:
-    """Refuse a reference whose tokens are not the policy's: its sums would be of other ids than training sees."""
+def _refuse_other_tokens(reference: str, model: str, data: Iterable[Path]) -> None:
+    """Refuse a reference that cuts these texts into other tokens than the policy: it would score other ids."""
     from transformers import AutoTokenizer
 
     theirs, ours = (AutoTokenizer.from_pretrained(locate(name).tokenizer) for name in (reference, model))
-    refuse_other_vocabulary(theirs, ours, reference)
+    refuse_other_tokenizer(theirs, ours, reference)
+    chats = any(not isinstance(record.query, str) for file in data for record in _records(file))
+    if chats and theirs.chat_template != ours.chat_template:
+        raise UserError(
+            f"--reference_model {reference}: its chat template is not that of the model that is trained, and queries "
+            "are messages here: it would read other tokens. Give it the model's chat template, or leave it out"
+        )
 
 
-def refuse_other_vocabulary(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, reference: str) -> None:
-    """Refuse a reference whose tokenizer makes other ids than the policy's does.
+def refuse_other_tokenizer(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, reference: str) -> None:
+    """Refuse a reference whose tokenizer makes other ids of a text than the policy's does.
 
     Raises:
-        UserError: vocabularies, end tokens or chat templates differ.
+        UserError: vocabularies, rules or end tokens differ.
     """
 
     def kind(tokenizer: PreTrainedTokenizerBase) -> tuple[Any, ...]:
         backend = getattr(tokenizer, "backend_tokenizer", None)
-        ids = tokenizer.get_vocab() if backend is None else backend.to_str()
-        return ids, tokenizer.eos_token_id, tokenizer.bos_token_id, tokenizer.chat_template
+        rules = tokenizer.get_vocab() if backend is None else json.loads(backend.to_str())
+        for passing in ("padding", "truncation"):  # what the last call left behind
+            rules.pop(passing, None)
+        return rules, tokenizer.eos_token_id, tokenizer.bos_token_id
 
     if kind(theirs) != kind(ours):
         raise UserError(
@@ -186,7 +195,7 @@ def reference_pass(
         same = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
         settings = ModelSettings(config.reference_model, device=str(model.device), dtype=same)
         reference, theirs = load_policy_or_adapter(settings)
-        refuse_other_vocabulary(theirs, tokenizer, config.reference_model)
+        refuse_other_tokenizer(theirs, tokenizer, config.reference_model)
         accept_records(reference)
         yield partial(forward_records, reference, path=usable_path(reference))
         return

@@ -467,7 +467,7 @@ class RRHFTrainer(Trainer):
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not isinstance(data, EncodedRecords):
             data = _encoded(data, self.args, self.processing_class, self.reference_sums)
-            refuse_unmet(self.args.ranking_loss, self.needed, {"the records to evaluate on": data})
+            refuse_unmet(self.args.ranking_loss, self.needed, data, "the records to evaluate on")
         self._fill_reference_sums(data)
         kept, self._sums = self._sums, defaultdict(float)
         model = self.accelerator.unwrap_model(self.model)
@@ -528,6 +528,16 @@ def _refuse_unusable(
     if train is not None and not train.records:
         raise UserError(f"no record is left to train on: {train.summary()}")
     refuse_unmet(loss, needed, {"the data": train, "--eval_data": held_out})
+
+
+def _refuse_unusable(
+    train: EncodedRecords | None, held_out: EncodedRecords | None, loss: str, needed: Collection[str]
+) -> None:
+    if train is not None and not train.records:
+        raise UserError(f"no record is left to train on: {train.summary()}")
+    for data, flag in ((train, "the data"), (held_out, "--eval_data")):
+        if data is not None:
+            refuse_unmet(loss, needed, data, flag)
 
 
 def _use_one_gpu(args: RRHFConfig) -> None:
