@@ -363,7 +363,7 @@ def test_a_reward_that_fails_leaves_what_stood_there(refused: Callable[..., str]
         "def short(prompts, completions):\n    return [1.0]\n"
         "def fails(prompts, completions):\n    return [1 / 0]\n"
     )
-    for name, words in (("nan", "gave nan"), ("short", "1 scores for the 8"), ("fails", "division by zero")):
+    for name, words in (("nan", "gave nan"), ("short", "1 scores for the 2"), ("fails", "division by zero")):
         command = ["score", "--data", "data.jsonl", "--reward", f"bad_rewards:{name}", "--output", "out.jsonl"]
         said = refused(*command, "--overwrite")
         assert f"bad_rewards:{name}" in said and words in said and "q0" in said

@@ -7,6 +7,7 @@ import json
 import math
 import subprocess
 import sys
+import tracemalloc
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -235,6 +236,17 @@ def test_ids_of_many_repeats_stay_linear() -> None:
     ids = Ids()
     names = [ids.claim("a", line) for line in range(20_000)]
     assert names[-1] == "a-20000" and len(set(names)) == 20_000
+
+
+def test_many_ids_are_known_again_in_little_memory() -> None:
+    tracemalloc.start()
+    ids = Ids()
+    assert all(ids.claim(f"id {line}", line) == f"id {line}" for line in range(100_000))
+    held, _ = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert all(ids.first_line(f"id {line}") == line for line in range(0, 100_000, 77))
+    assert ids.first_line("another") is None and ids.claim("id 7", 1) == "id 7-2"
+    assert held < 100_000 * 45  # a dict of them takes 120 bytes each
 
 
 def test_memory_of_reading_does_not_grow_with_the_texts(tmp_path: Path) -> None:

@@ -274,8 +274,10 @@ class PartsFolder:
             for record in records:
                 file.write(record_line(record) + "\n")
         entry = _Entry(checksum_of_file(path), origin, dict(self.counts))
+        is_new = not self.manifest.exists()
         append_line(self.manifest, json.dumps({"step": step, "part": number, **vars(entry)}), sync=True)
-        fsync_folder(self.folder)
+        if is_new:
+            fsync_folder(self.folder)
         self.entries[step, number] = entry
         return entry.sha256
 

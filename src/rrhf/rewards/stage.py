@@ -10,6 +10,7 @@ from pathlib import Path
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError, nearest
 from rrhf.models.load import DTYPES
+from rrhf.models.locate import locate
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import count_records, read_records
 from rrhf.records.parts import in_parts
@@ -134,6 +135,24 @@ def rewards_digests(settings: RewardSettings, context: RewardContext) -> dict[st
     return {f"the code of {reward}": reward_digest(reward, context) for reward in settings.reward}
 
 
+def opened_rewards(settings: RewardSettings, scoring: ScoringSettings, context: RewardContext) -> Rewards:
+    """The rewards that settings ask for, weighted, normalised and shaped; nothing heavy is loaded yet.
+
+    Raises:
+        UserError: a reward or model is unknown, or there are not as many weights or normalisations as rewards.
+    """
+    for model in (scoring.reference_model, scoring.model if scoring.kl_beta else None):
+        if model:
+            locate(model)
+    return Rewards(
+        settings.reward,
+        weights=settings.reward_weights or None,
+        normalisation=scoring.reward_normalisation,
+        shaping=scoring.shaping(context),
+        context=context,
+    )
+
+
 def score_file(
     data: Path,
     output: Path,
@@ -164,14 +183,7 @@ def score_file(
     scoring = scoring or ScoringSettings()
     parts = output.with_name(f"{output.name}.parts")
     context = scoring.context(text, remote, journals=parts, records=data)
-    # An unknown reward or model is refused before any work.
-    rewards = Rewards(
-        settings.reward,
-        weights=settings.reward_weights or None,
-        normalisation=scoring.reward_normalisation,
-        shaping=scoring.shaping(context),
-        context=context,
-    )
+    rewards = opened_rewards(settings, scoring, context)  # an unknown reward or model is refused before any work
     columns = scoring.sums_columns(context)
     combine = combine_all(rewards.combination) if rewards.combination.over_the_data else None
     held = {name: logprob_model(model, context) for name, model in columns.items()}
