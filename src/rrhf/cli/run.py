@@ -11,7 +11,10 @@ from rrhf.cli.parser import PlainParser
 def main(arguments: list[str]) -> int:
     parser = PlainParser("run", __doc__)
     files = parser.add_argument_group("files")
-    files.add_argument("config", help="a YAML file, or the name of a shipped configuration")
+    files.add_argument(
+        "config",
+        help="a YAML file, or the name of a shipped configuration; NAME+ABLATION lays an ablation over it (docs/iterating.md)",
+    )
     files.add_argument("--output", required=True, help="the run folder")
     settings = parser.add_argument_group("settings")
     settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the configuration")
