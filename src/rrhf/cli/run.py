@@ -13,7 +13,7 @@ def main(arguments: list[str]) -> int:
     files = parser.add_argument_group("files")
     files.add_argument(
         "config",
-        help="a YAML file, or the name of a shipped configuration; NAME+ABLATION lays an ablation over it (docs/iterating.md)",
+        help="a YAML file, or the name of a shipped configuration; NAME+ABLATION lays an ablation over it",
     )
     files.add_argument("--output", required=True, help="the run folder")
     settings = parser.add_argument_group("settings")
