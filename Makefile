@@ -92,11 +92,11 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
 
 clean:
-	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-vllm build dist
+	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm build dist
 
 # --- engines: each in an environment of its own, since their requirements do not fit together or with the lock ---------
 
-.PHONY: vllm-env openvino-env test-engines
+.PHONY: vllm-env openvino-env trl-env test-engines
 
 vllm-env: .venv-vllm/.setup
 openvino-env: .venv-openvino/.setup .venv-optimum/.setup
@@ -127,6 +127,18 @@ openvino-env: .venv-openvino/.setup .venv-optimum/.setup
 	.venv-optimum/bin/pip $(PIP_FLAGS) install '$(TORCH)' 'optimum-intel>=2.2,<3' openvino nncf
 	.venv-optimum/bin/pip $(PIP_FLAGS) uninstall -y torchvision
 	touch $@
+
+# TRL reads what `rrhf convert --to trl-…` writes, in tests/long/test_trl.py.
+trl-env: .venv-trl/.setup
+.venv-trl/.setup: Makefile
+	test -x .venv-trl/bin/python || $(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip $(PIP_FLAGS) install '$(TORCH)' 'trl==1.16.*'
+	touch $@
+
+# What TRL's code makes of small numbers, for tests/losses/test_trl.py.
+.PHONY: trl-losses
+trl-losses: trl-env
+	.venv-trl/bin/python tests/oracles/record_trl_losses.py
 
 test-engines: vllm-env openvino-env
 	RRHF_LONG=1 .venv-vllm/bin/python -m pytest -q tests/sampling/sources/test_vllm.py tests/long/test_vllm.py $(ARGS)

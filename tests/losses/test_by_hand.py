@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +12,7 @@ import torch
 
 from rrhf.common.errors import UserError
 from rrhf.losses import (
+    PRESETS,
     RANKING_LOSSES,
     Loss,
     LossSettings,
@@ -198,6 +201,16 @@ def test_a_name_presets_what_was_left_out_and_nothing_else() -> None:
     assert kept(ranking_loss="dpo", sft_weight=1.0) == (1.0, 1.0, "sum", 0.0, 1.0)
     assert kept(ranking_loss="orpo") == (0.1, 1.0, "mean", 0.0, 1.0)
     assert kept(ranking_loss="simpo", margin=0.0) == (1.0, 0.0, "sum", 0.0, 2.0)
+
+
+def test_the_page_has_a_row_for_every_loss() -> None:
+    page = (Path(__file__).parent.parent.parent / "docs" / "losses.md").read_text(encoding="utf-8")
+    table = page.partition("| name |")[2].partition("\n\n")[0]
+    assert re.findall(r"^\| `([a-z-]+)` \|", table, re.M) == list(RANKING_LOSSES)
+    assert set(PRESETS) <= set(RANKING_LOSSES)
+    for name, preset in PRESETS.items():
+        row = next(line for line in table.splitlines() if line.startswith(f"| `{name}` |"))
+        assert ("`--sft_weight` 0" in row or "the same |" in row) is (preset.get("sft_weight") == 0.0)
 
 
 def test_what_a_loss_needs() -> None:

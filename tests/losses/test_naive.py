@@ -65,7 +65,7 @@ def ours(name: str, record: Plain, options: dict[str, Any], ties: str = "none") 
 
 
 @pytest.mark.parametrize("name", LOSSES)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(
     record=records(),
     scale=st.floats(0, 4),
@@ -143,3 +143,13 @@ def test_half_pulls_a_tie_together(name: str) -> None:
     loss, sums, _ = ours(name, record, OPTIONS, ties="half")
     higher, lower = torch.autograd.grad(loss, sums)[0].tolist()
     assert higher > 0 > lower
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_a_step_raises_the_better_one_against_the_worse(name: str) -> None:
+    near = [[-1.1, -1.0], [-0.9, -1.0]]
+    record = Plain([-2.1, -1.9], [2, 2], [1.0, 0.0], [-2.1, -1.9], 0.0, near, near, near)
+    loss, sums, rows = ours(name, record, OPTIONS)
+    of_sums, *of_tokens = torch.autograd.grad(loss, [sums, *rows], materialize_grads=True)
+    better, worse = (float(of_sums[i] + of_tokens[i].sum()) for i in (0, 1))
+    assert better < 0 < worse

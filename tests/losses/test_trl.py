@@ -20,11 +20,13 @@ def pair(i: int, name: str, kl: float | None = None, **options: Any) -> float:
     """The ranking loss of the pair i, chosen before rejected."""
     rows = [CHOSEN["tokens"][i], REJECTED["tokens"][i]]
     return rrhf_loss(
-        torch.tensor([sum(row) for row in rows]), torch.tensor([len(row) for row in rows]), torch.tensor([1.0, 0.0]),
+        torch.tensor([sum(row) for row in rows]),
+        torch.tensor([len(row) for row in rows]),
+        torch.tensor([1.0, 0.0]),
         LossSettings(ranking_loss=name, **options),
         reference_sums=torch.tensor([CHOSEN["reference"][i], REJECTED["reference"][i]]),
         batch_kl=None if kl is None else torch.tensor(kl),
-    ).rank.item()  # fmt: skip
+    ).rank.item()
 
 
 @pytest.mark.parametrize("beta", FOUND["losses"])

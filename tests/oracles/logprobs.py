@@ -22,6 +22,14 @@ def response_sum(model: Any, query: Sequence[int], response: Sequence[int]) -> T
     return total
 
 
+def response_tokens(model: Any, query: Sequence[int], response: Sequence[int]) -> Tensor:
+    """log P(y_t | x, y_<t) of every token, with their graph. Tensor of shape (len(response),)."""
+    ids = [*query, *response]
+    logits = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
+    table = torch.log_softmax(logits if logits.dtype == torch.float64 else logits.float(), dim=-1)
+    return torch.stack([table[t - 1, ids[t]] for t in range(len(query), len(ids))])
+
+
 def record_sums(model: Any, record: EncodedRecord) -> Tensor:
     """The sums of a record's k responses, each from a forward of its own. Tensor of shape (k,)."""
     return torch.stack([response_sum(model, record.query, response) for response in record.responses])

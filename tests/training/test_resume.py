@@ -22,6 +22,7 @@ CASES: dict[str, list[str]] = {
     "one query a forward": ["--max_tokens_per_forward", "80"],
     "slices of a query": ["--max_tokens_per_forward", "30"],
     "dropout": ["--max_tokens_per_forward", "30"],
+    "a reference, slices and the step's KL": ["--max_tokens_per_forward", "30", "--ranking_loss", "kto"],
     "lora with dropout": ["--max_tokens_per_forward", "80", "--peft", "lora", "--lora_dropout", "0.2"],
 }
 

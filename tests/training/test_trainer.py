@@ -667,9 +667,9 @@ def rooted(record, settings):
 def not_a_number(record, settings):
     return rooted(record, settings) * float("nan") if bool((record.scores == 9).any()) else rooted(record, settings)
 
-@needs("reference_sums")
-def against_reference(record, settings):
-    return record.reference_sums.sum()
+@needs("old_token_logprobs")
+def off_policy(record, settings):
+    return record.old_token_logprobs[0].sum()
 """
 
 
@@ -700,10 +700,8 @@ def test_a_gradient_that_is_not_finite_updates_nothing(rooted: Path, budget: int
 
 
 def test_a_loss_that_needs_what_training_does_not_give(rooted: Path) -> None:
-    with pytest.raises(UserError, match="--ranking_loss rooted_losses:against_reference: it needs reference_sums"):
-        trainer_of(
-            tiny_model("llama", VOCABULARY), rooted, toy_records(1), ranking_loss="rooted_losses:against_reference"
-        )
+    with pytest.raises(UserError, match="--ranking_loss rooted_losses:off_policy: it needs old_token_logprobs"):
+        trainer_of(tiny_model("llama", VOCABULARY), rooted, toy_records(1), ranking_loss="rooted_losses:off_policy")
 
 
 @pytest.mark.parametrize("budget", [2048, 200])
@@ -812,14 +810,36 @@ def test_sharded_weights_give_the_gradient_of_one_process(tmp_path: Path) -> Non
     """FSDP2 on two CPU processes; the script asserts that the parameters are sharded."""
     launch(fsdp_pass, tmp_path)
     encoded = encode(fsdp_pass.records())
-    for case, (family, _, shares) in fsdp_pass.CASES.items():
+    for case, (family, budget, shares) in fsdp_pass.CASES.items():
+        found = torch.load(tmp_path / f"{case}.pt", weights_only=True)
+        if case in fsdp_pass.LOSSES:
+            alone = one_process(case, family, budget, tmp_path)
+            for name in ("loss", "eval_loss"):
+                assert float(found.pop(name)) == pytest.approx(float(alone.pop(name)), abs=1e-4)
+            assert_close(found, alone, 1e-5)
+            continue
         records = [encoded[i] for share in shares for i in share]
         loss, expected = naive_gradients(tiny_model(family, VOCABULARY), records, LossSettings())
-        found = torch.load(tmp_path / f"{case}.pt", weights_only=True)
         assert float(found.pop("loss")) == pytest.approx(loss, abs=1e-4), case
         held_out = naive_metrics(tiny_model(family, VOCABULARY), encoded[:1])  # process 1 has no record to evaluate
         assert float(found.pop("eval_loss")) == pytest.approx(held_out["rank_loss"] + held_out["sft_loss"], abs=1e-4)
         assert_close(found, expected, 1e-5)
+
+
+def one_process(case: str, family: str, budget: int, folder: Path) -> dict[str, Tensor]:
+    """What ``fsdp_pass`` saves of a case, from one process whose weights are whole."""
+    gradients = Gradients()
+    rows = fsdp_pass.records()
+    trainer = RRHFTrainer(
+        model=tiny_model(family, VOCABULARY), train_dataset=rows, processing_class=TOKENIZER, callbacks=[gradients],
+        args=config(folder / "one", max_tokens_per_forward=budget, gradient_accumulation_steps=len(rows), max_steps=1,
+                    learning_rate=0.0, **fsdp_pass.LOSSES[case]), reference_sums=fsdp_pass.REFERENCE,
+    )  # fmt: skip
+    trainer.train()
+    (line,) = [line for line in trainer.state.log_history if "rank_loss" in line]
+    assert line["batch_kl"] > 1
+    losses = {"loss": line["loss"], "eval_loss": trainer.evaluate(rows[:1])["eval_loss"]}
+    return {**{name: torch.tensor(value) for name, value in losses.items()}, **gradients.found}
 
 
 def test_a_gradient_that_is_not_finite_stops_all_processes(rooted: Path) -> None:

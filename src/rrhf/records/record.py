@@ -30,6 +30,9 @@ Row = tuple[Any, str, int]  # the parsed row, what errors call its place, its li
 
 FIELDS = ("id", "query", "responses", "sources", "finish", "scores", "rewards")
 FINISH = ("stop", "length")
+# Columns beside the fields that have a list a response: log P(y_t | …) of its tokens, as training sees them, under the
+# policy that drew it and under the reference. Losses over tokens read them (``RRHFTrainer.with_token_logprobs``).
+TOKEN_COLUMNS = ("old_token_logprobs", "reference_token_logprobs")
 REQUIRED = ("query", "responses", "scores")  # a stage that needs one needs those before it
 CURES = {"responses": "run `rrhf sample` first", "scores": "run `rrhf score` first"}
 
@@ -75,6 +78,11 @@ class Record:
         def kept(values: list[Any]) -> list[Any]:
             return [values[index] for index in indices] if values else []
 
+        k = len(self.responses)
+        columns = {
+            n: kept(v) for n, v in self.extra.items() if n in TOKEN_COLUMNS and isinstance(v, list) and len(v) == k
+        }
+
         return replace(
             self,
             responses=kept(self.responses),
@@ -82,6 +90,7 @@ class Record:
             finish=kept(self.finish),
             scores=kept(self.scores),
             rewards={name: kept(values) for name, values in self.rewards.items()} if indices else {},
+            extra={**self.extra, **columns},
         )
 
     def with_responses(

@@ -211,6 +211,8 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         ("equal scores", _ties(str(settings.get("ties", "none")))),
         ("cross-entropy", SFT.get(str(settings.get("sft_reduction")), settings.get("sft_reduction"))),
         ("SFT weight", settings.get("sft_weight")),
+        ("reference", settings.get("reference_sums")),
+        ("β", settings.get("dpo_beta") if settings.get("reference_sums") else None),
         ("p_i", f"log-probability / length^{settings.get('length_exponent', 1.0):g} (Eq. 1)"),
         ("numbers of the released code", "yes" if settings.get("released_compat") else None),
         ("learning rate", settings.get("learning_rate")),

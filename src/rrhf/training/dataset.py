@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from rrhf.common.errors import UserError
 from rrhf.common.scores import score_levels
 from rrhf.models.tokenization import EncodedRecord, TextFormat
-from rrhf.records.record import Record, record_from_row
+from rrhf.records.record import TOKEN_COLUMNS, Record, record_from_row
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,6 @@ class TrainingRecord(EncodedRecord):
     reference_sums: Sequence[float] | None = None
     old_token_logprobs: Sequence[Sequence[float]] | None = None
     reference_token_logprobs: Sequence[Sequence[float]] | None = None
-
-
-# Columns of records (``Record.extra``), for losses over tokens: a list of ‖y_i‖ numbers a response, for the token ids
-# that training sees. ``RRHFTrainer.with_token_logprobs`` writes them.
-TOKEN_COLUMNS = ("old_token_logprobs", "reference_token_logprobs")
 
 
 class EncodedRecords(Dataset):

@@ -15,7 +15,8 @@ from torch import Tensor
 
 from rrhf.common.errors import UserError
 from rrhf.losses import OPTIONAL
-from rrhf.training.dataset import TOKEN_COLUMNS, EncodedRecords, TrainingRecord
+from rrhf.records.record import TOKEN_COLUMNS
+from rrhf.training.dataset import EncodedRecords, TrainingRecord
 
 OF_THE_STEP = ("token_logprobs", "batch_kl")
 CURES = {
@@ -29,7 +30,7 @@ CURES = {
 def refuse_unmet(loss: str, needed: Collection[str], data: Any, flag: str) -> None:
     """Refuse a loss that ``data`` does not bring what it needs for.
 
-    Records that come while training says what they will have in ``data.provides``.
+    Records that come while training says what they will have in the data set's ``provides``.
 
     Args:
         data: ``EncodedRecords``, or a data set that makes its records while training.
@@ -39,18 +40,16 @@ def refuse_unmet(loss: str, needed: Collection[str], data: Any, flag: str) -> No
         UserError: something is missing; the message says how to mend it.
     """
     for name in OPTIONAL:
-        if name not in needed or name in OF_THE_STEP:
-            continue
-        if isinstance(data, EncodedRecords):
-            lacking = [record.id for record in data.records if getattr(record, name) is None]
-            if name == "reference_sums" or not lacking:
-                continue
-            where = f"record {lacking[0]!r} of {flag} does not have"
-        elif name in getattr(data, "provides", ()):
-            continue
-        else:
-            where = f"{flag} does not have"
-        raise UserError(f"--ranking_loss {loss}: it needs {name}, which {where}: {CURES[name]}")
+        if name in needed and name not in OF_THE_STEP and (lacking := _lacking(data, name, flag)):
+            raise UserError(f"--ranking_loss {loss}: it needs {name}, which {lacking}: {CURES[name]}")
+
+
+def _lacking(data: Any, name: str, flag: str) -> str:
+    """Where ``name`` is missing, in words; empty where it is not, or will be made."""
+    if not isinstance(data, EncodedRecords):
+        return "" if name in getattr(data, "provides", ()) else f"{flag} does not have"
+    lacking = [record.id for record in data.records if getattr(record, name) is None]
+    return f"record {lacking[0]!r} of {flag} does not have" if lacking and name != "reference_sums" else ""
 
 
 def optional_tensors(

@@ -22,6 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather_object
 
 from rrhf.common.errors import UserError
@@ -182,7 +183,8 @@ def reference_pass(
         UserError: the reference cannot be loaded, or has another tokenizer.
     """
     if config.reference_model is not None:
-        settings = ModelSettings(config.reference_model, device=str(model.device))
+        same = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
+        settings = ModelSettings(config.reference_model, device=str(model.device), dtype=same)
         reference, theirs = load_policy_or_adapter(settings)
         refuse_other_vocabulary(theirs, tokenizer, config.reference_model)
         accept_records(reference)

@@ -19,7 +19,7 @@ from rrhf.common.files import write_text
 from rrhf.common.imports import code_digest
 from rrhf.common.launch import warn_of_whole_weights
 from rrhf.common.settings import refuse_other_settings
-from rrhf.losses import ranking_loss
+from rrhf.losses import PRESETS, ranking_loss
 from rrhf.models.adapters import (
     AdapterSettings,
     load_policy_or_adapter,
@@ -220,6 +220,9 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
         f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, "
         f"{config.max_tokens_per_forward} tokens a forward, {config.world_size} process(es)"
     )
+    taken = [f"--{name} {value}" for name, value in _preset(config).items()]
+    if taken:
+        log.info(f"train: {config.ranking_loss} as in its paper: {', '.join(taken)} (docs/losses.md)")
     warn_of_whole_weights(str(trainer.accelerator.distributed_type))
     if job.merges and trainer.is_fsdp_enabled:
         raise UserError("an adapter cannot be merged into sharded weights: give --merge_adapter false")
@@ -352,3 +355,9 @@ def _inputs(job: Job) -> dict[str, str | None]:
 def _loss_code(name: str) -> str | None:
     """The digest of the code of somebody's own loss; ours are named."""
     return (code_digest(ranking_loss(name)) or None) if ":" in name else None
+
+
+def _preset(config: RRHFConfig) -> dict[str, float | str]:
+    """What the loss's name presets and nobody overruled."""
+    preset = PRESETS.get(config.ranking_loss, {})
+    return {name: value for name, value in preset.items() if getattr(config, name) == value}

@@ -314,7 +314,7 @@ class RRHFTrainer(Trainer):
         reference = [value for record in records for value in record.reference_sums or ()]
         total = float(torch.cat([*sums, torch.zeros(0)]).double().sum()) - math.fsum(reference)
         ratios, responses = self._over_processes(total, len(reference)).sum(0).tolist()
-        return torch.tensor(max(0.0, ratios / max(responses, 1)))
+        return torch.tensor(max(0.0, ratios / max(responses, 1)), dtype=torch.float64)
 
     def _gradients_shared(self, model: nn.Module, last: bool) -> contextlib.AbstractContextManager[Any]:
         """Hold the exchange of gradients back until the step's last forward: one exchange of whole gradients (DDP).
@@ -468,8 +468,7 @@ class RRHFTrainer(Trainer):
         """The losses and ranking metrics on held-out records, without generation."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         if not isinstance(data, EncodedRecords):
-            format = TextFormat(self.processing_class, self.args.text)
-            data = EncodedRecords(data, format, self.args.max_length, reference_sums=self.reference_sums)
+            data = _encoded(data, self.args, self.processing_class, self.reference_sums)
             refuse_unmet(self.args.ranking_loss, self.needed, data, "the records to evaluate on")
         self._fill_reference_sums(data)
         kept, self._sums = self._sums, defaultdict(float)

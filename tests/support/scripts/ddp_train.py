@@ -18,6 +18,7 @@ from support.models import tiny_model, tiny_tokenizer, toy_records
 CASES: dict[str, tuple[str, dict[str, Any]]] = {
     "one-pass": ("llama-tied", {"max_tokens_per_forward": 512}),
     "two-pass": ("llama", {"max_tokens_per_forward": 24}),
+    "reference": ("llama", {"max_tokens_per_forward": 24, "ranking_loss": "kto", "sft_weight": 0.1}),
     "padded": ("bloom", {"max_tokens_per_forward": 60}),
 }
 

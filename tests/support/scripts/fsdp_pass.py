@@ -20,11 +20,17 @@ CASES: dict[str, tuple[str, int, tuple[list[int], list[int]]]] = {
     "tree": ("llama", 512, ([0, 1, 2], [3, 4])),
     "two-pass": ("llama-tied", 24, ([0, 1, 2, 3], [4])),
     "idle": ("llama", 24, ([0, 1, 2], [])),
+    "kto": ("llama", 24, ([0, 1, 2, 3], [4])),  # a pass over the whole step comes first
 }
+REFERENCE = "logprob-sum:made up"
+LOSSES: dict[str, dict[str, Any]] = {"kto": {"ranking_loss": "kto", "dpo_beta": 0.02, "sft_weight": 0.5}}
 
 
 def records() -> list[Any]:
-    return toy_records(5, seed=5, responses=(3, 5))
+    made = toy_records(5, seed=5, responses=(3, 5))
+    for record in made:
+        record.rewards[REFERENCE] = [-6.0 * len(text) - 10 for text in record.responses]  # of a worse model
+    return made
 
 
 def as_under_accelerate(trainer: Any) -> None:
@@ -67,10 +73,13 @@ def main(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     for case, (family, budget, shares) in CASES.items():
         args = RRHFConfig(
-            output_dir=str(folder), bf16=False, report_to="none", max_tokens_per_forward=budget, ddp_timeout=120
-        )
+            output_dir=str(folder), bf16=False, report_to="none", max_tokens_per_forward=budget, ddp_timeout=120,
+            **LOSSES.get(case, {}),
+        )  # fmt: skip
         model: Any = tiny_model(family, len(tokenizer))
-        trainer = RRHFTrainer(model=model, args=args, train_dataset=records(), processing_class=tokenizer)
+        trainer = RRHFTrainer(
+            model=model, args=args, train_dataset=records(), processing_class=tokenizer, reference_sums=REFERENCE
+        )
         assert trainer.path == "tree"
         mesh = init_device_mesh("cpu", (2,))
         for layer in model.model.layers:
