@@ -90,6 +90,7 @@ lock: .venv-lock/bin/uv
 bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
+	$(BIN)/python benchmarks/scoring.py
 
 clean:
 	rm -rf $(VENV) .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm build dist

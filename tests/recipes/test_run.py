@@ -419,3 +419,15 @@ def test_single_commands_over_parquet(undisturbed: Path, model: Path, tmp_path: 
 
 def flags(settings: dict[str, Any]) -> list[str]:
     return [f"--{name}={value}" for name, value in settings.items()]
+
+
+def test_what_rewards_need_are_keys_of_the_score_section(model: Path, tmp_path: Path) -> None:
+    values = tiny.config(model)
+    values["score"] |= {"reference_model": "ρ", "kl_beta": 0.1, "reward_normalisation": ["query"], "concurrency": 2}
+    config = parse_config({**values, "seed": 3, "dtype": "float32"}, tmp_path)
+    assert (config.scoring.model, config.scoring.reference_model, config.scoring.kl_beta) == (str(model), "ρ", 0.1)
+    assert (config.scoring.seed, config.scoring.dtype, config.score_remote.concurrency) == (3, "float32", 2)
+    assert config.scoring.reward_normalisation == ["query"] and config.evaluate_remote.concurrency != 2
+    wrong = {**values, "score": {**values["score"], "kl_bta": 1}}
+    with pytest.raises(UserError, match=r"score\.kl_bta: unknown key.*kl_beta"):
+        parse_config(wrong, tmp_path)

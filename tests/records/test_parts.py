@@ -29,7 +29,7 @@ SETTINGS = {"policy": "top-p", "seed": 1}
 STEPS = {  # the functions whose every line is a moment to die at
     parts.__file__: None,
     files.__file__: None,
-    record_files.__file__: {"write_records", "_write_lines", "_write_jsonl", "_write_jsonl_gz"},
+    record_files.__file__: {"write_records", "join_records", "_write_lines", "_write_jsonl", "_write_jsonl_gz"},
     parquet.__file__: {"write_parquet"},
 }
 

@@ -11,7 +11,7 @@ from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
 from rrhf.rewards.kl import Shaping, adapted_beta, kl_shaped, log_ratios
 from rrhf.rewards.scoring import Rewards
-from rrhf.rewards.stage import RewardSettings, ScoringSettings, score_file
+from rrhf.rewards.stage import RewardSettings, ScoringSettings, opened_rewards, score_file
 from support.logprobs import flat, naive, records
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -97,3 +97,17 @@ def test_scores_are_shaped_and_every_sum_is_kept_and_computed_once(
 def test_unfit_settings_are_refused_together(options: dict[str, object], message: str) -> None:
     with pytest.raises(UserError, match=message):
         ScoringSettings(**options)  # type: ignore[arg-type]
+
+
+def test_what_does_not_fit_is_found_before_a_run_begins(rho: Path, tmp_path: Path) -> None:
+    """By ``opened_rewards``, which `rrhf run` calls before it samples."""
+    settings = RewardSettings([LENGTH])
+    for options, message in (
+        ({"reference_model": str(tmp_path / "no" / "model")}, "no such folder"),
+        ({"reward_normalisation": ["query", "query"]}, "give one, or one each"),
+    ):
+        scoring = ScoringSettings(**options)  # type: ignore[arg-type]
+        with pytest.raises(UserError, match=message):
+            opened_rewards(settings, scoring, scoring.context())
+    scoring = ScoringSettings(model=str(rho), reference_model=str(rho), kl_beta=1.0)
+    assert opened_rewards(settings, scoring, scoring.context()).combination.shaping is not None

@@ -275,11 +275,11 @@ def test_an_unknown_reward_is_refused_before_anything_is_read(module: ModuleType
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("my_rewards:short", r"returned 1 scores for the 3 responses of records one, two"),
+        ("my_rewards:short", r"returned 1 scores for the 2 responses of record one:"),
         ("my_rewards:nan", r"'my_rewards:nan' gave nan for response 1 of record 'one'"),
         ("my_rewards:text", r"gave 'good' for response 0 of record 'one'"),
         ("my_rewards:vectors", r"for response 0 of record 'one'"),
-        ("my_rewards:one", r"returned float for records one, two: it must return a list"),
+        ("my_rewards:one", r"returned float for record one: it must return a list"),
     ],
 )
 def test_what_is_no_score_names_record_and_reward(module: ModuleType, name: str, message: str) -> None:
@@ -288,9 +288,33 @@ def test_what_is_no_score_names_record_and_reward(module: ModuleType, name: str,
 
 
 def test_an_exception_in_the_function_is_told_with_its_place_and_chained(module: ModuleType) -> None:
-    with pytest.raises(UserError, match=r"failed on records one, two: ZeroDivisionError.*in helper.*line") as caught:
+    with pytest.raises(UserError, match=r"failed on record one: ZeroDivisionError.*in helper.*line") as caught:
         rewards_of("my_rewards:broken")
     assert isinstance(caught.value.__cause__, ZeroDivisionError)
+
+
+def test_of_many_records_the_one_at_fault_is_named() -> None:
+    calls: list[int] = []
+
+    def fails_on_37(prompts: list[str], completions: list[str]) -> list[float]:
+        calls.append(len(completions))
+        if "q37" in prompts:
+            raise ValueError("what is this?")
+        return [0.0] * len(completions)
+
+    given = [Record(query=f"q{i}", responses=["a", "b"], id=f"r{i}") for i in range(64)]
+    with pytest.raises(UserError, match=r"failed on record r37: ValueError: what is this\?"):
+        list(score_records(given, [fails_on_37]))
+    assert sum(calls) <= 3 * 128  # by halves
+
+
+def test_records_that_fail_together_only_are_named_together() -> None:
+    def at_most_one_record(prompts: list[str], completions: list[str]) -> list[float]:
+        return [0.0] * min(len(completions), 2)
+
+    given = [Record(query=f"q{i}", responses=["a", "b"], id=f"r{i}") for i in range(2)]
+    with pytest.raises(UserError, match=r"returned 2 scores for the 4 responses of records r0, r1:"):
+        list(score_records(given, [at_most_one_record]))
 
 
 @pytest.mark.parametrize(

@@ -32,14 +32,15 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
     from rrhf.recipes.run_folder import RunFolder
     from rrhf.report.terminal import format_evaluation, format_examples, format_timings
     from rrhf.rewards.scoring import score_records
+    from rrhf.rewards.stage import opened_rewards
     from rrhf.training.callbacks import Stopped
 
     run = RunFolder(output)
     values = override(read_config(config), overrides)
     settings = parse_config(values, run.model)
-    context = settings.scoring.context(settings.text)
-    for rewards in (settings.score, settings.evaluate_rewards):  # an unknown reward is refused before any work
-        score_records([], rewards.reward, weights=rewards.reward_weights or None, context=context)
+    context = settings.scoring.context(settings.text)  # an unknown reward or model is refused before any work
+    opened_rewards(settings.score, settings.scoring, context)
+    score_records([], settings.evaluate_rewards.reward, context=context)
     run.remember_config(values)
     set_up_logging(run.log)
     try:

@@ -96,6 +96,7 @@ def evaluate_models(
     settings: EvaluationSettings,
     *,
     context: RewardContext | None = None,
+    more: dict[str, Any] | None = None,
     overwrite: bool = False,
     policies: PolicyCache | None = None,
 ) -> dict[str, Any]:
@@ -106,6 +107,7 @@ def evaluate_models(
 
     Args:
         context: what the rewards need beside their names; see ``reward_context``.
+        more: what else stands in ``output``.
 
     Raises:
         UserError: a model, a reward or a prompt is not usable; the perplexity model's context is too short.
@@ -141,7 +143,12 @@ def evaluate_models(
     for name in models:
         if queries_cut := result[name]["perplexity_queries_cut"]:
             log.info(f"perplexity of {name}: {queries_cut} queries were cut from the left to the context of {judge}")
+    result |= more or {}
+    _write(output, result, rows)
+    return result
+
+
+def _write(output: Path, result: dict[str, Any], rows: list[dict[str, Any]]) -> None:
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
     write_text(output.with_name(result["generations"]), lines)
     write_text(output, json.dumps(result, indent=2, ensure_ascii=False) + "\n")
-    return result

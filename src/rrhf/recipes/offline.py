@@ -150,7 +150,7 @@ def score_stage(at: Pass, data: Path | None = None) -> Stage:
     return Stage(
         "score",
         at.run.scored,
-        lambda: {**_files(responses), **_scored(config)},
+        lambda: {**_files(responses), **_scored(config, responses)},
         lambda: _score(at, responses),
     )
 
@@ -161,7 +161,7 @@ def train_stage(at: Pass, data: Path | None = None, online: Online | None = None
     return Stage(
         "train",
         at.run.model,
-        lambda: {**_files(scored), model: model_digest(model), **(_scored(at.config) if online else {})},
+        lambda: {**_files(scored), model: model_digest(model), **(_scored(at.config, scored) if online else {})},
         lambda: _train(at, scored, online),
     )
 
@@ -238,9 +238,9 @@ def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
     )
 
 
-def _scored(config: RunConfig) -> dict[str, str]:
+def _scored(config: RunConfig, responses: Path) -> dict[str, str]:
     """The digests of the rewards, and of the models whose log-probabilities shape their scores."""
-    context = config.scoring.context(config.text, config.score_remote)
+    context = config.scoring.context(config.text, config.score_remote, records=responses)
     columns = {model: name for name, model in config.scoring.sums_columns(context).items()}
     return {**rewards_digests(config.score, context), **columns}
 

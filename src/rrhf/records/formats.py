@@ -20,6 +20,7 @@ from typing import Any
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import load_function
 from rrhf.records.files import READERS, Ids, file_suffix, read_records, read_rows, require_file, text_lines
+from rrhf.records.foreign.rewardbench import rewardbench
 from rrhf.records.record import FIELDS, Message, Query, Record, Row, RowError, plain, record_from_row
 
 ForeignRow = dict[str, Any]
@@ -222,6 +223,7 @@ FORMATS: dict[str, Format] = {
     "hh-chat": hh_chat,
     "static": static,
     "preference": preference,
+    "rewardbench": rewardbench,
     "alpaca": alpaca,
     "alpacafarm": alpacafarm,
     "vicuna": vicuna,
@@ -235,6 +237,7 @@ GUESSES: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"instruction", "outputs"}), "alpacafarm"),
     (frozenset({"instruction", "output"}), "alpaca"),
     (frozenset({"turns"}), "vicuna"),
+    (frozenset({"prompt", "chosen", "rejected", "subset"}), "rewardbench"),
     (frozenset({"prompt", "response", "chosen", "rejected"}), "static"),
     (frozenset({"prompt", "chosen", "rejected"}), "preference"),
     (frozenset({"chosen", "rejected"}), "preference"),

@@ -29,7 +29,7 @@ from rrhf.common.files import append_line, fsync_folder, refuse_existing, replac
 from rrhf.common.launch import rank_and_world
 from rrhf.common.settings import refuse_other_settings
 from rrhf.records.checksums import checksum_of_file
-from rrhf.records.files import read_records, write_records
+from rrhf.records.files import join_records, read_records, write_records
 from rrhf.records.record import Record, record_line
 
 log = logging.getLogger("rrhf")
@@ -274,8 +274,10 @@ class PartsFolder:
             for record in records:
                 file.write(record_line(record) + "\n")
         entry = _Entry(checksum_of_file(path), origin, dict(self.counts))
+        is_new = not self.manifest.exists()
         append_line(self.manifest, json.dumps({"step": step, "part": number, **vars(entry)}), sync=True)
-        fsync_folder(self.folder)
+        if is_new:
+            fsync_folder(self.folder)
         self.entries[step, number] = entry
         return entry.sha256
 
@@ -304,8 +306,11 @@ class PartsFolder:
             log.info(f"{missing} parts were not finished by the process that began them: they are done here")
             fcntl.flock(self.lock, fcntl.LOCK_SH)
             return False
-        results = partial(self._records, len(origins))
-        write_records(self.output, finish(results) if finish else results(), overwrite=True)
+        if finish is None:
+            last = (self.part(self.steps - 1, number) for number in range(len(origins)))
+            join_records(self.output, last, overwrite=True)
+        else:
+            write_records(self.output, finish(partial(self._records, len(origins))), overwrite=True)
         counted = [self.entries[step, number].counts for step in range(self.steps) for number in range(len(origins))]
         self._total(counted)
         self.lock.write(json.dumps([self.counts]))  # for those who wait with the file open

@@ -33,6 +33,7 @@ FINISH = ("stop", "length")
 # Columns beside the fields that have a list a response: log P(y_t | …) of its tokens, as training sees them, under the
 # policy that drew it and under the reference. Losses over tokens read them (``RRHFTrainer.with_token_logprobs``).
 TOKEN_COLUMNS = ("old_token_logprobs", "reference_token_logprobs")
+ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 REQUIRED = ("query", "responses", "scores")  # a stage that needs one needs those before it
 CURES = {"responses": "run `rrhf sample` first", "scores": "run `rrhf score` first"}
 
@@ -248,6 +249,8 @@ def _scores(value: Any, name: str, k: int, where: str) -> list[float | None]:
 
 
 def _number(value: Any, name: str, where: str) -> float:
+    if type(value) is float and math.isfinite(value):  # nearly all are
+        return value
     cure = "a score is a finite number, or null for a response that was not scored"
     if isinstance(value, bool) or not isinstance(value, numbers.Real):
         raise RowError(where, f"{name} is {_kind_name(value)}", cure)
@@ -300,7 +303,7 @@ def record_line(record: Record) -> str:
     """
     row = record_to_row(record)
     try:
-        line = json.dumps(row, ensure_ascii=False, allow_nan=False)
+        line = ENCODER.encode(row)
         line.encode("utf-8")  # refuses half a surrogate pair here, with the record's name
     except (ValueError, TypeError) as error:
         column = next((name for name, value in row.items() if not writable(value)), "?")

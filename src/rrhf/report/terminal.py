@@ -19,6 +19,33 @@ def format_evaluation(evaluation: Mapping[str, Any]) -> str:
     return f"{table}\n{n} held-out prompts; {under}; seed {evaluation['seed']}"
 
 
+def format_accuracies(accuracies: Mapping[str, Any]) -> str:
+    """What ``evaluate_pairs`` gives, as an aligned table: a row a judge, and one for each of its subsets."""
+    rows = []
+    for judge, block in accuracies.items():
+        if judge not in ("file", "gain"):
+            name = MODELS.get(judge, short_name(judge))
+            rows += [_accuracy(name, block), *(_accuracy(f"  {s}", b) for s, b in block.get("subsets", {}).items())]
+    table = text_table(["judge", "records", "ties", "pairs", "best", "every"], rows)
+    legend = (
+        "pairs: the better response scores higher, ties 1/2; best: one of the best scores highest; every: each of the\n"
+        "best scores above all others. Per cent of records, in brackets 95 % bootstrap intervals over them."
+    )
+    lines = [table, legend]
+    if accuracies.get("gain"):
+        lines.append(f"π − ρ, pairs: {_interval(accuracies['gain'])} points")
+    return "\n".join(lines)
+
+
+def _accuracy(name: str, block: Mapping[str, Any]) -> list[str]:
+    shares = [_interval(block[key]) if key in block else "–" for key in ("accuracy", "best", "every")]
+    return [name, str(block["n"]), str(block.get("ties", 0)), *shares]
+
+
+def _interval(block: Mapping[str, float]) -> str:
+    return f"{100 * block['mean']:.1f} [{100 * block['low']:.1f}, {100 * block['high']:.1f}]"
+
+
 def format_timings(timings: Mapping[str, float]) -> str:
     """Minutes a stage, in one line."""
     known = [name for name in STAGES if name in timings]

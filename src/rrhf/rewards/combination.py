@@ -43,7 +43,10 @@ class Combination:
         if not record.responses:
             return replace(record, scores=[])
         columns = [self._column(record, name, method, moments or {}) for name, method in self._methods]
-        scores = [_weighted_sum(values, self.weights) for values in zip(*columns, strict=True)]
+        if len(columns) == 1:
+            scores = [None if value is None else self.weights[0] * value for value in columns[0]]
+        else:
+            scores = [_weighted_sum(values, self.weights) for values in zip(*columns, strict=True)]
         return replace(record, scores=self.shaping.shaped(record, scores) if self.shaping else scores)
 
     @property

@@ -9,7 +9,7 @@ import math
 import numbers
 import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 from rrhf.common.errors import UserError
 from rrhf.common.imports import last_line, load_function
@@ -39,32 +39,59 @@ def function_scorer(function: RewardFunction, name: str) -> Scorer:
     """
     wanted, takes_all = _parameters(function)
 
-    def scores(items: Sequence[Item]) -> list[float | None]:
-        if not items:
-            return []
+    def columns(items: Sequence[Item]) -> dict[str, list[Any]]:
         names = dict.fromkeys(column for record, _ in items for column in record.extra)
-        columns = {
+        given = {
             column: [record.extra.get(column) for record, _ in items]
             for column in names
             if (takes_all or column in wanted) and column not in ("prompts", "completions")
         }
-        missing = [column for column, required in wanted.items() if required and column not in columns]
+        missing = [column for column, required in wanted.items() if required and column not in given]
         if missing:
             raise UserError(
                 f"reward {name!r} asks for the column {missing[0]!r}, which the records lack "
                 f"(unknown columns there: {', '.join(names) or 'none'}): add it, or give the parameter a default"
             )
+        return given
+
+    def call(items: Sequence[Item]) -> list[float | None]:
         prompts = [record.query for record, _ in items]
         completions = [_completion(record, index) for record, index in items]
+        given = columns(items)
         try:
-            values = _wait(function(prompts=prompts, completions=completions, **columns))
+            values = _wait(function(prompts=prompts, completions=completions, **given))
         except UserError:
             raise
         except Exception as error:
-            raise UserError(f"reward {name!r} failed on {_ids(items)}: {last_line(error)}") from error
+            raise _FailedError(f"reward {name!r} failed on {_ids(items)}: {last_line(error)}") from error
         return _checked(values, items, name)
 
+    def scores(items: Sequence[Item]) -> list[float | None]:
+        if not items:
+            return []
+        try:
+            return call(items)
+        except _FailedError as error:
+            _narrow(call, items, error)
+
     return scores
+
+
+class _FailedError(UserError):
+    """A function failed on its responses as a whole, so that it is not known which record is at fault."""
+
+
+def _narrow(call: Scorer, items: Sequence[Item], error: _FailedError) -> NoReturn:
+    """Raise the error of the one record at fault, found by halves; the error given where each half does well alone."""
+    records = list(dict.fromkeys(id(record) for record, _ in items))
+    half = set(records[: len(records) // 2])
+    if half:
+        for part in ([item for item in items if (id(item[0]) in half) is first] for first in (True, False)):
+            try:
+                call(part)
+            except _FailedError as narrower:
+                _narrow(call, part, narrower)
+    raise error
 
 
 def _parameters(function: RewardFunction) -> tuple[dict[str, bool], bool]:
@@ -118,9 +145,9 @@ def _checked(values: Any, items: Sequence[Item], name: str) -> list[float | None
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
-        raise UserError(f"reward {name!r} returned {type(values).__name__} for {_ids(items)}: it must return a list")
+        raise _FailedError(f"reward {name!r} returned {type(values).__name__} for {_ids(items)}: it must return a list")
     if len(values) != len(items):
-        raise UserError(
+        raise _FailedError(
             f"reward {name!r} returned {len(values)} scores for the {len(items)} responses of {_ids(items)}: "
             "it must return one a completion"
         )
@@ -128,8 +155,8 @@ def _checked(values: Any, items: Sequence[Item], name: str) -> list[float | None
 
 
 def _score(value: Any, record: Record, index: int, name: str) -> float | None:
-    if value is None:
-        return None
+    if value is None or (type(value) is float and math.isfinite(value)):  # nearly all are
+        return value
     if hasattr(value, "item"):  # numpy's and torch's scalars; what holds more numbers than one is reported below
         with contextlib.suppress(RuntimeError, ValueError):
             value = value.item()

@@ -28,6 +28,7 @@ class RewardContext:
         remote: how servers are asked, and what they may cost.
         journals: the folder where answers that were paid for are kept; None: nowhere.
         seed: of what a reward draws, such as the order in which a judge reads responses.
+        records: the file of the records that are scored, for rewards that are joined to them; None: not known.
     """
 
     device: str = "auto"
@@ -39,6 +40,7 @@ class RewardContext:
     remote: EndpointLimits = field(default_factory=EndpointLimits)
     journals: Path | None = None
     seed: int = 0
+    records: Path | None = None
 
 
 class RewardKind(NamedTuple):

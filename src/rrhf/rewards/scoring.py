@@ -30,6 +30,7 @@ __all__ = [
     "is_provided",
     "load_reward",
     "make_scorer",
+    "may_hold_a_model",
     "opened",
     "reward_digest",
     "reward_name",
@@ -61,27 +62,39 @@ def make_scorer(reward: str | RewardFunction, context: RewardContext | None = No
     """
     if not isinstance(reward, str):
         return function_scorer(reward, reward_name(reward))
-    kind, colon, argument = reward.partition(":")
-    if kind in REWARDS:
-        return REWARDS[kind].make(argument, context or RewardContext())
-    if not colon or not argument:
+    kind, argument = _kind(reward)
+    if kind is not None:
+        return kind.make(argument, context or RewardContext())
+    if not reward.partition(":")[2]:
         raise UserError(f"reward {reward!r} has an unknown form: {nearest(reward, FORMS)}")
     return function_scorer(load_reward(reward), reward)
 
 
+def _kind(reward: str) -> tuple[RewardKind | None, str]:
+    """The kind of a reward and what its name says beside it; None for ``pkg.module:function`` and what is unknown."""
+    name, _, argument = reward.partition(":")
+    return REWARDS.get(name), argument
+
+
 def is_provided(reward: str | RewardFunction) -> bool:
     """Whether a reward reads scores that stand in the records, and so has none for new texts."""
-    kind = REWARDS.get(reward.partition(":")[0]) if isinstance(reward, str) else None
+    kind = _kind(reward)[0] if isinstance(reward, str) else None
     return kind is not None and not kind.judges_new
+
+
+def may_hold_a_model(reward: str) -> bool:
+    """Whether a reward may hold a model or a server: none that is a function does, or reads what records bring."""
+    kind = _kind(reward)[0]
+    return kind is not None and kind.judges_new
 
 
 def reward_digest(reward: str | RewardFunction, context: RewardContext | None = None) -> str:
     """A digest of what a reward's scores depend on; ``""`` for what records hold already and what nobody knows."""
     if not isinstance(reward, str):
         return code_digest(reward)
-    name, _, argument = reward.partition(":")
-    if name in REWARDS:
-        return REWARDS[name].digest(argument, context or RewardContext())
+    kind, argument = _kind(reward)
+    if kind is not None:
+        return kind.digest(argument, context or RewardContext())
     return code_digest(load_reward(reward))
 
 

@@ -3,27 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError, nearest
 from rrhf.models.load import DTYPES
+from rrhf.models.locate import locate
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import count_records, read_records
 from rrhf.records.parts import in_parts
-from rrhf.records.parts_folder import Finish, Work
-from rrhf.records.record import Record, Require
-from rrhf.rewards.combination import Combination
+from rrhf.records.record import Require
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.kl import Shaping
-from rrhf.rewards.logprob import LogprobModel, fill_sums, logprob_model, reference_sums_name
-from rrhf.rewards.normalise import NORMALISATIONS, data_moments
-from rrhf.rewards.scoring import FORMS, Rewards, reward_digest
+from rrhf.rewards.logprob import logprob_model, reference_sums_name
+from rrhf.rewards.normalise import NORMALISATIONS
+from rrhf.rewards.scoring import FORMS, Rewards, may_hold_a_model, reward_digest
+from rrhf.rewards.steps import Holder, combine_all, release, rewards_work, sums_work
 
 SCORING_PART = 512  # records in a part
-SORTED_TOGETHER = 64  # records whose responses are sorted by length into forward passes
 
 
 @dataclass(frozen=True)
@@ -93,7 +92,12 @@ class ScoringSettings:
         return faults
 
     def context(
-        self, text: TextSettings | None = None, remote: EndpointLimits | None = None, journals: Path | None = None
+        self,
+        text: TextSettings | None = None,
+        remote: EndpointLimits | None = None,
+        *,
+        journals: Path | None = None,
+        records: Path | None = None,
     ) -> RewardContext:
         """What rewards are given; see ``RewardContext``."""
         return RewardContext(
@@ -106,6 +110,7 @@ class ScoringSettings:
             remote=remote or EndpointLimits(),
             journals=journals,
             seed=self.seed,
+            records=records,
         )
 
     def shaping(self, context: RewardContext) -> Shaping | None:
@@ -130,6 +135,24 @@ def rewards_digests(settings: RewardSettings, context: RewardContext) -> dict[st
     return {f"the code of {reward}": reward_digest(reward, context) for reward in settings.reward}
 
 
+def opened_rewards(settings: RewardSettings, scoring: ScoringSettings, context: RewardContext) -> Rewards:
+    """The rewards that settings ask for, weighted, normalised and shaped; nothing heavy is loaded yet.
+
+    Raises:
+        UserError: a reward or model is unknown, or there are not as many weights or normalisations as rewards.
+    """
+    for model in (scoring.reference_model, scoring.model if scoring.kl_beta else None):
+        if model:
+            locate(model)
+    return Rewards(
+        settings.reward,
+        weights=settings.reward_weights or None,
+        normalisation=scoring.reward_normalisation,
+        shaping=scoring.shaping(context),
+        context=context,
+    )
+
+
 def score_file(
     data: Path,
     output: Path,
@@ -143,9 +166,9 @@ def score_file(
 ) -> None:
     """Score the responses of ``data`` and write the records with ``rewards`` and ``scores`` to ``output``.
 
-    A stopped call goes on where it was, with the same rewards and the same code of theirs; answers that were paid for
-    are kept in the folder of the parts. One policy at a time is in memory: the reference goes through all records,
-    then the policy, then the rewards.
+    A stopped call goes on where it was, with the same rewards and the same code of theirs; answers that were paid for,
+    or took long, are kept in the folder of the parts at once. One model at a time is in memory: the reference goes
+    through all records, then the policy, then each reward that may hold a model, then the others.
 
     Args:
         settings: the rewards.
@@ -158,27 +181,23 @@ def score_file(
         UserError: a reward is unknown or fails, ``output`` exists, or unfinished work of other rewards stands there.
     """
     scoring = scoring or ScoringSettings()
-    context = scoring.context(text, remote, journals=output.with_name(f"{output.name}.parts"))
-    # An unknown reward or model is refused before any work.
-    rewards = Rewards(
-        settings.reward,
-        weights=settings.reward_weights or None,
-        normalisation=scoring.reward_normalisation,
-        shaping=scoring.shaping(context),
-        context=context,
-    )
+    parts = output.with_name(f"{output.name}.parts")
+    context = scoring.context(text, remote, journals=parts, records=data)
+    rewards = opened_rewards(settings, scoring, context)  # an unknown reward or model is refused before any work
     columns = scoring.sums_columns(context)
+    combine = combine_all(rewards.combination) if rewards.combination.over_the_data else None
     held = {name: logprob_model(model, context) for name, model in columns.items()}
-    closing: list[LogprobModel | Rewards] = [*held.values(), rewards]
-    combine = _combine_all(rewards.combination) if rewards.combination.over_the_data else None
+    holders: list[Holder] = [*held.values(), *rewards.scorers.values()]
+    steps = {f"log-probabilities of {columns[name]}": sums_work(name, held[name], holders) for name in held}
+    *apart, last = _one_model_each(settings.reward)
+    for names in apart:
+        steps[f"score by {names[0]}"] = rewards_work(rewards, names, holders, parts, combine=False)
+    steps["score"] = rewards_work(rewards, last, holders, parts, combine=combine is None)
     try:
         in_parts(
             lambda: read_records(data, require=require),
             output,
-            {
-                **{f"log-probabilities of {columns[name]}": _sums_work(name, held[name], closing) for name in held},
-                "score": _score_work(rewards, closing, combine is None),
-            },
+            steps,
             {**_scores_depend_on(settings, scoring, context), "log-probabilities": list(columns)},
             part_size=SCORING_PART,
             overwrite=overwrite,
@@ -186,8 +205,14 @@ def score_file(
             finish=combine,
         )
     finally:
-        for each in closing:
-            each.close()
+        release(holders)
+
+
+def _one_model_each(names: Sequence[str]) -> list[list[str]]:
+    """The rewards in groups that are asked in steps of their own: at most one in each may hold a model or a server."""
+    heavy = [name for name in names if may_hold_a_model(name)]
+    light = [name for name in names if name not in heavy]
+    return [*([name] for name in heavy[:-1]), [*heavy[-1:], *light]]
 
 
 def _scores_depend_on(settings: RewardSettings, scoring: ScoringSettings, context: RewardContext) -> dict[str, object]:
@@ -198,42 +223,3 @@ def _scores_depend_on(settings: RewardSettings, scoring: ScoringSettings, contex
     unread = ("device", "max_tokens_per_forward", "model", "reference_model")
     values = {**asdict(settings), **asdict(scoring), **asdict(context.text), **rewards_digests(settings, context)}
     return {name: value for name, value in values.items() if name not in unread}
-
-
-def _sums_work(name: str, model: LogprobModel, closing: Sequence[LogprobModel | Rewards]) -> Work:
-    def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
-        _close_others(model, closing)
-        for start in range(0, len(block), SORTED_TOGETHER):
-            yield from fill_sums(block[start : start + SORTED_TOGETHER], name, model)
-            done(len(block[start : start + SORTED_TOGETHER]))
-
-    return work
-
-
-def _score_work(rewards: Rewards, closing: Sequence[LogprobModel | Rewards], combined: bool) -> Work:
-    """Asks the rewards; ``combined`` makes the scores of them too."""
-
-    def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
-        _close_others(rewards, closing)
-        for record in rewards.score(block) if combined else rewards.judge(block):
-            yield record
-            done(1)
-
-    return work
-
-
-def _close_others(one: LogprobModel | Rewards, closing: Sequence[LogprobModel | Rewards]) -> None:
-    for other in closing:  # one model in memory at a time
-        if other is not one:
-            other.close()
-
-
-def _combine_all(combination: Combination) -> Finish:
-    """Makes the scores of rewards that are normalised over the data: their moments first, then every record."""
-
-    def finish(results: Callable[[], Iterator[Record]]) -> Iterator[Record]:
-        moments = data_moments(results(), combination.over_the_data)
-        for record in results():
-            yield combination.score(record, moments)
-
-    return finish

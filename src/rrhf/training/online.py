@@ -34,7 +34,7 @@ from rrhf.records.duplicates import merge_duplicates
 from rrhf.records.files import Ids, read_records
 from rrhf.records.parts import in_parts
 from rrhf.records.parts_folder import Work
-from rrhf.records.record import Record, record_from_row
+from rrhf.records.record import TOKEN_COLUMNS, Record, record_from_row
 from rrhf.records.sources import source_names
 from rrhf.rewards.combination import Combination
 from rrhf.rewards.functions import RewardFunction
@@ -46,7 +46,7 @@ from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.batching import MicroBatchSampler, Steps, shares
 from rrhf.training.config import RRHFConfig
-from rrhf.training.dataset import TOKEN_COLUMNS, EncodedRecords, TrainingRecord
+from rrhf.training.dataset import EncodedRecords, TrainingRecord
 from rrhf.training.undisturbed import undisturbed
 from rrhf.training.windows import FOLDER, SECONDS, WEIGHTS, Windows
 

@@ -1,0 +1,244 @@
+"""Accuracy as a reward model: how often what people prefer scores higher (Table 5 of arXiv 2304.05302).
+
+A record's own ``scores`` say which of its responses are better. Judged are policies, by p_i (Eq. 1), and any reward.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from rrhf.common.errors import UserError
+from rrhf.common.presentation import describe_counts
+from rrhf.common.scores import score_levels
+from rrhf.evaluation.metrics import paired_bootstrap
+from rrhf.models.load import ModelSettings
+from rrhf.records.files import read_records
+from rrhf.records.formats import load_dataset_records
+from rrhf.records.parts import in_parts
+from rrhf.records.parts_folder import Work
+from rrhf.records.record import Record
+from rrhf.rewards.kind import RewardContext
+from rrhf.rewards.kl import log_ratios
+from rrhf.rewards.logprob import LogprobModel, reference_sums_name
+from rrhf.rewards.scoring import Rewards, reward_digest
+from rrhf.rewards.stage import SCORING_PART
+from rrhf.rewards.steps import SORTED_TOGETHER, release
+
+log = logging.getLogger("rrhf")
+
+IMPLICIT = "pi - rho"  # the name of DPO's implicit reward among the judges
+MEAN = "logprob"  # what p_i's column is called, with the judge's name behind it
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a judge's scores make of one record, each between 0 and 1.
+
+    Attributes:
+        pairs: the share of pairs, of a better and a worse response, whose better one scores higher; ties count 1/2.
+        best: the chance that the response that scores highest is one of the best; ties are drawn.
+        every: 1 where each of the best scores above each of the others.
+        ties: pairs with equal scores.
+    """
+
+    pairs: float
+    best: float
+    every: float
+    ties: int
+
+
+def verdict(preferred: Sequence[float | None], scores: Sequence[float | None]) -> Verdict | None:
+    """Hold a judge's scores of a record's responses against which of them people prefer.
+
+    Args:
+        preferred: the record's scores; None takes part in nothing.
+        scores: the judge's, likewise.
+
+    Returns:
+        None where no pair of a better and a worse response has both scores.
+    """
+    both = [(a, b) for a, b in zip(preferred, scores, strict=True) if a is not None and b is not None]
+    wanted, given = score_levels([a for a, _ in both]), score_levels([b for _, b in both])
+    if len(set(wanted)) < 2:
+        return None
+    pairs = [(given[i], given[j]) for i, j in product(range(len(both)), repeat=2) if wanted[i] > wanted[j]]
+    ties = sum(better == worse for better, worse in pairs)
+    wins = sum(better > worse for better, worse in pairs)
+    top = [wanted[i] == max(wanted) for i in range(len(both)) if given[i] == max(given)]
+    best = [level for level, rank in zip(given, wanted, strict=True) if rank == max(wanted)]
+    others = [level for level, rank in zip(given, wanted, strict=True) if rank < max(wanted)]
+    return Verdict((wins + ties / 2) / len(pairs), sum(top) / len(top), float(min(best) > max(others)), ties)
+
+
+def accuracy(verdicts: Sequence[Verdict | None], seed: int) -> dict[str, Any]:
+    """The mean over records of each share, with its 95 % bootstrap interval over records.
+
+    ``accuracy`` is of pairs, ``best`` and ``every`` as ``Verdict`` says; ``n`` records, ``ties`` pairs in all,
+    ``unscored`` records without a pair of scores.
+    """
+    counted = [each for each in verdicts if each is not None]
+    block: dict[str, Any] = {"n": len(counted), "unscored": len(verdicts) - len(counted)}
+    if not counted:
+        return block
+    for name, values in (
+        ("accuracy", [each.pairs for each in counted]),
+        ("best", [each.best for each in counted]),
+        ("every", [each.every for each in counted]),
+    ):
+        block[name] = paired_bootstrap(values, seed)
+    return {**block, "ties": sum(each.ties for each in counted)}
+
+
+def accuracies(
+    records: Sequence[Record], judges: Mapping[str, Callable[[Record], Sequence[float | None]]], seed: int
+) -> dict[str, Any]:
+    """Each judge's ``accuracy`` over all records and, where they have the column ``subset``, over each of these.
+
+    Where the judges ``rho`` and ``pi`` are among them, ``gain`` is the difference of their accuracies on the same
+    records, with its interval.
+    """
+    subsets = sorted({str(record.extra["subset"]) for record in records if record.extra.get("subset") is not None})
+    found = {name: [verdict(record.scores, judge(record)) for record in records] for name, judge in judges.items()}
+    result: dict[str, Any] = {}
+    for name, verdicts in found.items():
+        result[name] = accuracy(verdicts, seed)
+        if subsets:
+            result[name]["subsets"] = {
+                subset: accuracy(
+                    [one for one, record in zip(verdicts, records) if str(record.extra.get("subset")) == subset], seed
+                )
+                for subset in subsets
+            }
+    if "rho" in found and "pi" in found:
+        both = [pair for pair in zip(found["rho"], found["pi"], strict=True) if None not in pair]
+        changes = [after.pairs - before.pairs for before, after in both if before is not None and after is not None]
+        result["gain"] = paired_bootstrap(changes, seed) if changes else None
+    return result
+
+
+# --- the stage -------------------------------------------------------------------------------------------------------
+
+
+def evaluate_pairs(
+    pairs: str | Path,
+    output: Path,
+    models: Mapping[str, ModelSettings],
+    rewards: Sequence[str],
+    context: RewardContext,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """The accuracy of ``models`` and ``rewards`` on preferences.
+
+    The scores are kept beside ``output``, in ``….pairs.jsonl``; a stopped call goes on where it was. The models are in
+    memory one after another.
+
+    Args:
+        pairs: records whose ``scores`` prefer one response to another, or a data set in any known format.
+        output: the evaluation's file; it is not written here.
+        models: ``pi``, and ``rho`` where there is one: then DPO's implicit reward is judged too.
+        rewards: names, judged beside the models.
+        context: what they need; ``context.seed`` is that of the bootstrap too.
+
+    Raises:
+        UserError: nothing is preferred in the data, or a model or reward cannot be used.
+    """
+    place = output.with_name(f"{output.stem}.pairs.jsonl")
+    records = _preferring(pairs)
+    context = replace(context, journals=place.with_name(f"{place.name}.parts"))
+    columns = {
+        name: reference_sums_name(model.model, context.text, context.max_length) for name, model in models.items()
+    }
+    held = {name: _model(model, context) for name, model in models.items()}
+    asked = Rewards(rewards, context=context) if rewards else None
+    steps = {f"log-probabilities of {name}": _by_model(name, columns[name], held) for name in held}
+    if asked is not None:
+        steps["rewards"] = _by_rewards(asked, held)
+    depends_on = {
+        "columns": columns,
+        "dtype": context.dtype,
+        **{f"the code of {reward}": reward_digest(reward, context) for reward in rewards},
+    }
+    try:
+        # A file that stands there is of an earlier evaluation; parts that were made of the same are taken up.
+        in_parts(lambda: records, place, steps, depends_on, part_size=SCORING_PART, overwrite=True, total=len(records))
+    finally:
+        release(held.values())
+        if asked is not None:
+            asked.close()
+    judges = _judges(columns, rewards)
+    return {"file": str(pairs), **accuracies(list(read_records(place)), judges, context.seed)}
+
+
+def _preferring(pairs: str | Path) -> list[Record]:
+    """The records that prefer a response to another; how many do not is said."""
+    counts: Counter[str] = Counter()
+    records = []
+    for record in load_dataset_records(pairs, counts=counts):
+        if record.scores and verdict(record.scores, record.scores) is not None:
+            records.append(record)
+        else:
+            counts["no response preferred to another"] += 1
+    if not records:
+        raise UserError(f"{pairs}: no record prefers a response to another: give scores, or pairs in a known format")
+    if counts:
+        log.info(f"{pairs}: left out: {describe_counts(counts)}")
+    return records
+
+
+def _model(model: ModelSettings, context: RewardContext) -> LogprobModel:
+    limits = {"max_length": context.max_length, "max_tokens_per_forward": context.max_tokens_per_forward}
+    return LogprobModel(model, context.text, **limits)
+
+
+def _by_model(name: str, column: str, held: Mapping[str, LogprobModel]) -> Work:
+    """Adds p_i of the responses under a model, and the sums, from one pass."""
+
+    def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
+        release(held.values(), [held[name]])
+        for start in range(0, len(block), SORTED_TOGETHER):
+            batch = block[start : start + SORTED_TOGETHER]
+            found = iter(held[name]([(record, index) for record in batch for index in range(len(record.responses))]))
+            for record in batch:
+                own = [next(found) for _ in record.responses]
+                added = {
+                    f"{MEAN} {name}": [each and each.sum / each.length for each in own],
+                    column: [each and each.sum for each in own],
+                }
+                yield replace(record, rewards={**record.rewards, **added})
+                done(1)
+
+    return work
+
+
+def _by_rewards(asked: Rewards, held: Mapping[str, LogprobModel]) -> Work:
+    def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
+        release(held.values())
+        for record in asked.judge(block):
+            yield record
+            done(1)
+
+    return work
+
+
+def _judges(
+    columns: Mapping[str, str], rewards: Sequence[str]
+) -> dict[str, Callable[[Record], Sequence[float | None]]]:
+    """What each judge says of a record's responses."""
+    judges: dict[str, Callable[[Record], Sequence[float | None]]] = {
+        name: partial(_column, f"{MEAN} {name}") for name in columns
+    }
+    if "rho" in columns and "pi" in columns:
+        judges[IMPLICIT] = lambda record: log_ratios(record.rewards[columns["pi"]], record.rewards[columns["rho"]])
+    return judges | {reward: partial(_column, reward) for reward in rewards}
+
+
+def _column(name: str, record: Record) -> Sequence[float | None]:
+    return record.rewards[name]

@@ -1,0 +1,1 @@
+"""Other people's rows: what a row of theirs becomes, a module a kind of data."""
