@@ -46,7 +46,7 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
     try:
         evaluation = run_recipe(run, settings)
     except Stopped as stopped:
-        print("rrhf run: stopped after a checkpoint; the same command goes on from there", file=sys.stderr)
+        print("rrhf run: stopped, what is finished is kept; the same command goes on from there", file=sys.stderr)
         return stopped.code
     generations = (output / evaluation["generations"]).read_text(encoding="utf-8").splitlines()
     print()

@@ -45,6 +45,7 @@ from rrhf.rewards.scoring import Rewards, is_provided, reward_digest, reward_nam
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.batching import MicroBatchSampler, Steps, shares
+from rrhf.training.callbacks import StopOnSignal, Stopped
 from rrhf.training.config import RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
 from rrhf.training.undisturbed import undisturbed
@@ -346,7 +347,14 @@ class OnlineRecords(Dataset):
             for index, record in self.sampler.extend(block):
                 drawn[index] = merge_duplicates(record)[0]
                 done(1)
+                self._heed_signals()
         return (drawn[index] for index in range(len(block)))
+
+    def _heed_signals(self) -> None:
+        """Stop within a window, which may take hours: its parts are kept. Else a signal waits for the step's end."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, StopOnSignal) and callback.signal is not None:
+                raise Stopped(128 + callback.signal)
 
     def _score(self, combination: Combination, block: list[Record], done: Callable[[int], None]) -> list[Record]:
         with self._timed("score"), undisturbed(self.trainer.model):
