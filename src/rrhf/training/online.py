@@ -180,6 +180,8 @@ class OnlineRecords(Dataset):
         if trainer.is_fsdp_enabled:
             raise UserError("--resample_steps: the policy cannot be sampled from while its weights are sharded (FSDP)")
         args, self.trainer = self.args, trainer
+        if args.kl_target is not None and not self.online.kl_beta:
+            raise UserError(f"--kl_target {args.kl_target}: adapts --kl_beta: give its first value too")
         self.sampler = Sampler(trainer.model, trainer.processing_class, self.online.sampling, args.text)
         seed = args.data_seed if args.data_seed is not None else args.seed
         self.steps = Steps(
