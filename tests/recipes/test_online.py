@@ -66,6 +66,15 @@ def test_killed_inside_windows_and_resumed(undisturbed: Path, model: Path, tmp_p
     assert not different
 
 
+def test_a_signal_within_a_window_keeps_its_parts(model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, config(model))
+    stopped = tiny.warm(*RUN, cwd=folder, faults=[die(DECODE, 6, "TERM")])
+    assert stopped.code == 143 and "Traceback" not in stopped.err
+    assert [path.name for path in (folder / "run/model/windows/0.jsonl.parts").glob("step-0-part-*")] == [
+        "step-0-part-0000000.jsonl"
+    ]
+
+
 def test_what_a_run_leaves(undisturbed: Path) -> None:
     windows = [tiny.read_rows(undisturbed / f"model/windows/{number}.jsonl") for number in range(3)]
     steps = [row["id"].rpartition("@")[2] for rows in windows for row in rows]

@@ -170,6 +170,9 @@ def test_a_data_set_that_samples_and_the_setting_belong_together(model: str, tmp
         trainer(model, args, OnlineRecords(tiny.rows(3), Online(SAMPLING, [vowels])))
     with pytest.raises(UserError, match="needs --reference_model"):
         Online(SAMPLING, [vowels], kl_beta=0.1)
+    with pytest.raises(UserError, match="adapts --kl_beta"):
+        args = config(tmp_path, kl_target=1.0)
+        trainer(model, args, OnlineRecords(tiny.rows(3), Online(SAMPLING, [vowels])))
     with pytest.raises(UserError, match="no data to normalise over"):
         Online(SAMPLING, [vowels], reward_normalisation=["data"])
 

@@ -11,7 +11,10 @@ from rrhf.cli.parser import PlainParser
 def main(arguments: list[str]) -> int:
     parser = PlainParser("run", __doc__)
     files = parser.add_argument_group("files")
-    files.add_argument("config", help="a YAML file, or the name of a shipped configuration")
+    files.add_argument(
+        "config",
+        help="a YAML file, or the name of a shipped configuration; NAME+ABLATION lays an ablation over it",
+    )
     files.add_argument("--output", required=True, help="the run folder")
     settings = parser.add_argument_group("settings")
     settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the configuration")
@@ -43,7 +46,7 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
     try:
         evaluation = run_recipe(run, settings)
     except Stopped as stopped:
-        print("rrhf run: stopped after a checkpoint; the same command goes on from there", file=sys.stderr)
+        print("rrhf run: stopped, what is finished is kept; the same command goes on from there", file=sys.stderr)
         return stopped.code
     generations = (output / evaluation["generations"]).read_text(encoding="utf-8").splitlines()
     print()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -98,34 +98,56 @@ class RunConfig:
     evaluate_remote: EndpointLimits
 
 
+ABLATIONS = "ablations"  # the file of them
 SECTIONS = ("data", "sample", "score", "train", "evaluate")
 
 
 def shipped() -> dict[str, Path]:
     """The configurations that come with the package, by name."""
-    folder = Path(str(resources.files("rrhf"))) / "recipes" / "configs"
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.stem: path for path in sorted(_folder().glob("*.yaml")) if path.stem != ABLATIONS}
+
+
+def ablations() -> dict[str, dict[str, Any]]:
+    """What is laid over a configuration that is written ``NAME+ABLATION``, by name."""
+    return _read_yaml(_folder() / f"{ABLATIONS}.yaml")
+
+
+def _folder() -> Path:
+    return Path(str(resources.files("rrhf"))) / "recipes" / "configs"
 
 
 def read_config(name: str) -> dict[str, Any]:
     """Read a configuration: a file, or the name of one that is shipped. ``extends: NAME`` lays it over another.
 
+    ``NAME+ABLATION`` is a configuration with an ablation laid over it, or with several.
+
     Raises:
-        UserError: no such file, no valid YAML, or not a mapping.
+        UserError: no such file or ablation, no valid YAML, or not a mapping.
     """
+    base, *overlays = [name] if Path(name).exists() else name.split("+")
+    path = shipped().get(base, Path(base))
+    if not path.exists():
+        raise UserError(f"{base}: no such configuration file; shipped ones: {', '.join(shipped())}")
+    config = _read_yaml(path)
+    below = config.pop("extends", None)
+    config = merge(read_config(below), config) if below else config
+    for overlay in overlays:
+        if overlay not in ablations():
+            raise UserError(f"{name}: no ablation {overlay!r}: {nearest(overlay, ablations())}")
+        config = merge(config, ablations()[overlay])
+    return config
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
     import yaml
 
-    path = shipped().get(name, Path(name))
-    if not path.exists():
-        raise UserError(f"{name}: no such configuration file; shipped ones: {', '.join(shipped())}")
     try:
-        config = yaml.safe_load(path.read_text(encoding="utf-8"))
+        values = yaml.safe_load(path.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{name}: not valid YAML: {error}") from error
-    if not isinstance(config, dict):
-        raise UserError(f"{name}: a configuration is a mapping with the sections {', '.join(SECTIONS)}")
-    base = config.pop("extends", None)
-    return merge(read_config(base), config) if base else config
+        raise UserError(f"{path}: not valid YAML: {error}") from error
+    if not isinstance(values, dict):
+        raise UserError(f"{path}: a configuration is a mapping with the sections {', '.join(SECTIONS)}")
+    return values
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -191,6 +213,7 @@ class _Section:
         return dict(zip(self.fields, self.flags.parse(as_arguments(known, self.name)), strict=True))
 
 
+@cache
 def _sections() -> dict[str, _Section]:
     from rrhf.training.config import RRHFConfig
     from rrhf.training.watch_settings import WatchSettings

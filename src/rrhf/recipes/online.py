@@ -40,13 +40,14 @@ def run_online(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """
     from rrhf.training.windows import window_seconds
 
-    online = _online(run, config)
+    cut = _as_trained(config)
+    online = _online(run, cut)
     whole = Pass(run, config, config.model, PolicyCache())
     check_evaluation(whole)
     carry_out([data_stage(whole)], run)
     data, stages = run.queries, []
     if next(read_records(run.queries)).responses:
-        unshaped = replace(config, scoring=replace(config.scoring, kl_beta=0.0))  # the KL term is that of each window
+        unshaped = replace(cut, scoring=replace(cut.scoring, kl_beta=0.0))  # the KL term is that of each window
         data, stages = run.scored, [score_stage(replace(whole, config=unshaped), run.queries)]
     carry_out(stages, run)
     training = train_stage(whole, data, online)
@@ -56,6 +57,12 @@ def run_online(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         run.split_time("train", window_seconds(run.model))
     carry_out([evaluate_stage(whole)], run)
     return finish(run, [run])
+
+
+def _as_trained(config: RunConfig) -> RunConfig:
+    """Log-probabilities are of the tokens that training sees: texts are cut as it cuts them."""
+    length = config.scoring.max_length or config.train.max_length
+    return replace(config, text=config.train.text, scoring=replace(config.scoring, max_length=length))
 
 
 def _online(run: RunFolder, config: RunConfig) -> Online:

@@ -45,6 +45,7 @@ from rrhf.rewards.scoring import Rewards, is_provided, reward_digest, reward_nam
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.batching import MicroBatchSampler, Steps, shares
+from rrhf.training.callbacks import StopOnSignal, Stopped
 from rrhf.training.config import RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
 from rrhf.training.undisturbed import undisturbed
@@ -179,6 +180,8 @@ class OnlineRecords(Dataset):
         if trainer.is_fsdp_enabled:
             raise UserError("--resample_steps: the policy cannot be sampled from while its weights are sharded (FSDP)")
         args, self.trainer = self.args, trainer
+        if args.kl_target is not None and not self.online.kl_beta:
+            raise UserError(f"--kl_target {args.kl_target}: adapts --kl_beta: give its first value too")
         self.sampler = Sampler(trainer.model, trainer.processing_class, self.online.sampling, args.text)
         seed = args.data_seed if args.data_seed is not None else args.seed
         self.steps = Steps(
@@ -348,7 +351,14 @@ class OnlineRecords(Dataset):
             for index, record in self.sampler.extend(block):
                 drawn[index] = merge_duplicates(record)[0]
                 done(1)
+                self._heed_signals()
         return (drawn[index] for index in range(len(block)))
+
+    def _heed_signals(self) -> None:
+        """Stop within a window, which may take hours: its parts are kept. Else a signal waits for the step's end."""
+        for callback in self.trainer.callback_handler.callbacks:
+            if isinstance(callback, StopOnSignal) and callback.signal is not None:
+                raise Stopped(128 + callback.signal)
 
     def _score(self, combination: Combination, block: list[Record], done: Callable[[int], None]) -> list[Record]:
         with self._timed("score"), undisturbed(self.trainer.model):

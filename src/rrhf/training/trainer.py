@@ -527,14 +527,6 @@ def _refuse_unusable(
 ) -> None:
     if train is not None and not train.records:
         raise UserError(f"no record is left to train on: {train.summary()}")
-    refuse_unmet(loss, needed, {"the data": train, "--eval_data": held_out})
-
-
-def _refuse_unusable(
-    train: EncodedRecords | None, held_out: EncodedRecords | None, loss: str, needed: Collection[str]
-) -> None:
-    if train is not None and not train.records:
-        raise UserError(f"no record is left to train on: {train.summary()}")
     for data, flag in ((train, "the data"), (held_out, "--eval_data")):
         if data is not None:
             refuse_unmet(loss, needed, data, flag)
