@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rrhf.models.batching import plan_forwards
 from rrhf.models.end_states import end_states
+from rrhf.models.kernels.choice import kernels_for
 from rrhf.models.path_check import END_STATES, usable_path
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.records.record import Record
@@ -80,6 +81,10 @@ class EncoderReward:
     model: PreTrainedModel
     reader: PairReader
 
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
+
     def encode(self, record: Record, indices: Sequence[int]) -> list[Row]:
         """The rows of the record's responses at ``indices``."""
         return self.reader.rows(record, indices)
@@ -88,7 +93,8 @@ class EncoderReward:
         """Logits of rows, in order and with the graph. Tensor of shape (R, labels), fp32."""
         batches = length_batches([len(row.ids) for row in rows], budget)
         padding = self.reader.tokenizer.pad_token_id or 0
-        logits = [encoder_logits(self.model, [rows[index] for index in batch], padding) for batch in batches]
+        with kernels_for(self.model.device).lean(self.model):
+            logits = [encoder_logits(self.model, [rows[index] for index in batch], padding) for batch in batches]
         return in_order(logits, [index for batch in batches for index in batch])
 
 
@@ -107,6 +113,10 @@ class CausalReward:
     @cached_property
     def path(self) -> str:
         return usable_path(self.backbone, self.longest_row, END_STATES)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
 
     def encode(self, record: Record, indices: Sequence[int]) -> list[EncodedRecord]:
         """The rows of the record's responses at ``indices``, which share what they begin with."""
