@@ -1,9 +1,9 @@
 """Scoring by reward models: responses a second against ``transformers.pipeline`` at batch 8, on the same records.
 
 Both sides load the same weights in the same type and read the same texts, cut to the same length; their scores are
-compared. Type ``auto`` is each side's default: ours bfloat16 where the hardware has it, the pipeline's as stored. An encoder (MiniLM with a head of random weights) and a causal model (SmolLM2 with one) are measured: a head's
-values change no speed. Beside the wall clock stands the processor's time, which other work on the machine does not
-change.
+compared. Type ``auto`` is each side's default: ours bfloat16 where the hardware has it, the pipeline's as stored. An
+encoder (MiniLM with a head of random weights) and a causal model (SmolLM2 with one) are measured: a head's values
+change no speed. Beside the wall clock stands the processor's time, which other work on the machine changes less.
 """
 
 from __future__ import annotations
@@ -67,9 +67,12 @@ def ours(folder: Path, records: list[Record], dtype: str) -> Callable[[], list[f
 def theirs(folder: Path, records: list[Record], dtype: str) -> Callable[[], list[float]]:
     tokenizer = AutoTokenizer.from_pretrained(folder, truncation_side="left")
     scoring = pipeline(
-        "text-classification", model=str(folder), tokenizer=tokenizer, dtype=dtype if dtype == "auto" else getattr(torch, dtype), device="cpu"
-        if not torch.cuda.is_available() else 0,
-    )  # fmt: skip
+        "text-classification",
+        model=str(folder),
+        tokenizer=tokenizer,
+        dtype=dtype if dtype == "auto" else getattr(torch, dtype),
+        device=0 if torch.cuda.is_available() else "cpu",
+    )
     causal = scoring.model.config.model_type == "llama"
     pairs = [(str(record.query), response) for record in records for response in record.responses]
     end = tokenizer.eos_token if causal else ""

@@ -25,7 +25,6 @@ if TYPE_CHECKING:
 log = logging.getLogger("rrhf")
 
 GPU_TOKENS = 32768  # of a forward pass where nobody says how many
-CPU_TOKENS = {"EncoderReward": 1024, "CausalReward": 4096}  # padded rows are fastest where they fit the caches
 SEVERAL_LABELS = "multi_label_classification"
 
 
@@ -105,7 +104,7 @@ class ModelScorer:
 
 
 def _budget(model: RewardModel) -> int:
-    return CPU_TOKENS[type(model).__name__] if model.device.type == "cpu" else GPU_TOKENS
+    return model.cpu_tokens if model.device.type == "cpu" else GPU_TOKENS
 
 
 def positive_label(place: Place, label: str | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -80,6 +80,7 @@ class EncoderReward:
 
     model: PreTrainedModel
     reader: PairReader
+    cpu_tokens: ClassVar[int] = 1024  # of a forward pass on a CPU by default: rows that fit the caches are fastest
 
     @property
     def device(self) -> torch.device:
