@@ -110,6 +110,7 @@ class CausalReward:
     head: Head
     reader: CausalReader
     longest_row: int = 0
+    cpu_tokens: ClassVar[int] = 4096
 
     @cached_property
     def path(self) -> str:
