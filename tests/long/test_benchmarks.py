@@ -51,6 +51,11 @@ def test_scoring() -> None:
     assert "| rrhf score  | 2       |" in printed and "| a bare loop | 1       |" in printed
 
 
+def test_rewards() -> None:
+    printed = run("rewards.py", "--backbone", "minilm", "--dtypes", "float32")
+    assert "| minilm | float32 |" in printed and "×" in printed
+
+
 def test_gpu(tmp_path: Path) -> None:
     """A model that cannot be loaded fails its rows and no other's; a row that has no GPU says so."""
     file = tmp_path / "gpu.jsonl"

@@ -29,7 +29,8 @@ UPDATE = "accelerate.optimizer:AcceleratedOptimizer.step"
 def config(folder: Path, **options: Any) -> RewardModelConfig:
     return RewardModelConfig(
         output_dir=str(folder), use_cpu=True, bf16=False, report_to="none", disable_tqdm=True,
-        **{"learning_rate": 3e-3, "num_train_epochs": 4, "per_device_train_batch_size": 4, "seed": 1, **options},
+        **{"learning_rate": 3e-3, "num_train_epochs": 4, "per_device_train_batch_size": 4,
+           "gradient_accumulation_steps": 1, "seed": 1, **options},
     )  # fmt: skip
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rrhf")
 
-CPU_TOKENS, GPU_TOKENS = 4096, 32768  # of a forward pass where nobody says how many
+GPU_TOKENS = 32768  # of a forward pass where nobody says how many
 SEVERAL_LABELS = "multi_label_classification"
 
 
@@ -74,7 +74,8 @@ class ModelScorer:
         groups = [list(group) for _, group in groupby(items, key=lambda item: id(item[0]))]
         requests = [(group[0][0], [index for _, index in group]) for group in groups]
         cut_before = self.model.reader.cut
-        logits = score_requests(self.model, requests, self.context.max_tokens_per_forward or self._budget())
+        budget = self.context.max_tokens_per_forward or _budget(self.model)
+        logits = score_requests(self.model, requests, budget)
         self.rows += len(items)
         if self.model.reader.cut and not cut_before:
             log.warning(
@@ -92,11 +93,6 @@ class ModelScorer:
             )
         return score
 
-    def _budget(self) -> int:
-        from rrhf.models.devices import resolve_device
-
-        return CPU_TOKENS if resolve_device(self.context.device).type == "cpu" else GPU_TOKENS
-
     def close(self) -> None:
         """Say how many rows were cut, and let go of the weights."""
         if self.model is not None and self.model.reader.cut:
@@ -105,6 +101,10 @@ class ModelScorer:
                 f"context of {self.model.reader.context} tokens and were cut from the left"
             )
         self.model, self.rows = None, 0
+
+
+def _budget(model: RewardModel) -> int:
+    return model.cpu_tokens if model.device.type == "cpu" else GPU_TOKENS
 
 
 def positive_label(place: Place, label: str | None) -> int:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rrhf.models.batching import plan_forwards
 from rrhf.models.end_states import end_states
+from rrhf.models.kernels.choice import kernels_for
 from rrhf.models.path_check import END_STATES, usable_path
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.records.record import Record
@@ -79,6 +80,11 @@ class EncoderReward:
 
     model: PreTrainedModel
     reader: PairReader
+    cpu_tokens: ClassVar[int] = 1024  # of a forward pass on a CPU by default: rows that fit the caches are fastest
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.device
 
     def encode(self, record: Record, indices: Sequence[int]) -> list[Row]:
         """The rows of the record's responses at ``indices``."""
@@ -88,7 +94,8 @@ class EncoderReward:
         """Logits of rows, in order and with the graph. Tensor of shape (R, labels), fp32."""
         batches = length_batches([len(row.ids) for row in rows], budget)
         padding = self.reader.tokenizer.pad_token_id or 0
-        logits = [encoder_logits(self.model, [rows[index] for index in batch], padding) for batch in batches]
+        with kernels_for(self.model.device).lean(self.model):
+            logits = [encoder_logits(self.model, [rows[index] for index in batch], padding) for batch in batches]
         return in_order(logits, [index for batch in batches for index in batch])
 
 
@@ -103,10 +110,15 @@ class CausalReward:
     head: Head
     reader: CausalReader
     longest_row: int = 0
+    cpu_tokens: ClassVar[int] = 4096
 
     @cached_property
     def path(self) -> str:
         return usable_path(self.backbone, self.longest_row, END_STATES)
+
+    @property
+    def device(self) -> torch.device:
+        return self.backbone.device
 
     def encode(self, record: Record, indices: Sequence[int]) -> list[EncodedRecord]:
         """The rows of the record's responses at ``indices``, which share what they begin with."""

@@ -23,7 +23,8 @@ class RewardModelConfig(PlacedArguments):
         default=0.05, metadata={"help": "steps of warm-up, or below 1 their share of all steps"}
     )
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the records"})
-    per_device_train_batch_size: int = field(default=8, metadata={"help": "queries a device and micro-batch"})
+    per_device_train_batch_size: int = field(default=4, metadata={"help": "queries a device and micro-batch"})
+    gradient_accumulation_steps: int = field(default=4, metadata={"help": "micro-batches an optimiser step"})
     logging_steps: float = field(default=10, metadata={"help": "steps between two lines of metrics"})
     logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a non-finite loss stops the run instead"})
     remove_unused_columns: bool = field(default=False, metadata={"help": "records keep their columns"})
