@@ -46,7 +46,19 @@ def folder(tmp_path: Path, server: bad.Misbehaving, monkeypatch: pytest.MonkeyPa
     return tmp_path
 
 
-JUDGE = ("judge", "--questions", "questions.jsonl", "--a", "a.jsonl", "--b", "b.jsonl", "--output", "out.json")
+JUDGE = (
+    "judge",
+    "--questions",
+    "questions.jsonl",
+    "--a",
+    "a.jsonl",
+    "--b",
+    "b.jsonl",
+    "--output",
+    "out.json",
+    "--samples",
+    "9",
+)
 
 
 def test_two_judges_from_the_command_line(
