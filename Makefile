@@ -101,7 +101,7 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/scoring.py
 
 clean:
-	rm -rf $(VENV) .venv-8bit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm build dist
+	rm -rf $(VENV) .venv-8bit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist
 
 # --- engines: each in an environment of its own, since their requirements do not fit together or with the lock ---------
 
@@ -153,3 +153,13 @@ test-engines: vllm-env openvino-env
 	RRHF_LONG=1 .venv-vllm/bin/python -m pytest -q tests/sampling/sources/test_vllm.py tests/long/test_vllm.py $(ARGS)
 	RRHF_LONG=1 RRHF_OPTIMUM_CLI=$(abspath .venv-optimum/bin/optimum-cli) .venv-openvino/bin/python -m pytest -q \
 	  tests/sampling/sources/test_openvino.py tests/long/test_openvino.py $(ARGS)
+
+# --- a judge on this machine: llama.cpp's server, a stranger's implementation (docs/judging.md) -----------------------
+
+.PHONY: judge-env
+judge-env: .venv-judge/.setup
+
+.venv-judge/.setup: Makefile
+	test -x .venv-judge/bin/python || $(PYTHON) -m venv .venv-judge
+	.venv-judge/bin/pip $(PIP_FLAGS) install 'xllamacpp>=2026.10'
+	touch $@

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -46,7 +47,19 @@ def folder(tmp_path: Path, server: bad.Misbehaving, monkeypatch: pytest.MonkeyPa
     return tmp_path
 
 
-JUDGE = ("judge", "--questions", "questions.jsonl", "--a", "a.jsonl", "--b", "b.jsonl", "--output", "out.json")
+JUDGE = (
+    "judge",
+    "--questions",
+    "questions.jsonl",
+    "--a",
+    "a.jsonl",
+    "--b",
+    "b.jsonl",
+    "--output",
+    "out.json",
+    "--samples",
+    "9",
+)
 
 
 def test_two_judges_from_the_command_line(
@@ -83,3 +96,21 @@ def test_a_dry_run_asks_nothing(folder: Path, server: bad.Misbehaving, capsys: p
     assert main([*command, "--dry_run"]) == 0
     out = capsys.readouterr().out
     assert "4 calls, 4 of them in the journal; about 0 tokens of prompts, at most 0 of replies: at most $0.00" in out
+
+
+def test_scoring_that_is_killed_asks_only_for_the_rest(folder: Path, server: bad.Misbehaving) -> None:
+    rows = [{"id": f"r{i}", "query": f"q {i}", "responses": ["x" * i + "y", "z"]} for i in range(6)]
+    tiny.write_rows(folder / "data.jsonl", rows)
+    command = ("score", "--data", "data.jsonl", "--reward", "judge:one.yaml", "--output")
+    killed = tiny.warm(
+        *command, "scored.jsonl", cwd=folder, faults=[tiny.die("rrhf.rewards.judges.judge:Judge._keep", 4)]
+    )
+    assert killed.code == -signal.SIGKILL, killed.err[-2000:]
+    kept = [line for path in folder.glob("one.yaml.replies/*") for line in path.read_text().splitlines()]
+    assert len(kept) == 1 + 3  # whether it takes a schema, and three replies
+    server.posts.clear()
+    tiny.warm(*command, "scored.jsonl", cwd=folder).done()
+    assert len([post for post in server.posts if post["max_tokens"] > 1]) == 6 - 3
+    tiny.warm(*command, "again.jsonl", cwd=folder).done()
+    assert (folder / "again.jsonl").read_bytes() == (folder / "scored.jsonl").read_bytes()
+    assert [row["scores"] for row in tiny.read_rows(folder / "again.jsonl")][:2] == [[8.0, 8.0], [12.0, 8.0]]

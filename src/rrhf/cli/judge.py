@@ -29,6 +29,7 @@ class Settings:
     )
     output: str = field(metadata={"help": "where the numbers go (.json)"})
     seed: int = field(default=0, metadata={"help": "of requests and of the bootstraps over questions"})
+    samples: int = field(default=500, metadata={"help": "resamples of the bootstrap at equal length, at least 1"})
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
 
 
@@ -45,6 +46,8 @@ def main(arguments: list[str]) -> None:
     settings, limits = flags().parse(arguments)
     set_up_logging()
     refuse_existing(settings.output, settings.overwrite)
+    if settings.samples < 1:
+        raise UserError(f"--samples {settings.samples}: must be at least 1")
     if len(set(settings.judge)) < len(settings.judge):
         raise UserError("--judge: a file is named twice")
     from rrhf.evaluation.pairwise.judging import judge_pair
@@ -55,7 +58,7 @@ def main(arguments: list[str]) -> None:
     a, b = (answers_to(questions, Path(path)) for path in (settings.a, settings.b))
     judges = {name: open_judge(name, limits, settings.seed) for name in settings.judge}
     result = {"a": settings.a, "b": settings.b, "seed": settings.seed}
-    result |= judge_pair(judges, questions, a, b, seed=settings.seed)
+    result |= judge_pair(judges, questions, a, b, seed=settings.seed, samples=settings.samples)
     write_text(settings.output, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
     print(format_result(result))
 

@@ -178,6 +178,20 @@ def test_a_stopped_run_keeps_what_it_has(server: bad.Misbehaving, file: Callable
         scored(name, [*RECORDS, Record(query="q", responses=["a 1", "b 2"], id="new")])
 
 
+def test_what_a_server_takes_is_not_learned_from_its_failures(
+    server: bad.Misbehaving, file: Callable[..., str]
+) -> None:
+    name = file()
+    with pytest.raises(BudgetReached):
+        scored(name, remote=EndpointLimits(max_requests=1))  # between the check and the question about schemas
+    server.plan = [judges, bad.status(503), bad.status(503)]
+    with pytest.raises(UserError, match="HTTP 503"):
+        scored(name, remote=EndpointLimits(max_retries=0))
+    server.posts.clear()
+    assert scored(name) == SUMS
+    assert all("response_format" in post for post in work(server))
+
+
 def test_a_judge_that_is_down(tmp_path: Path) -> None:
     path = tmp_path / "judge.yaml"
     path.write_text(f"url: http://127.0.0.1:{bad.closed_port()}/v1\nmodel: m\n", encoding="utf-8")

@@ -55,7 +55,7 @@ def judge_pair(
                     for key in ("n", "win", "tie", "lose", "win_rate", "length_controlled_win_rate")
                 },
             },
-            "strengths": strengths({("a", "b"): said[name], ("null_model", "b"): null}, seed),
+            "strengths": strengths({("a", "b"): said[name], ("null_model", "b"): null}, seed, samples),
             "replies": judge.summary(),
         }
     for one, other in combinations(said, 2):

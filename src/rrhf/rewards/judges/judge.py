@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rrhf.common.endpoint import PROMPT_OVERHEAD, Choice, EndpointClient, Question
+from rrhf.common.endpoint import PROMPT_OVERHEAD, BudgetReached, Choice, EndpointClient, Question
 from rrhf.common.endpoint_settings import EndpointLimits, share_of_process
 from rrhf.common.errors import UserError
 from rrhf.common.journal import Journal
@@ -161,24 +161,30 @@ class Judge:
 
     def _prepare(self) -> None:
         """Learn the model's name and whether the server takes a schema, each by a request for one token."""
-        probe = Call("check", "Hi", ("Hello",), (0,))
-        wanted = self._takes_schema
         if not self.client.checked:
-            self._takes_schema = False
-            try:
-                self.client.check(partial(self._body, probe, 0, tokens=1))
-            finally:
-                self._takes_schema = wanted
+            self._probe(schema=False)
         if self._journal is None:
             self._open_journal()
         if self._takes_schema is None:
-            self._takes_schema = True
+            taken = True
             try:
-                self.client.check(partial(self._body, probe, 0, tokens=1))
+                self._probe(schema=True)
+            except BudgetReached:
+                raise
             except UserError as error:
+                self._probe(schema=False)  # the server is still there: it is the schema that it refuses
                 log.info("%s takes no JSON schema, and is asked in words alone: %s", self.template.url, error)
-                self._takes_schema = False
-            self._note({"schema": self._takes_schema})
+                taken = False
+            self._takes_schema = taken
+            self._note({"schema": taken})
+
+    def _probe(self, schema: bool) -> None:
+        probe = Call("check", "Hi", ("Hello",), (0,))
+        known, self._takes_schema = self._takes_schema, schema
+        try:
+            self.client.check(partial(self._body, probe, 0, tokens=1))
+        finally:
+            self._takes_schema = known
 
     def _open_journal(self) -> None:
         if self._folder is None:

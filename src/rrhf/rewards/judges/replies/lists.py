@@ -201,7 +201,7 @@ def _is_header(text: str, mark: Mark, before: Mark | None, after: Mark | None) -
         return False
     if HEADER_END.match(text, mark.end):
         return True
-    return after is not None and after.kind in ("item", "bare") and not text[mark.end : after.start].strip(" \t|])\"'")
+    return after is not None and after.kind in ("item", "bare") and not text[mark.end : after.start].strip(" \t|])\"'→")
 
 
 def _take(text: str, block: _Block, mark: Mark, scale: Scale, in_prose: bool) -> None:
@@ -289,8 +289,13 @@ def _leads(text: str, found: list[Mark], place: int) -> bool:
 
 
 def refuse_scores(before: str, after: str, scale: Scale) -> None:
-    """Refuse scores in the words around a table or JSON: they might contradict it, or be the ones that are meant."""
-    for text, digits_allowed in ((before, True), (after, False)):
+    """Refuse scores in the words around a table or JSON: they might contradict it, or be the ones that are meant.
+
+    A response named right before it is refused too: it may be another one than the table or JSON is taken to be about.
+    """
+    for text, is_before in ((before, True), (after, False)):
         for mark in marks(text, scale):
-            if mark.kind in ("item", "total") or (mark.kind in ("bare", "digits", "list") and not digits_allowed):
+            if mark.kind in ("item", "total") or (mark.kind in ("bare", "digits", "list") and not is_before):
                 raise Refused("numbers beside the table or JSON that holds the scores")
+            if is_before and mark.kind == "response" and not re.search(r"\w", text[mark.end :].replace("json", "")):
+                raise Refused("a response named before the table or JSON that holds the scores")
