@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("--arms", default="ppo,nlpo", help="which of the two")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=300, help="held-out prompts")
-    parser.add_argument("--steps", type=int, default=96, help="optimiser steps of a run")
+    parser.add_argument("--steps", type=int, default=160, help="optimiser steps of a run")
     parser.add_argument("--language_model_epochs", type=float, default=LanguageModelSettings().epochs)
     parser.add_argument("--output", help="write the table as Markdown too")
     options = parser.parse_args()
