@@ -44,7 +44,10 @@ def main() -> None:
     parser.add_argument("--arms", default="ppo,nlpo", help="which of the two")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--prompts", type=int, default=300, help="held-out prompts")
-    parser.add_argument("--steps", type=int, default=96, help="optimiser steps of a run")
+    parser.add_argument("--steps", type=int, default=160, help="optimiser steps of a run")
+    parser.add_argument("--learning_rate", type=float, default=CONFIG.learning_rate)
+    parser.add_argument("--num_responses", type=int, default=CONFIG.num_responses, help="of each query of a rollout")
+    parser.add_argument("--kl_beta", type=float, default=CONFIG.kl_beta)
     parser.add_argument("--language_model_epochs", type=float, default=LanguageModelSettings().epochs)
     parser.add_argument("--output", help="write the table as Markdown too")
     options = parser.parse_args()
@@ -54,20 +57,22 @@ def main() -> None:
     model = ModelSettings(str(language_model(settings)), device="cpu", dtype="float32")
     perplexities = json.loads((Path(model.model) / "perplexity.json").read_text())
     data, held_out = prompts(folder, settings, options.prompts)
+    names = ("learning_rate", "num_responses", "kl_beta")
+    chosen = replace(CONFIG, max_steps=options.steps, **{name: getattr(options, name) for name in names})
     rows = []
     for arm in options.arms.split(","):
         for seed in range(options.seeds):
-            config = replace(CONFIG, seed=seed, max_steps=options.steps)
+            config = replace(chosen, seed=seed)
             nlpo = NLPOSettings() if arm == "nlpo" else None
             job = Job(data, folder / f"{arm}-{seed}", model, REWARD, config, TextSettings(), AdapterSettings(), nlpo)
             rows.append([arm, str(seed), *measured(job, held_out)])
     header = ["arm", "seed", "start", "trained", "gain (95 % interval)", "perplexity under ρ", "KL", "seconds, load"]
-    shown = {name: value for name, value in asdict(CONFIG).items() if value != getattr(PPOConfig(), name)}
+    shown = {name: value for name, value in asdict(chosen).items() if value != getattr(PPOConfig(), name)}
     text = [
         f"Machine: {machine()}. Language model: {options.language_model_epochs:g} epochs; perplexity on held-out "
         + "reviews: "
         + ", ".join(f"{name} {value:.1f}" for name, value in perplexities.items())
-        + f". {options.prompts} held-out prompts; {options.steps} optimiser steps; settings beside the defaults: "
+        + f". {options.prompts} held-out prompts; settings beside the defaults: "
         + ", ".join(f"{name} {value}" for name, value in shown.items()) + ".",
         "",
         table(header, rows),

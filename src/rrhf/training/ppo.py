@@ -169,7 +169,7 @@ class PPO:
         self.path = "tree" if all(path == "tree" for path in paths) else "padded"
         self.budget = config.max_tokens_per_forward or (2048 if self.device.type == "cpu" else 8192)
         trunk = causal_lm(policy if models.value is None else models.value.eval())
-        self.head = _value_head(trunk.get_input_embeddings().weight.shape[-1], config.seed).to(self.device)
+        self.head = _value_head(trunk.get_input_embeddings().weight.shape[-1]).to(self.device)
         self.trained: dict[str, nn.Module] = {"policy": policy, "value_head": self.head}
         if models.value is not None:
             self.trained["value_model"] = models.value
@@ -381,12 +381,11 @@ class PPO:
         return logprobs.cpu(), masked.cpu(), values.cpu(), found.router_loss
 
 
-def _value_head(width: int, seed: int) -> nn.Linear:
-    """V from hidden states: weights of standard deviation 1 / √(width + 1), no bias."""
+def _value_head(width: int) -> nn.Linear:
+    """V from hidden states, 0 at first: values of random size would drown rewards of an unknown one."""
     head = nn.Linear(width, 1)
-    with torch.no_grad():
-        head.weight.normal_(0.0, 1 / math.sqrt(width + 1), generator=torch.Generator().manual_seed(seed))
-        head.bias.zero_()
+    nn.init.zeros_(head.weight)
+    nn.init.zeros_(head.bias)
     return head
 
 
