@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rrhf.models.identity import model_digest
+from rrhf.rewards.logprob import reference_sums_name
 from support import tiny
 from support.tiny import die
 
@@ -34,7 +35,7 @@ def config(model: Path) -> dict[str, Any]:
     settings = tiny.config(model) | {"iterations": 2, "evaluate_rounds": 2}
     settings["data"] = {"source": "data.jsonl", "limit": 12, "held_out_limit": 4}
     settings["sample"] |= {"batch_size": 1, "num_responses": 2, "max_new_tokens": 4}
-    settings["train"] |= {"num_train_epochs": 1}
+    settings["train"] |= {"num_train_epochs": 1, "ranking_loss": "dpo"}
     settings["evaluate"] |= {"reward": ["tiny_rewards:vowels"], "max_new_tokens": 4, "batch_size": 4}
     return settings
 
@@ -76,6 +77,8 @@ def test_a_round_goes_on_from_the_last_and_is_compared_with_the_first(undisturbe
         evaluation = json.loads((folder / "evaluation.json").read_text())
         assert evaluation["settings"]["models"]["rho"] == evaluation["perplexity_model"] == str(model)
         assert evaluation["rho"]["n"] == prompts
+    names = [json.loads((folder / "model/training-settings.json").read_text())["reference_sums"] for folder in rounds]
+    assert names == [reference_sums_name(str(model), None, 64)] * 2
     drawn = [[row["responses"][2:] for row in tiny.read_rows(folder / "responses.jsonl")] for folder in rounds]
     assert drawn[0] != drawn[1]
 
