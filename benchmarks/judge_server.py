@@ -1,6 +1,6 @@
 """Serve a GGUF model by llama.cpp on loopback, as a judge for docs/judging.md; it runs in .venv-judge (make judge-env).
 
-    .venv-judge/bin/python benchmarks/judge_server.py MODEL.gguf [port]
+.venv-judge/bin/python benchmarks/judge_server.py MODEL.gguf [port]
 """
 
 from __future__ import annotations
