@@ -47,7 +47,9 @@ def _parser() -> PlainParser:
     parser = PlainParser("reproduce", __doc__)
     what = parser.add_argument_group("what")
     what.add_argument("task", help="imdb, hh or wombat")
-    what.add_argument("--scale", default="micro", help="micro (imdb alone), small or full; default: micro")
+    what.add_argument(
+        "--scale", default="micro", help="micro (imdb alone), small, full, or a YAML file; default: micro"
+    )
     what.add_argument("--arms", help="names with commas between them; default: those of the task and scale; any "
                       "best-of-N and loss:NAME too")  # fmt: skip
     what.add_argument("--seeds", type=int, default=1, help="how many; default: 1")

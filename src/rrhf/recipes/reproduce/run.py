@@ -30,7 +30,8 @@ from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.scale import Scale, queries_a_step
 from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.files import read_records, write_records
-from rrhf.rewards.stage import RewardSettings, score_file
+from rrhf.rewards.scoring import opened
+from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.stage import sample_file
 from rrhf.training.folder import TRAINED, is_trained
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
@@ -151,12 +152,15 @@ def _best_of(work: Work) -> None:
         with run.timed("sample"):
             prompts = [record.without_responses() for record in read_records(run.held_out)]
             sample_file(prompts, run.responses, config.model, sampling, config.text, merge=False)
-    if not run.scored.exists():
-        with run.timed("score"):
-            score_file(run.responses, run.scored, config.score, config.scoring, config.text)
     if not run.evaluation.exists():
-        best = [record.keeping([_best(record.scores)]) for record in read_records(run.scored)]
-        write_records(run.folder / "best.jsonl", best, overwrite=True)
+        context = config.scoring.context(config.text, config.score_remote)
+        with (
+            run.timed("score"),
+            opened(config.score.reward, weights=config.score.reward_weights or None, context=context) as rewards,
+        ):
+            scored = list(rewards.score(read_records(run.responses)))  # an empty response is one too
+            write_records(run.scored, scored, overwrite=True)
+        best = [record.keeping([_best(record.scores)]) for record in scored]
         with run.timed("evaluate"):
             _evaluate(work, {"rho": whole.rho, "pi": whole.rho}, [(r.responses[0], r.finish[0]) for r in best])
 

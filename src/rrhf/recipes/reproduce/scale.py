@@ -75,7 +75,7 @@ class Scale:
             "max_steps": self.steps,
             "max_new_tokens": sample["max_new_tokens"],
             "per_device_train_batch_size": queries_a_step(train),
-            "save_steps": train.get("save_steps", 100),
+            "save_steps": int(train.get("save_steps", 100)),
             **self.ppo,
             "learning_rate": rate,
             "kl_beta": self.kl_beta if arm.kl else 0.0,
@@ -89,7 +89,7 @@ def queries_a_step(train: Mapping[str, Any]) -> int:
 
 
 def read_scale(task: str, name: str, assignments: Sequence[str] = ()) -> Scale:
-    """The scale of a task, with ``section.key=value`` laid over its configuration.
+    """The scale of a task, one that is shipped or a YAML file, with ``section.key=value`` laid over its configuration.
 
     Raises:
         UserError: there is none, or an assignment is not one.
@@ -97,11 +97,14 @@ def read_scale(task: str, name: str, assignments: Sequence[str] = ()) -> Scale:
     if task not in TASKS:
         raise UserError(f"{task!r}: {nearest(task, TASKS)}")
     places = shipped_scales()
-    if (task, name) not in places:
+    if Path(name).suffix == ".yaml":
+        place, name = name, Path(name).stem
+    elif (task, name) in places:
+        place = str(places[task, name])
+    else:
         known = ", ".join(scale for of_task, scale in places if of_task == task)
-        raise UserError(f"--scale {name}: {task} has {known}")
-    config = override(read_config(str(places[task, name])), assignments)
-    return make_scale(task, name, config)
+        raise UserError(f"--scale {name}: {task} has {known}; or give a YAML file")
+    return make_scale(task, name, override(read_config(place), assignments))
 
 
 def make_scale(task: str, name: str, config: Mapping[str, Any]) -> Scale:
