@@ -19,6 +19,8 @@ def main(arguments: list[str]) -> int:
     from rrhf.recipes.reproduce.work import Table, prepare, work_through
     from rrhf.training.callbacks import Stopped
 
+    if options.check:
+        return _check(options.task, Path(options.check), options.output)
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: must be at least 1")
     data = [f"data.source={options.data}"] if options.data else []
@@ -43,6 +45,26 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
+def _check(task: str, file: Path, output: str | None) -> int:
+    """Run the arm of a result again, and print whether it comes out within the result's intervals."""
+    from rrhf.common.logging import set_up_logging
+    from rrhf.recipes.reproduce.check import read_result, run_again
+    from rrhf.recipes.reproduce.place import Place
+    from rrhf.training.callbacks import Stopped
+
+    before = read_result(file)
+    if before["task"] != task:
+        raise UserError(f"--check {file}: is a result of {before['task']}, not of {task}")
+    set_up_logging()
+    try:
+        _, sentence = run_again(Place(Path(output or f"runs/check-{file.stem}")), before)
+    except Stopped as stopped:
+        print("rrhf reproduce: stopped; the same command goes on from there", file=sys.stderr)
+        return stopped.code
+    print(sentence)
+    return 0
+
+
 def _parser() -> PlainParser:
     parser = PlainParser("reproduce", __doc__)
     what = parser.add_argument_group("what")
@@ -56,6 +78,8 @@ def _parser() -> PlainParser:
     what.add_argument("--learning_rate", "--learning-rate", type=float, help="one for all arms; default: each arm's "
                       "best of three on prompts kept for that")  # fmt: skip
     what.add_argument("--page", action="store_true", help="write the page of what has ended, and do nothing else")
+    what.add_argument("--check", metavar="RESULT", help="a file of results/: run its arm again, and say whether it "
+                      "comes out within the intervals there")  # fmt: skip
     files = parser.add_argument_group("files")
     files.add_argument("--output", help="the folder of arms, results and page; default: runs/reproduce-TASK-SCALE")
     files.add_argument("--data", help="where the queries come from, in place of the scale's source")

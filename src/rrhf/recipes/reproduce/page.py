@@ -35,7 +35,7 @@ Block = str | Cells | tuple[str, "plots.Draw", tuple[float, float]]  # a paragra
 def write_page(place: Place, scale: Scale, table: Table) -> Path:
     """Write both pages of the results there are; returns the HTML page's path."""
     results = by_key(place.results())
-    title = f"{scale.task} at the scale {scale.name}"
+    title = f"{scale.task} at the scale {Path(scale.name).stem}"
     blocks = _blocks(scale, table, results)
     write_text(place.folder / "report.md", _markdown(place, title, blocks))
     page = place.folder / "report.html"

@@ -272,6 +272,7 @@ def _result(work: Work) -> dict[str, Any]:
         "processors": os.cpu_count(),
         "commit": measure.commit(),
         "config": work.values,
+        "asked": list(work.scale.asked),
     }
 
 

@@ -22,7 +22,7 @@ class Scale:
 
     Attributes:
         task: one of ``TASKS``.
-        name: one of ``SCALES``.
+        name: one of ``SCALES``, or a YAML file.
         config: a run's configuration, over which an arm's is laid; ``train.max_steps`` are the steps of every arm.
         learning_rates: the grid.
         rate_queries: prompts on which a rate is chosen.
@@ -31,6 +31,7 @@ class Scale:
         ppo: settings of PPO and NLPO beside those that ``config`` has.
         chosen: the tag of the data's response that SFT is trained on.
         arms: what is run where ``--arms`` is not given; default: all of the task.
+        asked: what was laid over the scale's YAML, as ``section.key=value``.
     """
 
     task: str
@@ -43,6 +44,7 @@ class Scale:
     ppo: Mapping[str, Any] = field(default_factory=dict)
     chosen: str = "human/chosen"
     arms: Sequence[str] = ()
+    asked: Sequence[str] = ()
 
     @property
     def steps(self) -> int:
@@ -98,26 +100,26 @@ def read_scale(task: str, name: str, assignments: Sequence[str] = ()) -> Scale:
         raise UserError(f"{task!r}: {nearest(task, TASKS)}")
     places = shipped_scales()
     if Path(name).suffix == ".yaml":
-        place, name = name, Path(name).stem
+        place = name
     elif (task, name) in places:
         place = str(places[task, name])
     else:
         known = ", ".join(scale for of_task, scale in places if of_task == task)
         raise UserError(f"--scale {name}: {task} has {known}; or give a YAML file")
-    return make_scale(task, name, override(read_config(place), assignments))
+    return make_scale(task, name, override(read_config(place), assignments), tuple(assignments))
 
 
-def make_scale(task: str, name: str, config: Mapping[str, Any]) -> Scale:
+def make_scale(task: str, name: str, config: Mapping[str, Any], asked: Sequence[str] = ()) -> Scale:
     """A scale of a configuration whose section ``reproduce`` has what is the scale's own.
 
     Raises:
         UserError: a key of that section is unknown.
     """
     own = dict(config.get(SECTION) or {})
-    known = {f.name for f in fields(Scale)} - {"task", "name", "config"}
+    known = {f.name for f in fields(Scale)} - {"task", "name", "config", "asked"}
     if unknown := [key for key in own if key not in known]:
         raise UserError("\n".join(f"{SECTION}.{key}: unknown key: {nearest(key, known)}" for key in unknown))
-    return Scale(task, name, {key: value for key, value in config.items() if key != SECTION}, **own)
+    return Scale(task, name, {key: value for key, value in config.items() if key != SECTION}, asked=asked, **own)
 
 
 def shipped_scales() -> dict[tuple[str, str], Path]:
