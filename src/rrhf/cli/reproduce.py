@@ -29,8 +29,8 @@ def main(arguments: list[str]) -> int:
     names = options.arms.split(",") if options.arms else scale.default_arms
     rates = [options.learning_rate] if options.learning_rate else scale.learning_rates
     table = Table(arms_named(options.task, names), options.seeds, rates)
-    place = Place(Path(options.output or f"runs/reproduce-{options.task}-{options.scale}"))
-    set_up_logging(place.folder / "log.txt")
+    place = Place(Path(options.output or f"runs/reproduce-{options.task}-{Path(options.scale).stem}"))
+    set_up_logging(place.log)
     if not options.page:
         scale = prepare(place, scale)
     try:

@@ -53,6 +53,10 @@ class Place:
         return Prompts(self.folder / "prompts")
 
     @property
+    def log(self) -> Path:
+        return self.folder / "log.txt"
+
+    @property
     def shared(self) -> Path:
         return self.folder / "shared"
 

@@ -99,6 +99,7 @@ def carry(work: Work) -> dict[str, Any]:
     with _rho_texts(work):
         KINDS[arm.kind](work)
         result = _result(work)
+    set_up_logging(work.place.log)
     return result
 
 
