@@ -67,6 +67,10 @@ def _check(task: str, file: Path, output: str | None) -> int:
 
 def _parser() -> PlainParser:
     parser = PlainParser("reproduce", __doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--output", help="the folder of arms, results and page; default: runs/reproduce-TASK-SCALE")
+    files.add_argument("--data", help="where the queries come from, in place of the scale's source")
+    files.add_argument("--model", help="ρ, in place of the scale's model")
     what = parser.add_argument_group("what")
     what.add_argument("task", help="imdb, hh or wombat")
     what.add_argument(
@@ -80,10 +84,6 @@ def _parser() -> PlainParser:
     what.add_argument("--page", action="store_true", help="write the page of what has ended, and do nothing else")
     what.add_argument("--check", metavar="RESULT", help="a file of results/: run its arm again, and say whether it "
                       "comes out within the intervals there")  # fmt: skip
-    files = parser.add_argument_group("files")
-    files.add_argument("--output", help="the folder of arms, results and page; default: runs/reproduce-TASK-SCALE")
-    files.add_argument("--data", help="where the queries come from, in place of the scale's source")
-    files.add_argument("--model", help="ρ, in place of the scale's model")
     settings = parser.add_argument_group("settings")
     settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the scale's configuration")
     return parser
