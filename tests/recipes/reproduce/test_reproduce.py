@@ -13,10 +13,10 @@ import yaml
 from support import tiny
 from support.tiny import die
 
-ARMS = ("start", "best-of-2", "SFT", "RRHF-DP", "RRHF-D", "DPO", "IP-2", "OP", "PPO", "NLPO+KL")
+ARMS = ("start", "best-of-2", "SFT", "RRHF-DP", "DPO", "IP-2", "OP", "PPO", "NLPO+KL")
 COMMAND = ("reproduce", "imdb", "--scale", "tiny.yaml", "--arms", ",".join(ARMS), "--learning_rate", "1e-3")
 STEP = "rrhf.training.trainer:RRHFTrainer.training_step"
-UNEQUAL = {"seconds", "load", "peak_memory_bytes", "config"}  # of two computations of one result
+UNEQUAL = {"seconds", "load", "peak_memory_bytes", "config", "commit"}  # of two computations of one result
 
 
 def settings(model: Path) -> dict[str, Any]:
@@ -51,7 +51,7 @@ KILLS = {  # each in an arm of another kind
     "best-of-2, scored": [die("rrhf.recipes.reproduce.run:_best", 2)],
     "SFT": [die(STEP, 2)],
     "RRHF-DP, its samples shared": [die("rrhf.recipes.reproduce.run:_copy", 5)],
-    "RRHF-D, before its result": [die("rrhf.recipes.reproduce.run:_result", 2)],
+    "RRHF-DP, before its result": [die("rrhf.recipes.reproduce.run:_result", 1)],
     "DPO": [die(STEP, 3)],
     "IP-2, in the second round": [die(STEP, 4 + 2 + 2)],
     "OP, in the second window": [die(STEP, 2 + 3)],

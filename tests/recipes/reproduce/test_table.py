@@ -137,7 +137,7 @@ def test_a_step_of_each_full_configuration(task: str, tmp_path: Path) -> None:
         "data.held_out_limit=2", "data.limit=4", "sample.max_new_tokens=4", "score.reward=[tiny_rewards:vowels]",
         "evaluate.reward=[tiny_rewards:vowels]", "evaluate.max_new_tokens=4", "evaluate.perplexity_model=null",
         "train.max_steps=1", "train.gradient_accumulation_steps=4", "train.bf16=false", "train.report_to=none",
-        "train.save_strategy=no", "reproduce.rate_queries=2",
+        "train.save_strategy='no'", "reproduce.rate_queries=2",
     ]  # fmt: skip
     if task == "wombat":
         overrides = [line for line in overrides if not line.startswith("sample.")]
