@@ -55,6 +55,14 @@ class Work:
     run: RunFolder
 
     @property
+    def noted(self) -> dict[str, Any]:
+        """All that the arm is made of: the run's configuration, and PPO's settings where it is PPO."""
+        item = self.item
+        if item.rate is None or item.arm.kind not in (PPO, NLPO):
+            return self.values
+        return {**self.values, "ppo": self.scale.ppo_settings(item.arm, item.seed, item.rate)}
+
+    @property
     def last(self) -> RunFolder:
         """The folder of the last round, which is the run's where there is one round."""
         rounds = self.config.rounds.iterations
@@ -94,7 +102,7 @@ def carry(work: Work) -> dict[str, Any]:
     arm, run = work.item.arm, work.run
     log.info(f"{arm.name}: seed {work.item.seed}" + (f", learning rate {work.item.rate:g}" if work.item.rate else ""))
     measure.reset_peak_memory()
-    run.remember_config(work.values)
+    run.remember_config(work.noted)
     set_up_logging(run.log)
     with _rho_texts(work):
         KINDS[arm.kind](work)
@@ -272,7 +280,7 @@ def _result(work: Work) -> dict[str, Any]:
         "load": measure.load(),
         "processors": os.cpu_count(),
         "commit": measure.commit(),
-        "config": work.values,
+        "config": work.noted,
         "asked": list(work.scale.asked),
     }
 
