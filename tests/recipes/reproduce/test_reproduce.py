@@ -48,7 +48,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 KILLS = {  # each in an arm of another kind
     "the prompts": [die("rrhf.recipes.reproduce.data:write_records", 2)],
     "start": [die("rrhf.recipes.reproduce.measure:evaluation_numbers", 1)],
-    "best-of-2, scored": [die("rrhf.recipes.reproduce.run:_best", 2)],
+    "best-of-2, before its evaluation": [die("rrhf.recipes.baselines.best_of_n:_evaluate", 1)],
     "SFT": [die(STEP, 2)],
     "RRHF-DP, its samples shared": [die("rrhf.recipes.reproduce.run:_copy", 5)],
     "RRHF-DP, before its result": [die("rrhf.recipes.reproduce.run:_result", 1)],
@@ -92,10 +92,10 @@ def test_what_two_processes_leave(shared_out: Path) -> None:
     begun = [line for line in (shared_out / "said.txt").read_text().splitlines() if ": seed 0" in line]
     assert len(begun) == len(ARMS)  # no arm by both
     for name, result in found.items():
-        assert {"proxy", "gold", "kl", "perplexity", "length_mean", "distinct_2", "commit"} <= set(result), name
+        assert {"proxy", "gold", "kl", "perplexity", "length_mean", "distinct_2"} <= set(result), name
         assert result["proxy"]["start"] == found["start"]["proxy"]["mean"]  # the same texts of ρ for all
     assert found["start"]["kl"]["mean"] == 0 and found["start"]["proxy"]["gain"]["mean"] == 0
-    samples = tiny.read_rows(shared_out / "out/arms/best-of-2/seed-0/once/scored.jsonl")
+    samples = tiny.read_rows(shared_out / "out/arms/best-of-2/seed-0/once/best-of-n/scored.jsonl")
     best = [max(row["scores"]) for row in samples]
     assert found["best-of-2"]["proxy"]["mean"] == pytest.approx(sum(best) / 3) and found["best-of-2"]["samples"] == 6
     trained = [result for result in found.values() if result["learning_rate"]]

@@ -48,7 +48,7 @@ def test_arms_by_name() -> None:
     for name in RANKING_LOSSES:
         arm = arm_named("hh", f"loss:{name}")
         assert arm.config["train"]["ranking_loss"] == name and arm.online == (name in ("grpo", "rloo"))
-    for wrong in ("RRHF-DB", "best-of-0", "loss:nothing"):
+    for wrong in ("RRHF-DB", "best-of-1", "loss:nothing"):
         with pytest.raises(UserError, match="--arms"):
             arm_named("imdb", wrong)
     for task in TASKS:

@@ -61,12 +61,16 @@ def texts_for_kl(
     """The file of π's texts on which KL is estimated: those that were ``evaluated`` or, at ``place``, others."""
     if drawn_from_all(sampling):
         return evaluated
-    whole = SamplingSettings(
+    draw_to_file(place, prompts, pi, from_all(sampling), text, "pi", policies=policies)
+    return place
+
+
+def from_all(sampling: SamplingSettings) -> SamplingSettings:
+    """One response a prompt from the whole of π, otherwise as ``sampling`` has it."""
+    return SamplingSettings(
         policy="top-p", top_p=1.0, num_responses=1, max_new_tokens=sampling.max_new_tokens,
         batch_size=sampling.batch_size, seed=sampling.seed,
     )  # fmt: skip
-    draw_to_file(place, prompts, pi, whole, text, "pi", policies=policies)
-    return place
 
 
 def best_of_n_bound(number: int) -> float:

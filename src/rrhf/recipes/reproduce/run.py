@@ -19,6 +19,7 @@ from rrhf.evaluation.generations import draw_to_file
 from rrhf.evaluation.stage import EvaluationSettings, evaluate_models
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
+from rrhf.recipes.baselines.best_of_n import BestOfN, BestOfNSettings, run_best_of_n
 from rrhf.recipes.baselines.ppo import Job, train_ppo
 from rrhf.recipes.baselines.sft import write_responses_of
 from rrhf.recipes.config import RunConfig, parse_config
@@ -29,10 +30,8 @@ from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, RUN, SFT, START
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.scale import Scale, queries_a_step
 from rrhf.recipes.run_folder import RunFolder
-from rrhf.records.files import read_records, write_records
-from rrhf.rewards.scoring import opened
+from rrhf.records.files import read_records
 from rrhf.rewards.stage import RewardSettings
-from rrhf.sampling.stage import sample_file
 from rrhf.training.folder import TRAINED, is_trained
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
 from rrhf.training.windows import FOLDER as WINDOWS
@@ -53,6 +52,11 @@ class Work:
     values: dict[str, Any]
     config: RunConfig
     run: RunFolder
+
+    @property
+    def best_of_n(self) -> RunFolder:
+        """Where best-of-n has its samples."""
+        return RunFolder(self.run.folder / "best-of-n")
 
     @property
     def noted(self) -> dict[str, Any]:
@@ -154,29 +158,26 @@ def _start(work: Work) -> None:
 
 
 def _best_of(work: Work) -> None:
-    """Draw n responses a held-out prompt from ρ, score them, keep the best, and judge it as the others' are."""
+    """`rrhf baseline best-of-n` on the held-out prompts; what it keeps is judged beside ρ's texts as all arms' are."""
     whole, config = work.whole, work.config
-    run, sampling = whole.run, replace(config.evaluate_sampling, num_responses=work.item.arm.number)
-    if not run.responses.exists():
-        with run.timed("sample"):
-            prompts = [record.without_responses() for record in read_records(run.held_out)]
-            sample_file(prompts, run.responses, config.model, sampling, config.text, merge=False)
-    if not run.evaluation.exists():
-        context = config.scoring.context(config.text, config.score_remote)
-        with (
-            run.timed("score"),
-            opened(config.score.reward, weights=config.score.reward_weights or None, context=context) as rewards,
-        ):
-            scored = list(rewards.score(read_records(run.responses)))  # an empty response is one too
-            write_records(run.scored, scored, overwrite=True)
-        best = [record.keeping([_best(record.scores)]) for record in scored]
-        with run.timed("evaluate"):
-            _evaluate(work, {"rho": whole.rho, "pi": whole.rho}, [(r.responses[0], r.finish[0]) for r in best])
-
-
-def _best(scores: list[float | None]) -> int:
-    known = [index for index, score in enumerate(scores) if score is not None]
-    return max(known, key=lambda index: scores[index] or 0.0, default=0)
+    run, inner = whole.run, work.best_of_n
+    if run.evaluation.exists():
+        return
+    sampling = config.evaluate_sampling
+    if sampling.policy == "greedy":  # of which all samples would be one
+        sampling = measure.from_all(sampling)
+    gold = BestOfNSettings(config.evaluate_rewards.reward[1:])
+    run_best_of_n(
+        BestOfN(
+            run.held_out, inner.folder, config.model, replace(sampling, num_responses=work.item.arm.number),
+            config.score, config.scoring, config.text, config.score_remote, config.evaluate, gold,
+        )
+    )  # fmt: skip
+    spent = {name: took for name, took in measure.seconds(inner.timings).items() if name in DATA_STAGES}
+    write_text(run.timings, json.dumps(spent, indent=1) + "\n")
+    best = list(read_records(inner.folder / "best.jsonl"))
+    with run.timed("evaluate"):
+        _evaluate(work, {"rho": whole.rho, "pi": whole.rho}, [(one.responses[0], one.finish[0]) for one in best])
 
 
 KINDS = {RUN: _run, SFT: _sft, PPO: _ppo, NLPO: _ppo, BEST_OF: _best_of, START: _start}
@@ -330,15 +331,16 @@ def _tokens(work: Work) -> dict[str, int]:
     if arm.online:
         files, passes = sorted((run.model / WINDOWS).glob("*.jsonl")), 1.0
     else:
-        folders = [run.round(n) for n in range(1, arm.rounds + 1)] if arm.rounds > 1 else [run]
+        one = work.best_of_n if arm.kind == BEST_OF else run
+        folders = [run.round(n) for n in range(1, arm.rounds + 1)] if arm.rounds > 1 else [one]
         files = [folder.scored for folder in folders]
         queries = sum(1 for _ in read_records(work.place.prompts.queries))
         passes = work.scale.steps / arm.rounds * queries_a_step(work.scale.config["train"]) / queries
     each = [measure.response_tokens(file, count) for file in files]
-    trained = 0.0 if arm.kind == BEST_OF else passes * sum(one["tokens"] for one in each)
+    trained = 0.0 if arm.kind == BEST_OF else passes * sum(file["tokens"] for file in each)
     return {
-        "samples": sum(one["sampled"] for one in each),
-        "tokens_sampled": sum(one["sampled_tokens"] for one in each),
+        "samples": sum(file["sampled"] for file in each),
+        "tokens_sampled": sum(file["sampled_tokens"] for file in each),
         "tokens_trained": round(trained),
     }
 
