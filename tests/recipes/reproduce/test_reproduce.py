@@ -56,7 +56,7 @@ KILLS = {  # each in an arm of another kind
     "IP-2, in the second round": [die(STEP, 4 + 2 + 2)],
     "OP, in the second window": [die(STEP, 2 + 3)],
     "PPO": [die("rrhf.training.ppo:PPO.step", 2)],
-    "NLPO": [die("rrhf.training.ppo:PPO.step", 4)],
+    "NLPO": [die("rrhf.training.ppo:PPO.step", 3)],
 }
 
 
