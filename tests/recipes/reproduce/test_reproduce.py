@@ -46,12 +46,10 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 KILLS = {  # each in an arm of another kind
-    "the prompts": [die("rrhf.recipes.reproduce.data:write_records", 2)],
     "start": [die("rrhf.recipes.reproduce.measure:evaluation_numbers", 1)],
     "best-of-2, before its evaluation": [die("rrhf.recipes.baselines.best_of_n:_evaluate", 1)],
     "SFT": [die(STEP, 2)],
     "RRHF-DP, its samples shared": [die("rrhf.recipes.reproduce.run:_copy", 5)],
-    "RRHF-DP, before its result": [die("rrhf.recipes.reproduce.run:_result", 1)],
     "DPO": [die(STEP, 3)],
     "IP-2, in the second round": [die(STEP, 4 + 2 + 2)],
     "OP, in the second window": [die(STEP, 2 + 3)],

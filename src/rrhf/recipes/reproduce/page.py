@@ -65,6 +65,7 @@ def _blocks(scale: Scale, table: Table, results: Results) -> list[tuple[str, lis
     found.append(("What the arms are", [meaning_table(rows)]))
     cost: list[Block] = [cost_table(rows), *differences(rows)]
     cost.append(
+        "Responses are counted after empty ones were dropped and equal ones of a query merged. "
         "Samples that several arms train on are drawn once; their seconds count in each of these arms. "
         "Memory is this process's whole one, its libraries included."
     )
