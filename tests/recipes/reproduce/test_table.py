@@ -14,6 +14,7 @@ from rrhf.common.errors import UserError
 from rrhf.losses import RANKING_LOSSES
 from rrhf.recipes.config import parse_config
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
+from rrhf.recipes.reproduce.check import compared, read_result
 from rrhf.recipes.reproduce.measure import best_of_n_bound, drawn_from_all, response_tokens
 from rrhf.recipes.reproduce.place import Item
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
@@ -94,6 +95,17 @@ def test_later_seeds_wait_for_the_rate_which_is_the_best_and_of_equals_the_lowes
     assert differences(rows_of(Table([A, Arm("c", "")], 1, [1e-3]), by_key(
         [result(A, 0, 1e-3), {**result(Arm("c", ""), 0, 1e-3), "samples": 24}]
     ))) == ["Arms differ in sampled responses: 8: a; 24: c."]  # fmt: skip
+
+
+def test_a_result_is_checked_against_its_interval(tmp_path: Path) -> None:
+    before = result(A, 0, 1e-3, 0.3)
+    within, sentence = compared(before, result(A, 0, 1e-3, 0.35))
+    assert within and sentence == "a, seed 0: reproduced: gain, proxy +0.350 is within [0.200, 0.400]"
+    within, sentence = compared(before, result(A, 0, 1e-3, 0.45))
+    assert not within and "not reproduced" in sentence and "outside" in sentence
+    (tmp_path / "r.json").write_text(json.dumps(before))
+    with pytest.raises(UserError, match="lacks task, scale, asked"):
+        read_result(tmp_path / "r.json")
 
 
 def test_numbers_beside_the_evaluation(tmp_path: Path) -> None:
