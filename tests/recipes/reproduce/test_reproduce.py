@@ -50,7 +50,7 @@ KILLS = {  # each in an arm of another kind
     "best-of-2, before its evaluation": [die("rrhf.recipes.baselines.best_of_n:_evaluate", 1)],
     "SFT": [die(STEP, 2)],
     "RRHF-DP, its samples shared": [die("rrhf.recipes.reproduce.run:_copy", 5)],
-    "DPO": [die(STEP, 3)],
+    "DPO": [die(STEP, 4 + 3)],
     "IP-2, in the second round": [die(STEP, 4 + 2 + 2)],
     "OP, in the second window": [die(STEP, 2 + 3)],
     "PPO": [die("rrhf.training.ppo:PPO.step", 2)],
