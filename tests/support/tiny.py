@@ -452,7 +452,7 @@ def warm(
 
 
 PRELOADED = (
-    "torch", "rrhf.training.stage", "rrhf.recipes.recipe", "rrhf.training.online", "rrhf.report.page",
+    "torch", "rrhf.training.stage", "rrhf.recipes.reproduce.page", "rrhf.training.online", "rrhf.report.page",
     "rrhf.report.plots",
     "rrhf.evaluation.evaluate",
     "rrhf.sampling.decoding", "rrhf.sampling.policies", "transformers.models.llama.modeling_llama",

@@ -24,6 +24,7 @@ COMMANDS = {
     "evaluate": "measure a model, or two on the same prompts",
     "baseline": "RRHF's rivals, fairly: sft, best-of-n, …",
     "judge": "compare two systems' answers by judges, with what the judges are worth",
+    "reproduce": "the paper's systems and their rivals as one table: arms × seeds",
     "inspect": "look into a file of records",
     "convert": "turn other data sets into records",
     "report": "one HTML page of one run or several",

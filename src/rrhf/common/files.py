@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from rrhf.common.errors import UserError
 
@@ -117,3 +118,23 @@ def read_object(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold a JSON object")
     return found
+
+
+@contextlib.contextmanager
+def claimed_place(file: IO[bytes], place: int, wait: bool = False) -> Iterator[bool]:
+    """Hold ``place``, if no other process does: the system's lock on one byte of ``file``, which a dying process drops.
+
+    Args:
+        file: open for writing; processes that share out work open the same one. It need not have that byte.
+        place: of the byte.
+        wait: wait for it, instead of yielding False at once where another process has it.
+    """
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB), 1, place)
+    except (BlockingIOError, PermissionError):
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        fcntl.lockf(file, fcntl.LOCK_UN, 1, place)

@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import append_line, fsync_folder, refuse_existing, replacing, write_text
+from rrhf.common.files import append_line, claimed_place, fsync_folder, refuse_existing, replacing, write_text
 from rrhf.common.launch import rank_and_world
 from rrhf.common.settings import refuse_other_settings
 from rrhf.records.checksums import checksum_of_file
@@ -214,7 +214,8 @@ class PartsFolder:
         self.made_here = False
         checksum = self._checksum(step, number, origin)
         if checksum is None:
-            with self._claimed(step, number) as mine:
+            assert self.claims is not None
+            with claimed_place(self.claims, number * self.steps + step) as mine:
                 if not mine:
                     return None
                 self._read_manifests()
@@ -224,21 +225,6 @@ class PartsFolder:
                     checksum = self._write(step, number, origin, work(read(), done))
                     self.made_here = True
         return checksum
-
-    @contextlib.contextmanager
-    def _claimed(self, step: int, number: int) -> Iterator[bool]:
-        """Hold a part, if nobody else does: the system's lock on one byte of a file, which a dying process drops."""
-        place = number * self.steps + step
-        assert self.claims is not None
-        try:
-            fcntl.lockf(self.claims, fcntl.LOCK_EX | fcntl.LOCK_NB, 1, place)
-        except (BlockingIOError, PermissionError):
-            yield False
-            return
-        try:
-            yield True
-        finally:
-            fcntl.lockf(self.claims, fcntl.LOCK_UN, 1, place)
 
     def _checksum(self, step: int, number: int, origin: str) -> str | None:
         """The checksum of a part that is whole and was made of the input whose checksum is ``origin``; else None."""

@@ -141,7 +141,7 @@ class OnlineRecords(Dataset):
         named = online.context.reference_model
         self._rho = None if named is None else logprob_model(named, online.context)
         self.skipped: Counter[str] = Counter()
-        self.unranked = self.queries_cut = self.responses_cut = 0
+        self.unranked = self.left_out = self.queries_cut = self.responses_cut = 0
         self.records: list[TrainingRecord] = []  # as large as they can get: what memory is planned with
         self._number: int | None = None  # of the window at hand
         self._shares: dict[int, list[list[TrainingRecord]]] = {}  # step → this process's micro-batches
@@ -272,6 +272,7 @@ class OnlineRecords(Dataset):
         )
         self.skipped.update(encoded.skipped)
         self.unranked += encoded.unranked
+        self.left_out += encoded.left_out
         self.queries_cut, self.responses_cut = self.format.queries_cut, self.format.responses_cut
         return encoded.records
 

@@ -1,0 +1,89 @@
+"""rrhf reproduce: the paper's systems and their rivals as one table; run again, or in several processes, it goes on."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from rrhf.cli.parser import PlainParser
+from rrhf.common.errors import UserError
+
+
+def main(arguments: list[str]) -> int:
+    options = _parser().parse_intermixed_args(arguments)
+    from rrhf.common.logging import set_up_logging
+    from rrhf.recipes.reproduce.arms import arms_named
+    from rrhf.recipes.reproduce.page import write_page
+    from rrhf.recipes.reproduce.place import Place
+    from rrhf.recipes.reproduce.scale import read_scale
+    from rrhf.recipes.reproduce.work import Table, prepare, work_through
+    from rrhf.training.callbacks import Stopped
+
+    if options.check:
+        return _check(options.task, Path(options.check), options.output)
+    if options.seeds < 1:
+        raise UserError(f"--seeds {options.seeds}: must be at least 1")
+    data = [f"data.source={options.data}"] if options.data else []
+    model = [f"model={options.model}"] if options.model else []
+    scale = read_scale(options.task, options.scale, [*data, *model, *options.overrides])
+    names = options.arms.split(",") if options.arms else scale.default_arms
+    rates = [options.learning_rate] if options.learning_rate else scale.learning_rates
+    table = Table(arms_named(options.task, names), options.seeds, rates)
+    place = Place(Path(options.output or f"runs/reproduce-{options.task}-{Path(options.scale).stem}"))
+    set_up_logging(place.log)
+    if not options.page:
+        scale = prepare(place, scale)
+    try:
+        if not options.page:
+            work_through(place, scale, table)
+    except Stopped as stopped:
+        print("rrhf reproduce: stopped; the same command goes on from there", file=sys.stderr)
+        return stopped.code
+    finally:
+        page = write_page(place, scale, table)
+    print(f"page: {page} (and {page.with_suffix('.md').name})")
+    return 0
+
+
+def _check(task: str, file: Path, output: str | None) -> int:
+    """Run the arm of a result again, and print whether it comes out within the result's intervals."""
+    from rrhf.common.logging import set_up_logging
+    from rrhf.recipes.reproduce.check import read_result, run_again
+    from rrhf.recipes.reproduce.place import Place
+    from rrhf.training.callbacks import Stopped
+
+    before = read_result(file)
+    if before["task"] != task:
+        raise UserError(f"--check {file}: is a result of {before['task']}, not of {task}")
+    set_up_logging()
+    try:
+        _, sentence = run_again(Place(Path(output or f"runs/check-{file.stem}")), before)
+    except Stopped as stopped:
+        print("rrhf reproduce: stopped; the same command goes on from there", file=sys.stderr)
+        return stopped.code
+    print(sentence)
+    return 0
+
+
+def _parser() -> PlainParser:
+    parser = PlainParser("reproduce", __doc__)
+    files = parser.add_argument_group("files")
+    files.add_argument("--output", help="the folder of arms, results and page; default: runs/reproduce-TASK-SCALE")
+    files.add_argument("--data", help="where the queries come from, in place of the scale's source")
+    files.add_argument("--model", help="ρ, in place of the scale's model")
+    what = parser.add_argument_group("what")
+    what.add_argument("task", help="imdb, hh or wombat")
+    what.add_argument(
+        "--scale", default="micro", help="micro (imdb alone), small, full, or a YAML file; default: micro"
+    )
+    what.add_argument("--arms", help="names with commas between them; default: those of the task and scale; any "
+                      "best-of-N and loss:NAME too")  # fmt: skip
+    what.add_argument("--seeds", type=int, default=1, help="how many; default: 1")
+    what.add_argument("--learning_rate", "--learning-rate", type=float, help="one for all arms; default: each arm's "
+                      "best of three on prompts kept for that")  # fmt: skip
+    what.add_argument("--page", action="store_true", help="write the page of what has ended, and do nothing else")
+    what.add_argument("--check", metavar="RESULT", help="a file of results/: run its arm again, and say whether it "
+                      "comes out within the intervals there")  # fmt: skip
+    settings = parser.add_argument_group("settings")
+    settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the scale's configuration")
+    return parser

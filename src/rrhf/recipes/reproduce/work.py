@@ -1,0 +1,121 @@
+"""Arms × seeds as a list of work that any number of processes share: each takes the next that nobody has.
+
+The first seed runs every rate of the grid; the other seeds run the rate that came out best for the arm.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from rrhf.common.errors import UserError
+from rrhf.recipes.reproduce.arms import Arm
+from rrhf.recipes.reproduce.data import with_model, write_prompts
+from rrhf.recipes.reproduce.place import Item, Place
+from rrhf.recipes.reproduce.run import carry, plan
+from rrhf.recipes.reproduce.scale import Scale
+
+log = logging.getLogger("rrhf")
+
+WAIT = 1.0  # seconds between two looks at what other processes have done
+
+Results = Mapping[tuple[str, int, float | None], Mapping[str, Any]]  # (arm, seed, rate) → its result
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is to be done: arms × seeds, and the grid of rates."""
+
+    arms: Sequence[Arm]
+    seeds: int
+    rates: Sequence[float]
+
+    def items(self, results: Results) -> Iterator[Item]:
+        """What can be begun, in order; an arm's later seeds wait until its rate is chosen."""
+        for arm in self.arms:
+            for rate in self.rates if arm.has_rate else (None,):
+                yield Item(arm, 0, rate)
+        for seed in range(1, self.seeds):
+            for arm in self.arms:
+                known, rate = chosen_rate(arm, self.rates, results)
+                if known:
+                    yield Item(arm, seed, rate)
+
+    def is_complete(self, results: Results) -> bool:
+        """Whether every arm has its rate and every seed at it."""
+        for arm in self.arms:
+            known, rate = chosen_rate(arm, self.rates, results)
+            if not known or any((arm.name, seed, rate) not in results for seed in range(self.seeds)):
+                return False
+        return True
+
+
+def chosen_rate(arm: Arm, rates: Sequence[float], results: Results) -> tuple[bool, float | None]:
+    """Whether an arm's rate is known yet, and which: the best by the reward that trains, on prompts kept for that.
+
+    Of equal ones the lowest. Everybody who reads the same results finds the same, so the choice needs no file.
+    """
+    if not arm.has_rate:
+        return True, None
+    if len(rates) == 1:
+        return True, rates[0]
+    found = [results.get((arm.name, 0, rate)) for rate in rates]
+    if any(result is None for result in found):
+        return False, None
+    rewards = {rate: result["rate_reward"] for rate, result in zip(rates, found) if result is not None}
+    return True, max(sorted(rewards), key=lambda rate: rewards[rate])
+
+
+def by_key(results: Sequence[Mapping[str, Any]]) -> Results:
+    return {(result["arm"], result["seed"], result["learning_rate"]): result for result in results}
+
+
+def prepare(place: Place, scale: Scale) -> Scale:
+    """Train the model where it has to be, and write the prompts; one process does it, others wait.
+
+    Returns:
+        The scale with its model and its data in place.
+    """
+    with place.claimed("prepare", wait=True):
+        scale = replace(scale, config=with_model(scale))
+        return replace(scale, config=write_prompts(scale, place.prompts))
+
+
+def work_through(place: Place, scale: Scale, table: Table) -> None:
+    """Do what no other process has or does, until the table is complete.
+
+    An arm that cannot be carried out does not hold the others up.
+
+    Raises:
+        UserError: arms that could not be carried out, each with its reason.
+        Stopped: a signal came; everything that is finished is kept.
+    """
+    for arm in table.arms:  # faults of any configuration are told before any work
+        plan(place, scale, Item(arm, 0, table.rates[0] if arm.has_rate else None))
+    failed: dict[str, str] = {}
+    while True:
+        results = by_key(place.results())
+        waiting = [item for item in table.items(results) if not place.is_done(item) and item.name not in failed]
+        if not waiting:
+            break
+        if not any(_take(place, scale, item, failed) for item in waiting):
+            time.sleep(WAIT)  # others have them all
+    if failed:
+        raise UserError("not carried out:\n  " + "\n  ".join(f"{name}: {why}" for name, why in failed.items()))
+
+
+def _take(place: Place, scale: Scale, item: Item, failed: dict[str, str]) -> bool:
+    """Carry an item out, unless another process has it; whether this one did."""
+    with place.claimed(item.name) as mine:
+        if not mine:
+            return False
+        if not place.is_done(item):
+            try:
+                place.write_result(item, carry(plan(place, scale, item)))
+            except UserError as error:
+                log.warning(f"{item.name}: {error}")
+                failed[item.name] = str(error)
+        return True

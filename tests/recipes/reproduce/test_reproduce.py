@@ -1,0 +1,103 @@
+"""One arm of each kind on a tiny model through the command line: killed, resumed, shared by two processes."""
+
+from __future__ import annotations
+
+import json
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from support import tiny
+from support.tiny import die
+
+ARMS = ("start", "best-of-2", "SFT", "RRHF-DP", "DPO", "IP-2", "OP", "PPO", "NLPO+KL")
+COMMAND = ("reproduce", "imdb", "--scale", "tiny.yaml", "--arms", ",".join(ARMS), "--learning_rate", "1e-3")
+STEP = "rrhf.training.trainer:RRHFTrainer.training_step"
+UNEQUAL = {"seconds", "load", "peak_memory_bytes", "config", "commit"}  # of two computations of one result
+
+
+def settings(model: Path) -> dict[str, Any]:
+    """8 queries in 4 steps of 4, 3 held-out prompts, 2 for the learning rate."""
+    found = tiny.config(model)
+    del found["seed"]
+    found["data"] = {"source": "data.jsonl", "limit": 8, "held_out_limit": 3}
+    found["sample"] = {"max_new_tokens": 4, "batch_size": 8}
+    found["train"] |= {"max_steps": 4, "save_strategy": "no"}
+    found["evaluate"] |= {"max_new_tokens": 4, "batch_size": 4, "top_k": 5}
+    ppo = {"rollout_queries": 4, "num_responses": 2, "ppo_epochs": 2}
+    found["reproduce"] = {
+        "learning_rates": [1e-3, 1e-2], "rate_queries": 2, "resample_steps": 2, "ppo": ppo, "chosen": "human/0",
+    }  # fmt: skip
+    return found
+
+
+def workplace(folder: Path, model: Path) -> Path:
+    tiny.workplace(folder, {}, tiny.rows(14, scores=False))
+    (folder / "tiny.yaml").write_text(yaml.safe_dump(settings(model)))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
+
+
+KILLS = {  # each in an arm of another kind
+    "start": [die("rrhf.recipes.reproduce.measure:evaluation_numbers", 1)],
+    "best-of-2, before its evaluation": [die("rrhf.recipes.baselines.best_of_n:_evaluate", 1)],
+    "SFT": [die(STEP, 2)],
+    "RRHF-DP, its samples shared": [die("rrhf.recipes.reproduce.run:_copy", 5)],
+    "DPO": [die(STEP, 4 + 3)],
+    "IP-2, in the second round": [die(STEP, 4 + 2 + 2)],
+    "OP, in the second window": [die(STEP, 2 + 3)],
+    "PPO": [die("rrhf.training.ppo:PPO.step", 2)],
+    "NLPO": [die("rrhf.training.ppo:PPO.step", 3)],
+}
+
+
+def results(folder: Path) -> dict[str, dict[str, Any]]:
+    found = [json.loads(path.read_text()) for path in (folder / "out/results").glob("*.json")]
+    return {result["arm"]: {k: v for k, v in result.items() if k not in UNEQUAL} for result in found}
+
+
+@pytest.fixture(scope="module")
+def shared_out(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The table, brought to its end by two processes."""
+    folder = workplace(tmp_path_factory.mktemp("two"), model)
+    both = [tiny.forks(*tiny.PRELOADED).start("rrhf.cli.main:main", [*COMMAND, "--output", "out"], cwd=folder)
+            for _ in range(2)]  # fmt: skip
+    said = [tiny.forks(*tiny.PRELOADED).wait(process) for process in both]
+    assert [process.code for process in said] == [0, 0], said[0].err[-3000:] + said[1].err[-3000:]
+    (folder / "said.txt").write_text("".join(process.err for process in said))
+    return folder
+
+
+def test_killed_in_every_kind_of_arm_and_resumed(shared_out: Path, model: Path, tmp_path: Path) -> None:
+    folder = workplace(tmp_path, model)
+    for where, faults in KILLS.items():
+        killed = tiny.warm(*COMMAND, "--output", "out", cwd=folder, faults=faults)
+        assert killed.code == -signal.SIGKILL, (where, killed.err[-3000:])
+    tiny.warm(*COMMAND, "--output", "out", cwd=folder).done()
+    assert results(folder) == results(shared_out)
+
+
+def test_what_two_processes_leave(shared_out: Path) -> None:
+    found = results(shared_out)
+    assert set(found) == set(ARMS)
+    begun = [line for line in (shared_out / "said.txt").read_text().splitlines() if ": seed 0" in line]
+    assert len(begun) == len(ARMS)  # no arm by both
+    for name, result in found.items():
+        assert {"proxy", "gold", "kl", "perplexity", "length_mean", "distinct_2"} <= set(result), name
+        assert result["proxy"]["start"] == found["start"]["proxy"]["mean"]  # the same texts of ρ for all
+    assert found["start"]["kl"]["mean"] == 0 and found["start"]["proxy"]["gain"]["mean"] == 0
+    samples = tiny.read_rows(shared_out / "out/arms/best-of-2/seed-0/once/best-of-n/scored.jsonl")
+    best = [max(row["scores"]) for row in samples]
+    assert found["best-of-2"]["proxy"]["mean"] == pytest.approx(sum(best) / 3) and found["best-of-2"]["samples"] == 6
+    trained = [result for result in found.values() if result["learning_rate"]]
+    assert {result["steps"] for result in trained} == {4} and all(result["rate_reward"] >= 0 for result in trained)
+    assert found["PPO"]["models_resident"] >= 2 and found["RRHF-DP"]["models_resident"] == 1
+    page = (shared_out / "out/report.md").read_text()
+    assert all(f"| {arm} | " in page for arm in ARMS) and "(plots/" in page

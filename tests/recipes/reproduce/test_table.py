@@ -1,0 +1,164 @@
+"""The table without any model: every arm's configuration, what is done when, which rate is taken, the page's rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from rrhf.common.errors import UserError
+from rrhf.losses import RANKING_LOSSES
+from rrhf.recipes.config import parse_config
+from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
+from rrhf.recipes.reproduce.check import compared, read_result
+from rrhf.recipes.reproduce.measure import best_of_n_bound, drawn_from_all, response_tokens
+from rrhf.recipes.reproduce.place import Item
+from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
+from rrhf.recipes.reproduce.scale import read_scale, shipped_scales
+from rrhf.recipes.reproduce.work import Table, by_key
+from rrhf.sampling.settings import SamplingSettings
+from rrhf.training.ppo_settings import PPOConfig
+from support import tiny
+
+REWARDS = ["score.reward=[tiny:f]", "evaluate.reward=[tiny:f]"]
+
+
+@pytest.mark.parametrize("task", TASKS)
+def test_every_arm_of_every_scale_has_a_valid_configuration(task: str) -> None:
+    first = set()  # parsing takes a while: every arm at one scale, one arm at the others
+    for scale_name in [name for of_task, name in shipped_scales() if of_task == task]:
+        scale = read_scale(task, scale_name, [*REWARDS, "model=somewhere"])
+        names = scale.default_arms if not first else scale.default_arms[-1:]
+        first.add(scale_name)
+        for arm in arms_named(task, names):
+            config = parse_config(scale.configuration(arm, 3, 1e-4), Path("model"))
+            assert config.train.learning_rate == 1e-4 and config.train.seed == 3, arm.name
+            assert config.train.max_steps * arm.rounds <= scale.steps < config.train.max_steps * arm.rounds + arm.rounds
+            if arm.kind in (PPO, NLPO):
+                ppo = PPOConfig(**scale.ppo_settings(arm, 3, 1e-4))
+                assert ppo.rollouts(1000) * ppo.steps_per_rollout == pytest.approx(scale.steps, rel=0.2), scale_name
+                assert (ppo.kl_beta > 0) == arm.kl
+
+
+def test_arms_by_name() -> None:
+    assert arm_named("imdb", "best-of-16").number == 16
+    for name in RANKING_LOSSES:
+        arm = arm_named("hh", f"loss:{name}")
+        assert arm.config["train"]["ranking_loss"] == name and arm.online == (name in ("grpo", "rloo"))
+    for wrong in ("RRHF-DB", "best-of-1", "loss:nothing"):
+        with pytest.raises(UserError, match="--arms"):
+            arm_named("imdb", wrong)
+    for task in TASKS:
+        names = [arm.name for arm in ARMS[task]]
+        assert len(set(names)) == len(names) == len({Item(arm, 0, None).name for arm in ARMS[task]})
+
+
+A, B = Arm("a", ""), Arm("best-of-2", "", kind="best-of-n", number=2)
+
+
+def result(arm: Arm, seed: int, rate: float | None, reward: float = 0.0) -> Mapping[str, Any]:
+    gain = {"mean": reward, "low": reward - 0.1, "high": reward + 0.1}
+    return {
+        "arm": arm.name, "seed": seed, "learning_rate": rate, "rate_reward": reward, "kl": {"mean": 1.0, "n": 0},
+        "proxy": {"start": 0.5, "mean": 0.5 + reward, "gain": gain}, "perplexity": 9.0, "length_mean": 5.0,
+        "distinct_2": 0.5, "n": 10, "seconds": {"train": 2.0}, "steps": 4, "samples": 8 if arm is A else 9,
+        "load": 0.5, "commit": "c", "models_resident": 1, "peak_memory_bytes": 1, "tokens_sampled": 1,
+        "tokens_trained": 1,
+    }  # fmt: skip
+
+
+def test_later_seeds_wait_for_the_rate_which_is_the_best_and_of_equals_the_lowest() -> None:
+    table = Table([A, B], 2, [1e-4, 1e-3, 1e-2])
+
+    def open_items(*results: Mapping[str, Any]) -> list[str]:
+        found = by_key(results)
+        return [item.name for item in table.items(found) if (item.arm.name, item.seed, item.rate) not in found]
+
+    assert open_items() == [
+        "a-seed-0-rate-0.0001", "a-seed-0-rate-0.001", "a-seed-0-rate-0.01", "best-of-2-seed-0", "best-of-2-seed-1"
+    ]  # fmt: skip
+    first = [result(A, 0, 1e-2, 0.3), result(A, 0, 1e-4, 0.2), result(B, 0, None), result(B, 1, None)]
+    assert open_items(*first) == ["a-seed-0-rate-0.001"]
+    assert open_items(*first, result(A, 0, 1e-3, 0.3)) == ["a-seed-1-rate-0.001"]
+    assert not table.is_complete(by_key(first))
+    everything = by_key([*first, result(A, 0, 1e-3, 0.3), result(A, 1, 1e-3, 0.1)])
+    assert table.is_complete(everything) and not list(open_items(*everything.values()))
+
+    rows = rows_of(table, everything)
+    header, lines = main_table(rows)
+    assert lines[0][:3] == ["a", "2", "0.700 ± 0.141"] and lines[1][header.index("KL to ρ")] == "≤ 1.00 ± 0.00"
+    assert rate_table(table, everything)[1] == [["a", "0.200", "[0.300]", "0.300"]]
+    assert differences(rows_of(Table([A, Arm("c", "")], 1, [1e-3]), by_key(
+        [result(A, 0, 1e-3), {**result(Arm("c", ""), 0, 1e-3), "samples": 24}]
+    ))) == ["Arms differ in sampled responses: 8: a; 24: c."]  # fmt: skip
+
+
+def test_a_result_is_checked_against_its_interval(tmp_path: Path) -> None:
+    before = result(A, 0, 1e-3, 0.3)
+    within, sentence = compared(before, result(A, 0, 1e-3, 0.35))
+    assert within and sentence == "a, seed 0: reproduced: gain, proxy +0.350 is within [0.200, 0.400]"
+    within, sentence = compared(before, result(A, 0, 1e-3, 0.45))
+    assert not within and "not reproduced" in sentence and "outside" in sentence
+    (tmp_path / "r.json").write_text(json.dumps(before))
+    with pytest.raises(UserError, match="lacks task, scale, asked"):
+        read_result(tmp_path / "r.json")
+
+
+def test_numbers_beside_the_evaluation(tmp_path: Path) -> None:
+    assert best_of_n_bound(1) == 0 and best_of_n_bound(4) == pytest.approx(0.6362943611)
+    assert drawn_from_all(SamplingSettings(policy="top-p", top_p=1.0))
+    for other in ({"policy": "top-k", "top_k": 50}, {"policy": "top-p", "temperature": 0.8}, {"policy": "greedy"}):
+        assert not drawn_from_all(SamplingSettings(**other))
+    row = {"query": "q", "responses": ["ab", "c", "def"], "sources": ["human/x", "top-p/0", "top-p/1"]}
+    file = tiny.write_rows(tmp_path / "r.jsonl", [row])
+    found = response_tokens(file, lambda texts: sum(map(len, texts)))
+    assert found == {"responses": 3, "tokens": 6, "sampled": 2, "sampled_tokens": 4}
+
+
+def test_what_is_wrong_with_a_scale_is_told(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="hh has full, small"):
+        read_scale("hh", "micro")
+    (tmp_path / "own.yaml").write_text(yaml.safe_dump({"reproduce": {"learning_rate": [1]}}))
+    with pytest.raises(UserError, match=r"reproduce\.learning_rate: unknown key"):
+        read_scale("hh", str(tmp_path / "own.yaml"))
+
+
+FULL = {  # classes of the paper's models
+    "imdb": ("gpt2", "RRHF-BP"),
+    "hh": ("llama", "RRHF-DP"),
+    "wombat": ("llama", "Wombat"),
+}
+
+
+@pytest.mark.parametrize("task", FULL)
+def test_a_step_of_each_full_configuration(task: str, tmp_path: Path) -> None:
+    """The full scale with a tiny model of the same class, local records and rewards, and one optimiser step."""
+    from support.models import tiny_model, tiny_tokenizer
+
+    family, arm = FULL[task]
+    tokenizer = tiny_tokenizer()
+    tiny_model(family, len(tokenizer)).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny.workplace(tmp_path, {}, tiny.rows(8))
+    overrides = [
+        "device=cpu", "dtype=float32", "data.source=data.jsonl", "data.format=null", "data.held_out=null",
+        "data.held_out_limit=2", "data.limit=4", "sample.max_new_tokens=4", "score.reward=[tiny_rewards:vowels]",
+        "evaluate.reward=[tiny_rewards:vowels]", "evaluate.max_new_tokens=4", "evaluate.perplexity_model=null",
+        "train.max_steps=1", "train.gradient_accumulation_steps=4", "train.bf16=false", "train.report_to=none",
+        "train.save_strategy='no'", "reproduce.rate_queries=2",
+    ]  # fmt: skip
+    if task == "wombat":
+        overrides = [line for line in overrides if not line.startswith("sample.")]
+    command = ["reproduce", task, "--scale", "full", "--arms", arm, "--model", "model", "--learning_rate", "2e-5"]
+    tiny.warm(*command, "--output", "out", *overrides, cwd=tmp_path).done()
+    (place,) = (tmp_path / "out/results").glob("*.json")
+    found = json.loads(place.read_text())
+    assert found["arm"] == arm and found["steps"] == 1 and found["tokens_trained"] > 0 and found["kl"]["n"] == 2
+    trained = json.loads((tmp_path / f"out/arms/{arm}/seed-0/rate-2e-05/model/training.json").read_text())
+    assert trained["steps"] == 1
+    config = json.loads((tmp_path / f"out/arms/{arm}/seed-0/rate-2e-05/model/config.json").read_text())
+    assert config["architectures"] == [{"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]]
