@@ -46,7 +46,7 @@ def test_the_path_and_its_log_probabilities(name: str) -> None:
     assert bool(reason) == (path == "padded")
     naive = all_sums(model, RECORDS)
     sums = response_logprobs(model, RECORDS, path).sums
-    assert float((sums - naive).detach().abs().max()) <= 1e-5
+    torch.testing.assert_close(sums, naive, rtol=5e-7, atol=1e-5)  # fp32 itself rounds a sum of 60 to 4e-6
     ours, theirs = flat_gradient(model, sums), flat_gradient(model, naive)
     assert float((ours - theirs).norm()) <= 1e-5 * float(theirs.norm())
 

@@ -9,15 +9,15 @@ import torch
 from transformers.training_args import ParallelMode
 
 from rrhf.common.errors import UserError
-from rrhf.training import config as config_module
+from rrhf.training import placement
 from rrhf.training.config import RRHFConfig
 
 
 @pytest.fixture
 def on_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RRHFConfig:
     """The arguments of a run that transformers put on the first of two GPUs, which are not here."""
-    monkeypatch.setattr(config_module, "native_bfloat16", lambda device: device.type == "cuda")
-    monkeypatch.setattr(config_module, "resolve_device", torch.device)
+    monkeypatch.setattr(placement, "native_bfloat16", lambda device: device.type == "cuda")
+    monkeypatch.setattr(placement, "resolve_device", torch.device)
     config = RRHFConfig(output_dir=str(tmp_path), report_to="none")
     config.use_cpu, config.bf16, config.mixed_precision = False, True, "bf16"
     config.__dict__["_setup_devices"], config._n_gpu = torch.device("cuda:0"), 2
