@@ -44,8 +44,10 @@ class OpenVINO:
         UserError: OpenVINO GenAI is not installed, or the settings are not to be had.
     """
 
-    def __init__(self, model: str, settings: SamplingSettings, text: TextSettings, dtype: str = "auto") -> None:
-        self.settings, self.text = settings, text
+    def __init__(
+        self, model: str, settings: SamplingSettings, text: TextSettings | None = None, dtype: str = "auto"
+    ) -> None:
+        self.settings, self.text = settings, text or TextSettings()
         policy = self.settings.policy
         if self.settings.how.outside:
             raise UserError(f"--policy {policy}: OpenVINO has policies of its own alone: use a local model")
