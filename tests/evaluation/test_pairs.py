@@ -160,7 +160,9 @@ def test_the_accuracy_of_both_policies_their_difference_and_a_reward(
         main([*flags, "--output", "e.json"])
 
 
-def test_beside_the_usual_evaluation_it_stands_in_the_same_file(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_beside_the_usual_evaluation_it_stands_in_the_same_file(
+    place: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.chdir(place)
     monkeypatch.syspath_prepend(str(place))
     tiny.write_rows(place / "held_out.jsonl", tiny.rows(2, responses=0))
@@ -168,6 +170,7 @@ def test_beside_the_usual_evaluation_it_stands_in_the_same_file(place: Path, mon
     data = ["--pairs", "pairs.jsonl", "--data", "held_out.jsonl", "--reward", "tiny_rewards:vowels", "provided"]
     with pytest.raises(UserError, match="provided: reads scores that records bring"):
         main([*flags, *data, "--output", "both.json"])
+    assert "judge" not in capsys.readouterr().out  # before the pairs were judged
     main([*flags, *data[:-1], "--output", "both.json"])
     found = json.loads((place / "both.json").read_text())
     assert found["pi"]["n"] == 2 and set(found["accuracy"]) == {"file", "pi", "tiny_rewards:vowels"}

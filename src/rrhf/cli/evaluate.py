@@ -15,7 +15,7 @@ from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.evaluation.pairs import evaluate_pairs
-from rrhf.evaluation.stage import EvaluationSettings, evaluate_models, reward_context
+from rrhf.evaluation.stage import EvaluationSettings, evaluate_models, refuse_unusable, reward_context
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.report.terminal import format_accuracies, format_evaluation
@@ -77,6 +77,8 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--data needs a reward: give --reward, one of {', '.join(FORMS)}")
     output = Path(files.output)
     context = reward_context(model, sampling, text, settings, remote, files.reference_model)
+    if files.data:
+        refuse_unusable(reward, sampling, context)  # before the pairs are read and judged
     result: dict[str, Any] = {}
     if files.pairs:
         judged = [name for name in reward.reward if not is_provided(name)]
