@@ -11,7 +11,7 @@ def bradley_terry(rewards: Sequence[float], scores: Sequence[float | None], ties
     for i in range(len(rewards)):
         for j in range(i + 1, len(rewards)):
             r_i, r_j = scores[i], scores[j]
-            if r_i is None or r_j is None or (r_i == r_j and ties == "drop"):
+            if r_i is None or r_j is None or (r_i == r_j and ties == "none"):
                 continue
             won = {True: 1.0, False: 0.0}[r_i > r_j] if r_i != r_j else 0.5
             probability = 1 / (1 + math.exp(rewards[j] - rewards[i]))

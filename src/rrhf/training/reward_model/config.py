@@ -6,9 +6,8 @@ import math
 from dataclasses import dataclass, field
 
 from rrhf.common.errors import UserError
+from rrhf.losses import tie_rule
 from rrhf.training.placement import PlacedArguments
-
-TIES = ("drop", "half")
 
 
 @dataclass
@@ -39,9 +38,10 @@ class RewardModelConfig(PlacedArguments):
         default=2048, metadata={"help": "rows of similar length are computed together up to so many tokens"}
     )
     ties: str = field(
-        default="drop",
-        metadata={"help": "responses with equal scores: drop (no pair), or half (a pair that is won by halves)"},
-    )
+        default="none",
+        metadata={"help": "what equal scores do, as in `rrhf train`: none (no pair), half (a pair won by halves), "
+                  "margin:E (scores nearer than E are equal)"},
+    )  # fmt: skip
     center_rewards: float = field(
         default=0.0,
         metadata={"help": "weight of (r_i + r_j)^2 of each pair, which holds rewards near 0; TRL advises 0.01"},
@@ -53,8 +53,10 @@ class RewardModelConfig(PlacedArguments):
             for name, least in (("max_length", 2), ("max_tokens_per_forward", 1), ("per_device_train_batch_size", 1))
             if getattr(self, name) < least
         ]
-        if self.ties not in TIES:
-            faults.append(f"--ties {self.ties}: known: {', '.join(TIES)}")
+        try:
+            tie_rule(self.ties)
+        except UserError as error:
+            faults.append(f"--ties {self.ties}: {error}")
         if not (math.isfinite(self.center_rewards) and self.center_rewards >= 0):
             faults.append(f"--center_rewards {self.center_rewards}: must be a number from 0")
         if self.deepspeed:

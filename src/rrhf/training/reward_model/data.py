@@ -11,10 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from rrhf.losses import ordered_pairs
+from rrhf.losses import pair_weights
 from rrhf.records.record import Record
 from rrhf.rewards.reward_models.passes import RewardModel
-from rrhf.training.reward_model.loss import tied_pairs
 
 
 @dataclass(frozen=True)
@@ -34,7 +33,7 @@ class RankedRows:
 class RankedRecords(Dataset):
     """Records in memory, without those that hold no pair; ``skipped`` counts them by reason, ``cut`` counts rows."""
 
-    def __init__(self, records: Iterable[Record], model: RewardModel, ties: str = "drop") -> None:
+    def __init__(self, records: Iterable[Record], model: RewardModel, ties: str = "none") -> None:
         self.records: list[RankedRows] = []
         self.skipped: Counter[str] = Counter()
         self.pairs = 0
@@ -42,7 +41,9 @@ class RankedRecords(Dataset):
         for record in records:
             read = [index for index, score in enumerate(record.scores) if score is not None]
             scores = tuple(float(record.scores[index] or 0.0) for index in read)
-            found = pairs(torch.tensor(scores, dtype=torch.float64), ties)
+            found = round(
+                float(pair_weights(torch.tensor(scores, dtype=torch.float64), ties).sum())
+            )  # two halves are one
             if not found:
                 self.skipped["equal scores alone" if len(read) > 1 else "fewer than two scores"] += 1
                 continue
@@ -62,9 +63,3 @@ class RankedRecords(Dataset):
         parts += [f"{count} skipped: {reason}" for reason, count in sorted(self.skipped.items())]
         parts += [f"{self.cut} rows cut from the left"] * bool(self.cut)
         return "; ".join(parts)
-
-
-def pairs(scores: Tensor, ties: str) -> int:
-    """How many pairs k scores make, ties among them where they count."""
-    found = len(ordered_pairs(scores)[0])
-    return found + (len(tied_pairs(scores)[0]) if ties == "half" else 0)

@@ -6,43 +6,31 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from rrhf.losses import ordered_pairs, score_levels
+from rrhf.losses import pair_weights
 
 
-def tied_pairs(scores: Tensor) -> tuple[Tensor, Tensor]:
-    """Indices (i, j) with i < j of every pair with equal scores, both scored. Two tensors of shape (pairs,)."""
-    levels = score_levels(scores)
-    same = (levels[:, None] == levels[None, :]) & (levels[:, None] >= 0)
-    first, second = torch.nonzero(same.triu(diagonal=1), as_tuple=True)
-    return first, second
+def bradley_terry(rewards: Tensor, scores: Tensor, ties: str = "none", center: float = 0.0) -> Tensor | None:
+    """L = Σ_ij w_ij · (−log σ(R_j − R_i) + c · (R_i + R_j)²) / Σ_ij w_ij, w = ``rrhf.losses.pair_weights``.
 
-
-def bradley_terry(rewards: Tensor, scores: Tensor, ties: str = "drop", center: float = 0.0) -> Tensor | None:
-    """L = mean over pairs of −log σ(R_j − R_i) + c · (R_i + R_j)², for all pairs with r_i < r_j.
-
-    The mean over a query's pairs lets every query count the same, whatever its number of responses (Ouyang et al.,
-    arXiv 2203.02155, Eq. 1). Of a tie with ``ties="half"`` the first term is
-    ½ · (−log σ(R_j − R_i) − log σ(R_i − R_j)).
+    w_ij is 1 for every pair with r_i < r_j; what equal scores do is ``ties``, as in every ranking loss. The mean over a
+    query's pairs lets every query count the same, whatever its number of responses (Ouyang et al., arXiv 2203.02155,
+    Eq. 1).
 
     Args:
         rewards: R, what the model says, Tensor of shape (k,), with the graph.
         scores: r, what is to be learnt, Tensor of shape (k,), NaN where unscored.
-        ties: ``drop`` (equal scores are no pair) or ``half``.
+        ties: a rule of ``rrhf.losses.TIES``.
         center: c of TRL's centring term (arXiv 2312.09244).
 
     Returns:
         A scalar; None where there is no pair.
     """
-    worse, better = ordered_pairs(scores)
-    terms = [-logsigmoid(rewards[better] - rewards[worse])]
-    sums = [rewards[better] + rewards[worse]]
-    if ties == "half":
-        first, second = tied_pairs(scores)
-        apart = rewards[first] - rewards[second]
-        terms.append(-0.5 * (logsigmoid(apart) + logsigmoid(-apart)))
-        sums.append(rewards[first] + rewards[second])
-    losses = torch.cat(terms)
-    if not len(losses):
+    every = pair_weights(scores, ties)
+    worse, better = torch.nonzero(every, as_tuple=True)
+    if not len(worse):
         return None
-    loss = losses.mean()
-    return loss + center * torch.cat(sums).square().mean() if center else loss
+    weights = every[worse, better].to(rewards)
+    losses = -logsigmoid(rewards[better] - rewards[worse])
+    if center:
+        losses = losses + center * (rewards[better] + rewards[worse]).square()
+    return (weights * losses).sum() / weights.sum()
