@@ -25,7 +25,8 @@ import numpy as np
 
 from common import SMOLLM2, table
 from rrhf.common.files import append_line
-from rrhf.evaluation.ranking import calibration, pair_margins, right, share_with_interval
+from rrhf.evaluation.metrics import paired_bootstrap
+from rrhf.evaluation.ranking import calibration, pair_margins, right
 from rrhf.records.files import read_records, write_records
 from rrhf.records.formats import load_dataset_records
 from rrhf.records.record import Record
@@ -109,8 +110,7 @@ def show(results: list[dict[str, Any]], held_out: list[Record]) -> str:
     for (backbone, pairs), found in sorted(cells.items()):
         margins = np.array([result["margins"] for result in found])  # [seeds, held-out pairs]
         # A dialogue is resampled with what all seeds say of it.
-        hits = [right(column.tolist()) for column in margins.T]
-        pooled = share_with_interval(hits, [len(found)] * len(hits), seed=0)
+        pooled = paired_bootstrap([right(column.tolist()) / len(found) for column in margins.T], seed=0)
         each = ", ".join(f"{100 * right(row.tolist()) / len(row):.1f}" for row in margins)
         error = np.mean([calibration(row.tolist())[1] for row in margins])
         rows.append([backbone, str(pairs), str(len(found)), f"{100 * pooled['mean']:.1f}",
@@ -122,7 +122,7 @@ def show(results: list[dict[str, Any]], held_out: list[Record]) -> str:
     lines = [table(header, rows), "", f"held-out pairs: {len(held_out)}"]
     for rule, key in (("the longer response", 1), ("the shorter response", -1)):
         hits = [right([key * (len(r.responses[0]) - len(r.responses[1]))]) for r in held_out]
-        found_ = share_with_interval(hits, [1] * len(hits), seed=0)
+        found_ = paired_bootstrap(hits, seed=0)
         lines.append(f"{rule} is the better one: {100 * found_['mean']:.1f} % "
                      f"[{100 * found_['low']:.1f}, {100 * found_['high']:.1f}]")  # fmt: skip
     if len(curve) > 2:

@@ -7,7 +7,8 @@ import random
 
 import pytest
 
-from rrhf.evaluation.ranking import calibration, kendall_tau, pair_margins, ranking_report, right, share_with_interval
+from rrhf.evaluation.pairs import verdict
+from rrhf.evaluation.ranking import calibration, kendall_tau, pair_margins, ranking_report, right
 
 
 def test_margins_and_accuracy_by_hand() -> None:
@@ -29,16 +30,16 @@ def test_kendalls_tau_is_scipys() -> None:
             assert found == pytest.approx(expected)
 
 
-def test_the_interval_resamples_queries() -> None:
-    """Pairs of one query go together: as independent ones the interval would be narrower."""
-    hits, counts = [6.0, 0.0] * 20, [6, 6] * 20
-    whole = share_with_interval(hits, counts, seed=0)
-    apart = share_with_interval([1.0, 0.0] * 120, [1] * 240, seed=0)
-    assert whole["mean"] == apart["mean"] == 0.5 and whole["n"] == 240
-    assert whole["high"] - whole["low"] > 2 * (apart["high"] - apart["low"])
-    assert whole == share_with_interval(hits, counts, seed=0)
-    with pytest.raises(ValueError, match="no pair"):
-        share_with_interval([0.0], [0], seed=0)
+def test_a_query_counts_once_however_many_its_pairs() -> None:
+    """Six pairs of one query, all right, and one pair of another, wrong: a half; and of queries alone the interval."""
+    ranked = [([0.0, 1.0, 2.0, 3.0], [0.0, 0.1, 0.2, 0.3]), ([1.0, 0.0], [0.0, 1.0])]
+    report = ranking_report(ranked)
+    assert report["queries"] == 2 and report["pairs"] == 7
+    assert report["accuracy"] == {"mean": 0.5, "low": 0.0, "high": 1.0}
+    shares = [verdict(*query).pairs for query in ranked]
+    assert report["accuracy"]["mean"] == sum(shares) / len(shares)  # as `rrhf evaluate --pairs` counts
+    with pytest.raises(ValueError, match="at least one"):
+        ranking_report([([1.0, 1.0], [0.0, 1.0])])
 
 
 def test_calibration_of_a_model_that_says_75_percent_and_is_right_half_the_time() -> None:
@@ -52,6 +53,6 @@ def test_the_report_counts_lists_and_pairs() -> None:
     ranked = [([0.0, 1.0, 2.0], [0.0, 0.1, 0.2]), ([1.0, 0.0], [0.0, 1.0]), ([1.0, 1.0], [0.0, 1.0])]
     report = ranking_report(ranked)
     assert report["queries"] == 2
-    assert report["pair_accuracy"]["n"] == 4 and report["pair_accuracy"]["mean"] == 0.75
+    assert report["pairs"] == 4 and report["accuracy"]["mean"] == 0.5
     assert report["kendall_tau"]["n"] == 1 and report["kendall_tau"]["mean"] == 1.0
     assert ranking_report(ranked[1:])["kendall_tau"] is None

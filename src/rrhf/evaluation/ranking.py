@@ -6,10 +6,8 @@ import math
 from collections.abc import Sequence
 from itertools import combinations
 
-import numpy as np
-
 from rrhf.common.scores import score_levels
-from rrhf.evaluation.metrics import CHUNK, paired_bootstrap
+from rrhf.evaluation.metrics import paired_bootstrap
 
 Ranked = tuple[Sequence[float], Sequence[float]]  # of one query's k responses: true scores r, and rewards R
 
@@ -27,37 +25,6 @@ def pair_margins(scores: Sequence[float], rewards: Sequence[float]) -> list[floa
 def right(margins: Sequence[float]) -> float:
     """How many pairs are ordered rightly; a pair of equal rewards counts half."""
     return sum(0.5 if margin == 0 else float(margin > 0) for margin in margins)
-
-
-def share_with_interval(
-    hits: Sequence[float], counts: Sequence[int], seed: int, samples: int = 10_000, level: float = 0.95
-) -> dict[str, float]:
-    """Σ hits / Σ counts over queries, with its bootstrap interval: queries are resampled, with all their pairs.
-
-    Args:
-        hits, counts: of each query; at least one count is above 0.
-        seed: of the resampling; the same seed gives the same interval.
-
-    Returns:
-        ``mean``, ``low``, ``high``, and ``n``, Σ counts.
-
-    Raises:
-        ValueError: there is nothing to count.
-    """
-    pairs = np.array([(hit, count) for hit, count in zip(hits, counts, strict=True) if count], dtype=np.float64)
-    if not len(pairs):
-        raise ValueError("there is no pair")
-    generator = np.random.default_rng(seed)
-    rows = max(1, CHUNK // (2 * len(pairs)))
-    sums = np.concatenate(
-        [
-            pairs[generator.integers(0, len(pairs), size=(min(rows, samples - start), len(pairs)))].sum(axis=1)
-            for start in range(0, samples, rows)
-        ]
-    )
-    low, high = np.quantile(sums[:, 0] / sums[:, 1], [(1 - level) / 2, (1 + level) / 2])
-    total = pairs.sum(axis=0)
-    return {"mean": float(total[0] / total[1]), "low": float(low), "high": float(high), "n": int(total[1])}
 
 
 def kendall_tau(first: Sequence[float], second: Sequence[float]) -> float | None:
@@ -100,19 +67,23 @@ def calibration(margins: Sequence[float], bins: int = 10) -> tuple[list[dict[str
 
 
 def ranking_report(ranked: Sequence[Ranked], seed: int = 0) -> dict[str, object]:
-    """All of it for held-out queries: ``pair_accuracy`` with its interval, ``kendall_tau`` (mean over queries with
-    three responses or more, with its interval; None without such), ``calibration`` and ``calibration_error``.
+    """All of it for held-out queries: ``accuracy``, ``kendall_tau`` (of queries with three responses or more; None
+    without such), ``calibration`` and ``calibration_error``.
+
+    ``accuracy`` is, as in ``rrhf.evaluation.pairs``, the mean over queries of the share of their pairs that is ordered
+    rightly. Intervals are of the bootstrap over queries.
 
     Raises:
         ValueError: no query has two responses with different scores.
     """
     margins = [pair_margins(*query) for query in ranked]
-    accuracy = share_with_interval([right(m) for m in margins], [len(m) for m in margins], seed)
+    shares = [right(m) / len(m) for m in margins if m]
     taus = [tau for query in ranked if len(query[0]) > 2 and (tau := kendall_tau(*query)) is not None]
     bins, error = calibration([margin for query in margins for margin in query])
     return {
-        "queries": sum(bool(m) for m in margins),
-        "pair_accuracy": accuracy,
+        "queries": len(shares),
+        "pairs": sum(map(len, margins)),
+        "accuracy": paired_bootstrap(shares, seed),
         "kendall_tau": {**paired_bootstrap(taus, seed), "n": len(taus)} if taus else None,
         "calibration": bins,
         "calibration_error": error,

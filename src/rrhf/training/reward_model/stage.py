@@ -207,10 +207,10 @@ def _save(job: Job, trainer: RewardTrainer, loss: float) -> dict[str, Any]:
 
 def sentence(held_out: dict[str, Any]) -> str:
     """What was measured, in one line."""
-    accuracy, tau = held_out["pair_accuracy"], held_out["kendall_tau"]
+    accuracy, tau = held_out["accuracy"], held_out["kendall_tau"]
     text = (
         f"held-out pairs: {100 * accuracy['mean']:.1f} % right [{100 * accuracy['low']:.1f}, "
-        f"{100 * accuracy['high']:.1f}] of {accuracy['n']}"
+        f"{100 * accuracy['high']:.1f}], {held_out['pairs']} of {held_out['queries']} queries"
     )
     if tau is not None:
         text += f"; Kendall's τ {tau['mean']:.3f} [{tau['low']:.3f}, {tau['high']:.3f}] on {tau['n']} lists"

@@ -125,7 +125,7 @@ class RewardTrainer(Trainer):
         report: dict[str, Any] = ranking_report(ranked)
         metrics = {
             f"{metric_key_prefix}_loss": math.fsum(losses) / len(losses),
-            f"{metric_key_prefix}_accuracy": report["pair_accuracy"]["mean"],
+            f"{metric_key_prefix}_accuracy": report["accuracy"]["mean"],
         }
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
