@@ -128,7 +128,4 @@ def test_more_rounds_go_on_from_those_that_are_there(undisturbed: Path, tmp_path
 def test_what_cannot_be_iterated_is_refused_before_any_work(
     overrides: list[str], message: str, model: Path, tmp_path: Path
 ) -> None:
-    folder = tiny.workplace(tmp_path, config(model))
-    result = tiny.warm(*RUN, *overrides, cwd=folder)
-    assert result.code == 2 and message in result.err and "Traceback" not in result.err
-    assert not (folder / "run/queries.jsonl").exists()
+    tiny.refused_before_any_work(tiny.workplace(tmp_path, config(model)), RUN, overrides, message)

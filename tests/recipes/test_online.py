@@ -105,10 +105,7 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
 def test_what_cannot_be_sampled_online_is_refused(
     overrides: list[str], message: str, model: Path, tmp_path: Path
 ) -> None:
-    folder = tiny.workplace(tmp_path, config(model))
-    result = tiny.warm(*RUN, *overrides, cwd=folder)
-    assert result.code == 2 and message in result.err and "Traceback" not in result.err
-    assert not (folder / "run/queries.jsonl").exists()
+    tiny.refused_before_any_work(tiny.workplace(tmp_path, config(model)), RUN, overrides, message)
 
 
 def test_the_training_command_samples_too(undisturbed: Path, model: Path, tmp_path: Path) -> None:

@@ -183,6 +183,13 @@ def workplace(folder: Path, settings: dict[str, Any], data: Iterable[dict[str, A
     return folder
 
 
+def refused_before_any_work(folder: Path, command: Sequence[str], overrides: Sequence[str], message: str) -> None:
+    """A run of ``folder`` that ends with the message, and no traceback, before it has read its data."""
+    result = warm(*command, *overrides, cwd=folder)
+    assert result.code == 2 and message in result.err and "Traceback" not in result.err
+    assert not (folder / "run/queries.jsonl").exists()
+
+
 # --- faults ----------------------------------------------------------------------------------------------------------
 
 

@@ -12,7 +12,6 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
 
 from oracles.logprobs import record_sums, response_tokens
 from rrhf.common.errors import UserError
@@ -23,35 +22,22 @@ from rrhf.records.record import Record
 from rrhf.training.config import RRHFConfig
 from rrhf.training.trainer import RRHFTrainer
 from support.models import in_fp64, tiny_model, tiny_tokenizer, toy_records
+from support.training import Gradients, config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = tiny_tokenizer()
 REFERENCE = "logprob-sum:other#0123456789abcdef"
 
 
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the last optimiser step."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def config(folder: Path, **options: Any) -> RRHFConfig:
-    plain = {
-        "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-        "logging_steps": 1, "warmup_steps": 0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "sgd",
-        "gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 0.0,
-    }  # fmt: skip
-    return RRHFConfig(output_dir=str(folder), **{**plain, **options})
+def step(folder: Path, **options: Any) -> RRHFConfig:
+    """One step, which moves nothing."""
+    return config(folder, **{"gradient_accumulation_steps": 4, "max_steps": 1, "learning_rate": 0.0, **options})
 
 
 def trained(model: Any, folder: Path, records: Sequence[Any], column: str | None = None, **options: Any) -> RRHFTrainer:
     callbacks, peft_config = options.pop("callbacks", None), options.pop("peft_config", None)
     trainer = RRHFTrainer(
-        model=model, args=config(folder, **options), train_dataset=records, processing_class=TOKENIZER,
+        model=model, args=step(folder, **options), train_dataset=records, processing_class=TOKENIZER,
         reference_sums=column, callbacks=callbacks, peft_config=peft_config,
     )  # fmt: skip
     trainer.train()
@@ -201,7 +187,7 @@ def test_log_probabilities_of_sampled_tokens_travel_with_the_records(tmp_path: P
     records = [scored(record) for record in toy_records(3, seed=7, responses=(2, 5))]
     model = tiny_model("gpt2", len(TOKENIZER))  # with dropout, which must be off
     trainer = RRHFTrainer(
-        model=model, args=config(tmp_path, max_tokens_per_forward=30), train_dataset=records, processing_class=TOKENIZER
+        model=model, args=step(tmp_path, max_tokens_per_forward=30), train_dataset=records, processing_class=TOKENIZER
     )
     model.train()
     filled = trainer.with_token_logprobs(records)

@@ -31,34 +31,16 @@ from rrhf.models.batching import plan_forwards
 from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record
-from rrhf.training.config import RRHFConfig
 from rrhf.training.dataset import EncodedRecords
 from rrhf.training.trainer import RRHFTrainer, _keep_sums_exact
 from support.models import in_fp64, tiny_model, tiny_tokenizer, toy_records
 from support.scripts import ddp_gradient, ddp_train, fsdp_pass
+from support.training import Gradients, config
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKENIZER = tiny_tokenizer()
 VOCABULARY = len(TOKENIZER)
 TIMES = ("tokens_per_second", "train_runtime", "train_samples_per_second", "train_steps_per_second")
-
-
-class Gradients(TrainerCallback):
-    """Keeps the gradients of the last optimiser step."""
-
-    def __init__(self) -> None:
-        self.found: dict[str, Tensor] = {}
-
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        self.found = {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-
-
-def config(folder: Path, **options: Any) -> RRHFConfig:
-    plain = {
-        "bf16": False, "use_cpu": True, "report_to": "none", "save_strategy": "no", "disable_tqdm": True,
-        "logging_steps": 1, "warmup_steps": 0, "lr_scheduler_type": "constant", "max_grad_norm": 0.0, "optim": "sgd",
-    }  # fmt: skip
-    return RRHFConfig(output_dir=str(folder), **{**plain, **options})
 
 
 def trainer_of(model: Any, folder: Path, records: Iterable[Any], **options: Any) -> RRHFTrainer:

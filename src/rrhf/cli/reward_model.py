@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rrhf.cli.train import COMMON, with_output
-from rrhf.common.flag_help import Groups, flags_of, format_help, help_wanted, settings_in_source, without
+from rrhf.cli.train import COMMON, SETTLED, own_flags, with_output
+from rrhf.common.flag_help import Groups, flags_of, format_help, help_wanted, without
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.load import ModelSettings
@@ -22,12 +22,9 @@ class Files:
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
 
 
-SETTLED = ("remove_unused_columns", "logging_nan_inf_filter")  # nobody needs to change them
-
-
 def short_help() -> Groups:
     """The flags that are ours, and those of transformers' that people use."""
-    own = flags_of(settings_in_source("rrhf.training.reward_model.config", "RewardModelConfig"))
+    own = own_flags("rrhf.training.reward_model.config", "RewardModelConfig")
     return {
         "files": flags_of(Files),
         "model": flags_of(ModelSettings),

@@ -57,6 +57,7 @@ class Files:
     )
 
 
+SHARED = ("rrhf.training.placement", "PlacedArguments")  # what all trainings have
 # RRHFConfig's own fields that are about text; its others are shown with the training arguments …
 TEXT = ("max_length", "max_query_length", "system_prompt", "chat_template_kwargs")
 # … but for those that nobody needs to change …
@@ -80,9 +81,14 @@ COMMON = [
 ]
 
 
+def own_flags(module: str, name: str) -> list[Flag]:
+    """What a training's settings class declares itself, and what all trainings share."""
+    return [flag for place in ((module, name), SHARED) for flag in flags_of(settings_in_source(*place))]
+
+
 def short_help() -> Groups:
     """The flags that are RRHF's own, and those of transformers' that people use."""
-    own = flags_of(settings_in_source("rrhf.training.config", "RRHFConfig"))
+    own = own_flags("rrhf.training.config", "RRHFConfig")
     return {
         "files": flags_of(Files),
         "model": flags_of(ModelSettings),
@@ -97,7 +103,7 @@ def short_help() -> Groups:
 
 def online_help() -> list[Flag]:
     """What --resample_steps needs: how responses are sampled and scored. --reward is required with it alone."""
-    own = flags_of(settings_in_source("rrhf.training.config", "RRHFConfig"))
+    own = own_flags("rrhf.training.config", "RRHFConfig")
     elsewhere = [flag.name for flag in [*own, *COMMON, *flags_of(ModelSettings)]]
     flags = without([flag for settings in ONLINE for flag in flags_of(settings)], elsewhere)
     return [replace(flag, required=False) if flag.name == REWARD else flag for flag in flags]

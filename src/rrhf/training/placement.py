@@ -1,8 +1,9 @@
-"""Where a training computes, and in which precision by default: what ``TrainingArguments`` leaves to be settled."""
+"""What all trainings share of ``TrainingArguments``: where they compute, in which precision, what stays of records."""
 
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
@@ -13,13 +14,20 @@ from rrhf.common.launch import check_connected, launched_processes
 from rrhf.models.devices import native_bfloat16, resolve_device
 
 
+@dataclass
 class PlacedArguments(TrainingArguments):
     """``TrainingArguments`` that can be put on a device; whoever inherits calls ``settle_device`` when checked.
 
     ``bf16`` may be None: autocast where the hardware has bfloat16. ``bf16_by_default`` remembers that.
     """
 
-    bf16: bool | None
+    logging_steps: float = field(default=10, metadata={"help": "steps between two lines of metrics"})
+    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a non-finite loss stops the run instead"})
+    remove_unused_columns: bool = field(default=False, metadata={"help": "records keep their columns"})
+    bf16: bool | None = field(
+        default=None,
+        metadata={"help": "bfloat16 autocast over fp32 weights; default: for fp32 weights, where the hardware has it"},
+    )
 
     def settle_device(self) -> None:
         """Settle device and precision, and check that the processes of a launch are connected."""

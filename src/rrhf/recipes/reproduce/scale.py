@@ -13,7 +13,6 @@ from rrhf.recipes.config import merge, override, read_config
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, RUN, TASKS, Arm
 
 SECTION = "reproduce"  # of a scale's YAML; the rest is a run's configuration
-SCALES = ("micro", "small", "full")
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Scale:
 
     Attributes:
         task: one of ``TASKS``.
-        name: one of ``SCALES``, or a YAML file.
+        name: micro, small, full, or a YAML file.
         config: a run's configuration, over which an arm's is laid; ``train.max_steps`` are the steps of every arm.
         learning_rates: the grid.
         rate_queries: prompts on which a rate is chosen.

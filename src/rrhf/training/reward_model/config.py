@@ -24,13 +24,6 @@ class RewardModelConfig(PlacedArguments):
     num_train_epochs: float = field(default=1.0, metadata={"help": "passes over the records"})
     per_device_train_batch_size: int = field(default=4, metadata={"help": "queries a device and micro-batch"})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "micro-batches an optimiser step"})
-    logging_steps: float = field(default=10, metadata={"help": "steps between two lines of metrics"})
-    logging_nan_inf_filter: bool = field(default=False, metadata={"help": "a non-finite loss stops the run instead"})
-    remove_unused_columns: bool = field(default=False, metadata={"help": "records keep their columns"})
-    bf16: bool | None = field(
-        default=None,
-        metadata={"help": "bfloat16 autocast over fp32 weights; default: for fp32 weights, where the hardware has it"},
-    )
     max_length: int = field(
         default=512, metadata={"help": "most tokens of query and response together; longer rows are cut from the left"}
     )
