@@ -83,6 +83,19 @@ def test_a_round_goes_on_from_the_last_and_is_compared_with_the_first(undisturbe
     assert drawn[0] != drawn[1]
 
 
+def test_a_round_draws_with_the_next_seed(undisturbed: Path, model: Path, tmp_path: Path) -> None:
+    """Round 2's samples are those of `rrhf sample` by round 1's model with the seed after the run's."""
+    settings = config(model)
+    flags = {**settings["sample"], "seed": settings["seed"] + 1}
+    tiny.warm(
+        "sample", "--model", str(undisturbed / "rounds/1/model"), "--data", str(undisturbed / "queries.jsonl"),
+        "--output", "again.jsonl", "--device", "cpu", "--dtype", "float32",
+        *(f"--{name}={value}" for name, value in flags.items()), cwd=tmp_path,
+    ).done()  # fmt: skip
+    again, drawn = (tiny.read_rows(file) for file in (tmp_path / "again.jsonl", undisturbed / "responses.jsonl"))
+    assert [row["responses"] for row in again] == [row["responses"] for row in drawn]
+
+
 def test_the_run_shows_its_last_round_and_the_report_all_of_them(undisturbed: Path) -> None:
     for name in ("responses.jsonl", "scored.jsonl", "model", "evaluation.json"):
         assert (undisturbed / name).readlink() == Path("rounds/2") / name
