@@ -17,8 +17,16 @@ def test_the_responses_of_a_source_are_the_only_ones_with_a_score() -> None:
     assert is_provided("source:system/two")  # new texts come from no such source
 
 
-def test_a_source_that_no_response_has() -> None:
-    with pytest.raises(UserError, match="one of human/0, system/one, system/two, system/two-b"):
-        list(score_records([RECORD], ["source:system/thre"]))
+@pytest.mark.parametrize("batch_size", [1, 2])
+def test_which_records_come_together_does_not_matter(batch_size: int) -> None:
+    others = Record("p", ["d"], ["system/one"], id="s")
+    scored = score_records([others, RECORD], ["source:system/two"], batch_size=batch_size)
+    assert [record.scores for record in scored] == [[None], [None, 1.0, None]]
+
+
+def test_a_source_that_no_response_has(caplog: pytest.LogCaptureFixture) -> None:
+    (scored,) = score_records([RECORD], ["source:system/thre"])
+    assert scored.scores == [None] * 3
+    assert "there are human/0, system/one, system/two, system/two-b" in caplog.text
     with pytest.raises(UserError, match="give the tag"):
         score_records([], ["source:"])
