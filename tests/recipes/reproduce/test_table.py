@@ -15,7 +15,7 @@ from rrhf.losses import RANKING_LOSSES
 from rrhf.recipes.config import parse_config
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
 from rrhf.recipes.reproduce.check import compared, read_result
-from rrhf.recipes.reproduce.measure import best_of_n_bound, drawn_from_all, response_tokens
+from rrhf.recipes.reproduce.measure import drawn_from_all, response_tokens
 from rrhf.recipes.reproduce.place import Item
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
 from rrhf.recipes.reproduce.scale import read_scale, shipped_scales
@@ -109,7 +109,6 @@ def test_a_result_is_checked_against_its_interval(tmp_path: Path) -> None:
 
 
 def test_numbers_beside_the_evaluation(tmp_path: Path) -> None:
-    assert best_of_n_bound(1) == 0 and best_of_n_bound(4) == pytest.approx(0.6362943611)
     assert drawn_from_all(SamplingSettings(policy="top-p", top_p=1.0))
     for other in ({"policy": "top-k", "top_k": 50}, {"policy": "top-p", "temperature": 0.8}, {"policy": "greedy"}):
         assert not drawn_from_all(SamplingSettings(**other))

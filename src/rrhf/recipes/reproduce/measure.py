@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
@@ -71,11 +70,6 @@ def from_all(sampling: SamplingSettings) -> SamplingSettings:
         policy="top-p", top_p=1.0, num_responses=1, max_new_tokens=sampling.max_new_tokens,
         batch_size=sampling.batch_size, seed=sampling.seed,
     )  # fmt: skip
-
-
-def best_of_n_bound(number: int) -> float:
-    """log n − (n − 1)/n, the most that best-of-n can differ from ρ in KL (Beirami et al. 2024, arXiv 2401.01879)."""
-    return math.log(number) - (number - 1) / number
 
 
 def token_counter(model: ModelSettings) -> Any:

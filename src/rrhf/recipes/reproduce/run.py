@@ -15,6 +15,7 @@ from typing import Any
 
 from rrhf.common.files import read_object, replacing, write_text
 from rrhf.common.logging import set_up_logging
+from rrhf.evaluation.best_of_n import kl_bound
 from rrhf.evaluation.generations import draw_to_file
 from rrhf.evaluation.stage import EvaluationSettings, evaluate_models
 from rrhf.models.cache import PolicyCache
@@ -305,7 +306,7 @@ def _kl(work: Work) -> dict[str, Any]:
     if arm.kind == START:
         return {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 0, "how": "ρ itself"}
     if arm.kind == BEST_OF:
-        bound = measure.best_of_n_bound(arm.number)
+        bound = kl_bound(arm.number)
         return {"mean": bound, "low": None, "high": None, "n": 0, "how": "bound log n − (n − 1)/n"}
     prompts = [record.without_responses() for record in read_records(work.place.prompts.held_out)]
     evaluated = work.last.folder / "evaluation.pi.jsonl"
