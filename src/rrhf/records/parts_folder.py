@@ -95,9 +95,10 @@ class PartsFolder:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = (self.folder / "lock").open("a+", encoding="utf-8")
-            except FileNotFoundError:  # another process removed the folder in between
-                continue
             except OSError as error:
+                gone = isinstance(error, FileNotFoundError | FileExistsError)  # by another process in between
+                if gone and (self.folder.is_dir() or not os.path.lexists(self.folder)):
+                    continue
                 raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another --output") from error
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
