@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rrhf.cli.parser import PlainParser
 from rrhf.common.errors import UserError
+
+if TYPE_CHECKING:
+    from rrhf.recipes.reproduce.place import Place
 
 
 def main(arguments: list[str]) -> int:
@@ -20,7 +24,7 @@ def main(arguments: list[str]) -> int:
     from rrhf.training.callbacks import Stopped
 
     if options.check:
-        return _check(options.task, Path(options.check), options.output)
+        return _check(options.task, options.check, options.output)
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: must be at least 1")
     data = [f"data.source={options.data}"] if options.data else []
@@ -30,6 +34,8 @@ def main(arguments: list[str]) -> int:
     rates = [options.learning_rate] if options.learning_rate else scale.learning_rates
     table = Table(arms_named(options.task, names), options.seeds, rates)
     place = Place(Path(options.output or f"runs/reproduce-{options.task}-{Path(options.scale).stem}"))
+    if options.export:
+        return _export(place, Path(options.export))
     set_up_logging(place.log)
     if not options.page:
         scale = prepare(place, scale)
@@ -45,7 +51,18 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def _check(task: str, file: Path, output: str | None) -> int:
+def _export(place: Place, file: Path) -> int:
+    """Add the results that have ended to a file of lines."""
+    from rrhf.recipes.study.results import export
+
+    results = place.results()
+    if not results:
+        raise UserError(f"{place.folder}: no arm has ended there: nothing to export")
+    print(f"{file}: {export(results, place.folder, file)} results")
+    return 0
+
+
+def _check(task: str, file: str, output: str | None) -> int:
     """Run the arm of a result again, and print whether it comes out within the result's intervals."""
     from rrhf.common.logging import set_up_logging
     from rrhf.recipes.reproduce.check import read_result, run_again
@@ -57,7 +74,7 @@ def _check(task: str, file: Path, output: str | None) -> int:
         raise UserError(f"--check {file}: is a result of {before['task']}, not of {task}")
     set_up_logging()
     try:
-        _, sentence = run_again(Place(Path(output or f"runs/check-{file.stem}")), before)
+        _, sentence = run_again(Place(Path(output or f"runs/check-{before['arm']}-seed-{before['seed']}")), before)
     except Stopped as stopped:
         print("rrhf reproduce: stopped; the same command goes on from there", file=sys.stderr)
         return stopped.code
@@ -82,8 +99,10 @@ def _parser() -> PlainParser:
     what.add_argument("--learning_rate", "--learning-rate", type=float, help="one for all arms; default: each arm's "
                       "best of three on prompts kept for that")  # fmt: skip
     what.add_argument("--page", action="store_true", help="write the page of what has ended, and do nothing else")
-    what.add_argument("--check", metavar="RESULT", help="a file of results/: run its arm again, and say whether it "
-                      "comes out within the intervals there")  # fmt: skip
+    what.add_argument("--export", metavar="FILE.jsonl", help="add the results that have ended to a file of lines, "
+                      "without absolute paths, for the page of claims (python -m rrhf.recipes.study)")  # fmt: skip
+    what.add_argument("--check", metavar="RESULT", help="a file of results/, or FILE.jsonl:LINE: run its arm again, "
+                      "and say whether it comes out within the intervals there")  # fmt: skip
     settings = parser.add_argument_group("settings")
     settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the scale's configuration")
     return parser

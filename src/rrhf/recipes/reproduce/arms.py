@@ -1,15 +1,17 @@
 """The table of arms: what each runs, laid over the configuration of its task and scale, and what it stands for.
 
-A new arm is a line in ``ARMS``. ``best-of-N`` and ``loss:NAME`` take any N and any ranking loss.
+A new arm is a line in ``ARMS``. ``best-of-N`` and ``loss:NAME`` take any N and any ranking loss; ``NAME+ABLATION`` lays
+an ablation of ``configs/ablations.yaml`` over an arm.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.recipes.config import ablations, merge
 
 TASKS = ("imdb", "hh", "wombat")
 RUN, SFT, PPO, NLPO, BEST_OF, START = "run", "sft", "ppo", "nlpo", "best-of-n", "start"  # kinds
@@ -59,6 +61,12 @@ class Arm:
     def folder(self) -> str:
         """Its name as a folder's."""
         return self.name.replace(":", "-")
+
+    def with_ablation(self, name: str) -> Arm:
+        return replace(
+            self, name=f"{self.name}+{name}", meaning=f"{self.meaning}; {name}", paper="",
+            config=merge(self.config, ablations()[name]),
+        )  # fmt: skip
 
 
 def rounds(number: int, paper: str) -> Arm:
@@ -136,7 +144,7 @@ ARMS: dict[str, list[Arm]] = {
 }  # fmt: skip
 
 
-def arms_named(task: str, names: list[str]) -> list[Arm]:
+def arms_named(task: str, names: Sequence[str]) -> list[Arm]:
     """The arms of these names, in their order.
 
     Raises:
@@ -157,5 +165,8 @@ def arm_named(task: str, name: str) -> Arm:
     loss = name.removeprefix("loss:")
     if name.startswith("loss:") and (loss in RANKING_LOSSES or ":" in loss):
         return of_loss(loss)
+    base, _, ablation = name.rpartition("+")
+    if base and ablation in ablations():
+        return arm_named(task, base).with_ablation(ablation)
     names = [*known, *(f"loss:{loss}" for loss in RANKING_LOSSES)]
-    raise UserError(f"--arms {name}: {nearest(name, names)}; and best-of-N")
+    raise UserError(f"--arms {name}: {nearest(name, names)}; and best-of-N, and NAME+ABLATION")

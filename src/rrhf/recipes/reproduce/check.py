@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import read_object
 from rrhf.common.presentation import number
 from rrhf.recipes.reproduce.arms import arm_named
+from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.reproduce.run import carry, plan
+from rrhf.recipes.reproduce.run import carry
 from rrhf.recipes.reproduce.scale import Scale, read_scale
 from rrhf.recipes.reproduce.work import prepare
 
@@ -21,15 +23,24 @@ def scale_of(result: Mapping[str, Any]) -> Scale:
     return read_scale(result["task"], result["scale"], result["asked"])
 
 
-def read_result(file: Path) -> dict[str, Any]:
-    """A result as an arm has written it.
+def read_result(place: str) -> dict[str, Any]:
+    """A result as an arm has written it: a file of ``results/``, or ``FILE.jsonl:LINE`` (the first line is 1).
 
     Raises:
-        UserError: the file is none.
+        UserError: there is none.
     """
-    result = read_object(file)
+    file, _, number = place.rpartition(":")
+    if file.endswith(".jsonl") and number.isdigit():
+        lines = Path(file).read_text(encoding="utf-8").splitlines() if Path(file).exists() else []
+        if not 1 <= int(number) <= len(lines):
+            raise UserError(f"{place}: there is no such line: the file has {len(lines)}")
+        result = json.loads(lines[int(number) - 1])
+    else:
+        result = read_object(Path(place))
     if missing := [name for name in ("task", "scale", "arm", "seed", "asked", "proxy") if name not in result]:
-        raise UserError(f"{file}: no result of an arm: it lacks {', '.join(missing)}; give a file of results/")
+        raise UserError(
+            f"{place}: no result of an arm: it lacks {', '.join(missing)}; give a file of results/, or FILE.jsonl:LINE"
+        )
     return result
 
 

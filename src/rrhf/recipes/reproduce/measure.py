@@ -8,11 +8,12 @@ import os
 import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from rrhf.common.files import read_object
 from rrhf.evaluation.generations import draw_to_file
-from rrhf.evaluation.metrics import paired_bootstrap
+from rrhf.evaluation.metrics import distinct_n, paired_bootstrap
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
@@ -149,6 +150,43 @@ def evaluation_numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
         numbers[name] = {"start": reward["rho"]["mean"], "mean": reward["pi"]["mean"], "gain": reward["gain"]}
     pi = evaluation["pi"]
     return {**numbers, **{name: pi[name] for name in ("perplexity", "length_mean", "distinct_2", "n")}}
+
+
+def prompt_rewards(generations: Path) -> dict[str, list[float | None]]:
+    """Of each reward the values of π's texts, one a held-out prompt, in their order; rounded for keeping."""
+    rows = [json.loads(line) for line in generations.read_text(encoding="utf-8").splitlines()]
+    values = [list(row["pi_rewards"].values()) for row in rows]
+    return {
+        name: [None if value is None else round(value, 4) for value in of_reward]
+        for name, of_reward in zip(("proxy", "gold"), zip(*values))
+    }
+
+
+def looping(generations: Path) -> float:
+    """The share of π's texts in which fewer than half of the pairs of neighbouring words are different ones."""
+    texts = [json.loads(line)["pi"].split() for line in generations.read_text(encoding="utf-8").splitlines()]
+    return sum(distinct_n([words], 2) < 0.5 for words in texts if len(words) > 1) / len(texts)
+
+
+def training_scores(file: Path) -> dict[str, float | None]:
+    """Of the responses trained on: the mean over queries of the mean score and of the highest."""
+    scores = [[score for score in record.scores or [] if score is not None] for record in read_records(file)]
+    known = [each for each in scores if each]
+    if not known:
+        return {"mean": None, "max": None}
+    return {"mean": fmean(fmean(each) for each in known), "max": fmean(max(each) for each in known)}
+
+
+def training_history(model: Path) -> list[dict[str, float]]:
+    """Loss and, where the policy was watched, its rewards, by optimiser step."""
+    state = read_object(model / "trainer_state.json")
+    kept = ("step", "loss", "eval_reward_mean", "eval_distinct_2")
+    lines = []
+    for line in state.get("log_history", []):
+        named = {key: value for key, value in line.items() if key in kept or key.startswith("eval_reward_mean_")}
+        if len(named) > 1:
+            lines.append(named)
+    return lines
 
 
 def ppo_history(model: Path) -> list[dict[str, Any]]:

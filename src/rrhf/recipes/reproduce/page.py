@@ -5,11 +5,10 @@ from __future__ import annotations
 import html
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from rrhf.common.files import write_text
 from rrhf.common.presentation import html_table, markdown_table
-from rrhf.common.svg import figure_svg, inline_svg
+from rrhf.common.svg import inline_svg
 from rrhf.recipes.reproduce import plots
 from rrhf.recipes.reproduce.place import Place
 from rrhf.recipes.reproduce.rows import (
@@ -25,9 +24,6 @@ from rrhf.recipes.reproduce.rows import (
 )
 from rrhf.recipes.reproduce.scale import Scale
 from rrhf.recipes.reproduce.work import Results, Table, by_key
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Block = str | Cells | tuple[str, "plots.Draw", tuple[float, float]]  # a paragraph, a table, or a plot with its caption
 
@@ -113,17 +109,9 @@ def _markdown(place: Place, title: str, blocks: Sequence[tuple[str, Sequence[Blo
 
 
 def _saved(place: Place, caption: str, draw: plots.Draw, size: tuple[float, float]) -> str:
-    """Write a plot beside the page, on white, and name it there."""
-    import matplotlib
-    from matplotlib.figure import Figure
-
-    from rrhf.common.svg import INK, STYLE
-
+    """Write a plot beside the page and name it there."""
     name = f"plots/{draw.__name__}.svg"
-    with matplotlib.rc_context({**STYLE, "figure.facecolor": "white"}):
-        figure: Figure = Figure(figsize=size, layout="constrained")
-        draw(figure)
-        write_text(place.folder / name, figure_svg(figure, draw.__name__).replace(INK, "#202020"))
+    write_text(place.folder / name, plots.on_white(draw, size, draw.__name__))
     return f"![{caption}]({name})"
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
-from rrhf.common.svg import INK
+from rrhf.common.svg import INK, STYLE, figure_svg
 from rrhf.recipes.reproduce.rows import REWARDS, Row
 
 if TYPE_CHECKING:
@@ -15,6 +15,17 @@ Draw = Callable[["Figure"], None]
 
 COLOURS = {"proxy": "#2f86c9", "gold": "#c97b0a"}
 MARKS = {"proxy": "o", "gold": "D"}
+
+
+def on_white(draw: Draw, size: tuple[float, float], name: str) -> str:
+    """A plot as an SVG file of its own, on white; ``size`` in inches."""
+    import matplotlib
+    from matplotlib.figure import Figure
+
+    with matplotlib.rc_context({**STYLE, "figure.facecolor": "white"}):
+        figure: Figure = Figure(figsize=size, layout="constrained")
+        draw(figure)
+        return figure_svg(figure, name).replace(INK, "#202020")
 
 
 def gains(rows: Sequence[Row]) -> Draw:

@@ -1,4 +1,4 @@
-"""One arm from one seed at one learning rate, carried out in a run folder by the stages there are, and measured."""
+"""One arm from one seed at one learning rate, carried out in a run folder by the stages there are."""
 
 from __future__ import annotations
 
@@ -6,96 +6,34 @@ import contextlib
 import hashlib
 import json
 import logging
-import os
 import shutil
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from rrhf.common.files import read_object, replacing, write_text
+from rrhf.common.files import replacing, write_text
 from rrhf.common.logging import set_up_logging
-from rrhf.evaluation.best_of_n import kl_bound
 from rrhf.evaluation.generations import draw_to_file
-from rrhf.evaluation.stage import EvaluationSettings, evaluate_models
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.baselines.best_of_n import BestOfN, BestOfNSettings, run_best_of_n
 from rrhf.recipes.baselines.ppo import Job, train_ppo
 from rrhf.recipes.baselines.sft import write_responses_of
-from rrhf.recipes.config import RunConfig, parse_config
 from rrhf.recipes.offline import Pass, carry_out, data_stage, evaluate_stage, sample_stage, score_stage, train_stage
 from rrhf.recipes.recipe import run_recipe
 from rrhf.recipes.reproduce import measure
 from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, RUN, SFT, START
-from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.reproduce.scale import Scale, queries_a_step
+from rrhf.recipes.reproduce.item import Work
+from rrhf.recipes.reproduce.result import result_of
 from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.files import read_records
-from rrhf.rewards.stage import RewardSettings
-from rrhf.training.folder import TRAINED, is_trained
+from rrhf.training.folder import is_trained
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
-from rrhf.training.windows import FOLDER as WINDOWS
 
 log = logging.getLogger("rrhf")
 
 DATA_STAGES = ("data", "sample", "score")  # what arms share
-KL_FILE, RATE_FILE = "kl.jsonl", "rate.json"
-
-
-@dataclass(frozen=True)
-class Work:
-    """An item with all that is needed to carry it out."""
-
-    place: Place
-    scale: Scale  # its configuration's data are the files of prompts
-    item: Item
-    values: dict[str, Any]
-    config: RunConfig
-    run: RunFolder
-
-    @property
-    def best_of_n(self) -> RunFolder:
-        """Where best-of-n has its samples."""
-        return RunFolder(self.run.folder / "best-of-n")
-
-    @property
-    def noted(self) -> dict[str, Any]:
-        """All that the arm is made of: the run's configuration, and PPO's settings where it is PPO."""
-        item = self.item
-        if item.rate is None or item.arm.kind not in (PPO, NLPO):
-            return self.values
-        return {**self.values, "ppo": self.scale.ppo_settings(item.arm, item.seed, item.rate)}
-
-    @property
-    def last(self) -> RunFolder:
-        """The folder of the last round, which is the run's where there is one round."""
-        rounds = self.config.rounds.iterations
-        return self.run.round(rounds) if rounds > 1 else self.run
-
-    @property
-    def whole(self) -> Pass:
-        """The run as one pass; its held-out prompts are the shared ones."""
-        inner = RunFolder(self.run.folder)
-        inner.held_out = self.place.prompts.held_out
-        return Pass(inner, self.config, self.config.model, PolicyCache())
-
-    @property
-    def trained(self) -> ModelSettings:
-        """π."""
-        model = self.config.model
-        return model if self.item.arm.kind in (START, BEST_OF) else replace(model, model=str(self.run.model))
-
-
-def plan(place: Place, scale: Scale, item: Item) -> Work:
-    """The work of an item, all its settings checked.
-
-    Raises:
-        UserError: the arm's configuration has faults.
-    """
-    values = scale.configuration(item.arm, item.seed, item.rate)
-    run = RunFolder(place.run(item))
-    return Work(place, scale, item, values, parse_config(values, run.model), run)
 
 
 def carry(work: Work) -> dict[str, Any]:
@@ -111,7 +49,7 @@ def carry(work: Work) -> dict[str, Any]:
     set_up_logging(run.log)
     with _rho_texts(work):
         KINDS[arm.kind](work)
-        result = _result(work)
+        result = result_of(work)
     set_up_logging(work.place.log)
     return result
 
@@ -252,104 +190,3 @@ def _copy(source: Path, target: Path) -> None:
     if source.exists():
         with replacing(target) as temporary:
             shutil.copyfile(source, temporary)
-
-
-# -- the result
-
-
-def _result(work: Work) -> dict[str, Any]:
-    item, run, config = work.item, work.run, work.config
-    arm = item.arm
-    rate_reward = _rate_reward(work) if arm.has_rate else None
-    with run.timed("kl"):
-        kl = _kl(work)
-    training = read_object(work.last.model / TRAINED) if arm.has_rate else {}
-    return {
-        "task": work.scale.task,
-        "scale": work.scale.name,
-        "arm": arm.name,
-        "paper": arm.paper,
-        "seed": item.seed,
-        "learning_rate": item.rate,
-        "rate_reward": rate_reward,
-        **measure.evaluation_numbers(read_object(run.evaluation)),
-        "kl": kl,
-        "steps": work.scale.steps // arm.rounds * arm.rounds if arm.has_rate else 0,
-        **_tokens(work),
-        "models_resident": training.get("models_resident") or _models_resident(work),
-        "peak_memory_bytes": measure.peak_memory(config.model.device),
-        "seconds": measure.seconds(run.timings),
-        "load": measure.load(),
-        "processors": os.cpu_count(),
-        "commit": measure.commit(),
-        "config": work.noted,
-        "asked": list(work.scale.asked),
-    }
-
-
-def _rate_reward(work: Work) -> float:
-    """The mean reward that trains, on the prompts on which learning rates are chosen."""
-    place, config = work.run.folder / RATE_FILE, work.config
-    if not place.exists():
-        with work.run.timed("rate"):
-            evaluate_models(
-                work.place.prompts.rates, place, {"pi": work.trained},
-                RewardSettings(config.evaluate_rewards.reward[:1]), config.evaluate_sampling, config.text,
-                EvaluationSettings(perplexity_model=config.model.model),
-            )  # fmt: skip
-    mean: float = read_object(place)["pi"]["reward_mean"]
-    return mean
-
-
-def _kl(work: Work) -> dict[str, Any]:
-    arm, config = work.item.arm, work.config
-    if arm.kind == START:
-        return {"mean": 0.0, "low": 0.0, "high": 0.0, "n": 0, "how": "ρ itself"}
-    if arm.kind == BEST_OF:
-        bound = kl_bound(arm.number)
-        return {"mean": bound, "low": None, "high": None, "n": 0, "how": "bound log n − (n − 1)/n"}
-    prompts = [record.without_responses() for record in read_records(work.place.prompts.held_out)]
-    evaluated = work.last.folder / "evaluation.pi.jsonl"
-    texts = measure.texts_for_kl(evaluated, work.run.folder / KL_FILE, prompts, work.trained,
-                                 replace(config.evaluate_sampling, num_responses=1), config.text,
-                                 PolicyCache())  # fmt: skip
-    found = measure.kl_to_reference(texts, work.trained, config.model, config.text, work.item.seed)
-    return {**found, "how": "mean of log π − log ρ over responses of π"}
-
-
-def _tokens(work: Work) -> dict[str, int]:
-    """Responses sampled from models and their tokens, and the tokens that a training has read."""
-    arm, run = work.item.arm, work.run
-    count = measure.token_counter(work.config.model)
-    if arm.kind == START:
-        return {"samples": 0, "tokens_sampled": 0, "tokens_trained": 0}
-    if arm.kind in (PPO, NLPO):
-        history = measure.ppo_history(run.model)
-        tokens = round(sum(line["responses"] * line["length_mean"] for line in history))
-        samples = sum(line["responses"] for line in history)
-        epochs = PPOConfig(**work.scale.ppo_settings(arm, work.item.seed, work.item.rate or 1.0)).ppo_epochs
-        return {"samples": samples, "tokens_sampled": tokens, "tokens_trained": tokens * epochs}
-    if arm.online:
-        files, passes = sorted((run.model / WINDOWS).glob("*.jsonl")), 1.0
-    else:
-        one = work.best_of_n if arm.kind == BEST_OF else run
-        folders = [run.round(n) for n in range(1, arm.rounds + 1)] if arm.rounds > 1 else [one]
-        files = [folder.scored for folder in folders]
-        queries = sum(1 for _ in read_records(work.place.prompts.queries))
-        passes = work.scale.steps / arm.rounds * queries_a_step(work.scale.config["train"]) / queries
-    each = [measure.response_tokens(file, count) for file in files]
-    trained = 0.0 if arm.kind == BEST_OF else passes * sum(file["tokens"] for file in each)
-    return {
-        "samples": sum(file["sampled"] for file in each),
-        "tokens_sampled": sum(file["sampled_tokens"] for file in each),
-        "tokens_trained": round(trained),
-    }
-
-
-def _models_resident(work: Work) -> int:
-    """Models in memory at once in training: the policy; while sampling as well its rewards that are models, and ρ."""
-    arm, config = work.item.arm, work.config
-    if not arm.online:
-        return 1
-    rewards = sum(":" not in reward for reward in config.score.reward)  # functions hold nothing that is counted
-    return 1 + rewards + int(arm.kl)

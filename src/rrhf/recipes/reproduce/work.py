@@ -14,8 +14,9 @@ from typing import Any
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.arms import Arm
 from rrhf.recipes.reproduce.data import with_model, write_prompts
+from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.reproduce.run import carry, plan
+from rrhf.recipes.reproduce.run import carry
 from rrhf.recipes.reproduce.scale import Scale
 
 log = logging.getLogger("rrhf")

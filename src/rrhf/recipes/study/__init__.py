@@ -1,0 +1,1 @@
+"""Results of many arms and seeds → what they say about the paper's claims, as a page."""

@@ -1,0 +1,394 @@
+"""The paper's claims, each held against results: the tests it rests on, its verdict, and what else could explain it.
+
+A claim with tests holds where each of them points its way with a Holm-adjusted p below 0.05 over all tests of the page,
+fails where one points the other way with that certainty, and is not resolved otherwise. The others say their own rule.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from statistics import NormalDist
+
+import numpy as np
+
+from rrhf.recipes.study.results import Study
+from rrhf.recipes.study.statistics import Estimate, bootstrap, holm
+
+HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not resolved", "not run"
+ALPHA = 0.05
+AT_LEAST = 0.02  # "at least as good" allows so much less reward
+NEAR = 0.05  # two rewards are near each other within this
+MAIN = ("RRHF-BP", "RRHF-DP")  # RRHF's arms that rivals are compared with
+
+
+@dataclass(frozen=True)
+class Test:
+    """A difference that a claim says is above 0 (``sign`` 1) or below (−1)."""
+
+    what: str
+    estimate: Estimate
+    sign: int = 1
+    adjusted: float = 1.0
+
+    @property
+    def verdict(self) -> str:
+        if self.adjusted >= ALPHA:
+            return OPEN
+        return HOLDS if self.estimate.mean * self.sign > 0 else FAILS
+
+
+@dataclass(frozen=True)
+class Finding:
+    """What results say of a claim."""
+
+    tests: Sequence[Test] = ()
+    said: str = ""  # numbers beside the tests
+    own: str | None = None  # a verdict by the claim's own rule
+
+    @property
+    def verdict(self) -> str:
+        if self.own is not None:
+            return self.own
+        found = {test.verdict for test in self.tests}
+        if not found:
+            return MISSING
+        return FAILS if FAILS in found else OPEN if OPEN in found else HOLDS
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim of the paper.
+
+    Attributes:
+        letter, text: which, and what it says.
+        paper: its numbers there.
+        besides: what else could explain what is seen.
+        measure: holds it against results; a finding without tests and verdict where the arms were not run.
+    """
+
+    letter: str
+    text: str
+    paper: str
+    besides: str
+    measure: Callable[[Study], Finding] = field(repr=False)
+
+
+def judged(study: Study) -> list[tuple[Claim, Finding]]:
+    """Every claim with its finding, the p-values of all tests adjusted together."""
+    found = [claim.measure(study) for claim in CLAIMS]
+    adjusted = iter(holm([test.estimate.p for finding in found for test in finding.tests]))
+    return [
+        (claim, replace(finding, tests=[replace(test, adjusted=next(adjusted)) for test in finding.tests]))
+        for claim, finding in zip(CLAIMS, found, strict=True)
+    ]
+
+
+# -- parts of findings
+
+
+def differences(
+    study: Study, pairs: Sequence[tuple[str, str]], rewards: Sequence[str] = ("proxy",), sign: int = 1
+) -> list[Test]:
+    tests = []
+    for name, other in pairs:
+        for reward in rewards:
+            found = study.difference(name, other, reward)
+            if found is not None:
+                tests.append(Test(f"{name} − {'ρ' if other == 'start' else other}, {reward}", found, sign))
+    return tests
+
+
+def mean(values: np.ndarray, digits: int = 2) -> str:
+    return f"{values.mean():.{digits}f}" if values.size else "–"
+
+
+def beside(study: Study, names: Sequence[str]) -> str:
+    """KL and perplexity of arms."""
+    return "; ".join(
+        f"{name}: KL {mean(study.numbers(name, 'kl', 'mean'))}, perplexity {mean(study.numbers(name, 'perplexity'), 1)}"
+        for name in names
+        if study.seeds(name)
+    )
+
+
+# -- the claims
+
+
+def raises_reward(study: Study) -> Finding:
+    return Finding(differences(study, [(name, "start") for name in MAIN], ("proxy", "gold")))
+
+
+def at_least_ppo(study: Study) -> Finding:
+    tests = [
+        replace(test, what=f"{test.what}, + {AT_LEAST}", estimate=_shifted(test.estimate, AT_LEAST))
+        for test in differences(study, [(name, "PPO") for name in MAIN])
+    ]
+    return Finding(tests, beside(study, [*MAIN, "PPO", "PPO+KL"]))
+
+
+def _shifted(estimate: Estimate, by: float) -> Estimate:
+    """The estimate of the value + ``by``; its p-value from the normal distribution with the interval's width."""
+    error = (estimate.high - estimate.low) / 3.92
+    p = 2 * (1 - NormalDist().cdf(abs(estimate.mean + by) / error)) if error else 1.0
+    return replace(estimate, mean=estimate.mean + by, low=estimate.low + by, high=estimate.high + by, p=p)
+
+
+def better_than_sft(study: Study) -> Finding:
+    return Finding(differences(study, [(name, "SFT") for name in MAIN]))
+
+
+def worse_without_rank(study: Study) -> Finding:
+    return Finding(differences(study, [("RRHF-DP", "RRHF-DP+no-rank")], ("proxy", "gold")))
+
+
+SOURCES = ("RRHF-B", "RRHF-BP", "RRHF-D", "RRHF-DP", "RRHF-DP+diverse-2", "RRHF-DP+diverse-8", "IP-2", "IP-3", "OP")
+
+
+def follows_training_samples(study: Study) -> Finding:
+    names = [name for name in SOURCES if study.numbers(name, "training_scores", "mean").size]
+    if len(names) < 4:
+        return Finding()
+    reward = [float(np.nanmean(study.rewards(name, "proxy"))) for name in names]
+    found = {
+        which: _rank_correlation([study.numbers(name, "training_scores", which).mean() for name in names], reward)
+        for which in ("mean", "max")
+    }
+    low, high = min(found.values()), max(found.values())
+    own = HOLDS if low >= 0.7 else FAILS if high <= 0 else OPEN
+    said = ", ".join(f"with their {which} {value:+.2f}" for which, value in found.items())
+    return Finding((), f"rank correlation over {len(names)} arms: {said} (holds: both ≥ 0.7)", own)
+
+
+def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
+    ranks = np.stack([np.argsort(np.argsort(values)) for values in (first, second)])
+    return float(np.corrcoef(ranks)[0, 1])
+
+
+def near_the_maxima(study: Study) -> Finding:
+    said, verdicts = [], []
+    for name in MAIN:
+        maxima = study.numbers(name, "training_scores", "max")
+        if not maxima.size:
+            continue
+        found = study.over_seeds(np.nanmean(study.rewards(name, "proxy"), axis=1) - maxima)
+        assert found is not None
+        said.append(f"{name}: π less the mean maximum {found}")
+        near = found.low >= -NEAR and found.high <= NEAR
+        verdicts.append(HOLDS if near else FAILS if found.low > NEAR or found.high < -NEAR else OPEN)
+    if not verdicts:
+        return Finding()
+    own = verdicts[0] if len(set(verdicts)) == 1 else OPEN
+    return Finding((), "; ".join(said) + f" (holds: within ±{NEAR})", own)
+
+
+def rounds_help(study: Study) -> Finding:
+    return Finding(differences(study, [("IP-2", "IP-1"), ("IP-3", "IP-2")], ("proxy", "gold")))
+
+
+def hacks_without_kl(study: Study) -> Finding:
+    seeds = study.common("OP", "OP+KL", "start")
+    if not seeds:
+        return Finding()
+
+    def gap(name: str) -> np.ndarray:
+        proxy, gold = (
+            study.rewards(name, reward, seeds) - study.rewards("start", reward, seeds) for reward in ("proxy", "gold")
+        )
+        return proxy - gold
+
+    tests = [
+        Test("OP: gain in proxy − gain in gold", bootstrap(gap("OP"))),
+        Test("that of OP − that of OP+KL", bootstrap(gap("OP") - gap("OP+KL"))),
+    ]
+    return Finding(tests, beside(study, ["OP", "OP+KL"]))
+
+
+def accuracy_rises(study: Study) -> Finding:
+    tests, said = [], []
+    for name in (*MAIN, "PPO", "DPO"):
+        found = study.over_seeds(study.numbers(name, "accuracy", "gain", "mean"))
+        if found is None:
+            continue
+        rho, pi = (mean(study.numbers(name, "accuracy", model, "mean"), 3) for model in ("rho", "pi"))
+        said.append(f"{name} {rho} → {pi}")
+        if name in MAIN:
+            tests.append(Test(f"{name}: accuracy of π − of ρ", found))
+    return Finding(tests, "; ".join(said))
+
+
+def loss_against_reward(study: Study) -> Finding:
+    values = []
+    for line in study.seeds("RRHF-DP+watched").values():
+        losses, rewards = series(line, "loss"), series(line, "eval_reward_mean")
+        both = sorted(set(losses) & set(rewards))
+        if len(both) > 2:
+            values.append(float(np.corrcoef([losses[step] for step in both], [rewards[step] for step in both])[0, 1]))
+    found = study.over_seeds(values)
+    return Finding() if found is None else Finding([Test("correlation within a training", found, -1)])
+
+
+def series(line: Mapping[str, object], key: str) -> dict[int, float]:
+    """Step → value in a training's history."""
+    history = line.get("history")
+    assert isinstance(history, list)
+    return {int(entry["step"]): float(entry[key]) for entry in history if entry.get(key) is not None}
+
+
+def spreads_less(study: Study) -> Finding:
+    tests = []
+    for name in MAIN:
+        seeds = study.common(name, "start")
+        if seeds:
+            pi, rho = (np.nanstd(study.rewards(one, "proxy", seeds), axis=1) for one in (name, "start"))
+            found = study.over_seeds(pi - rho)
+            assert found is not None
+            tests.append(Test(f"{name}: standard deviation over prompts of π − of ρ", found, -1))
+    return Finding(tests)
+
+
+def best_of_n_reaches(study: Study) -> Finding:
+    curve = best_of_n_curve(study)
+    if not curve or not study.seeds("RRHF-DP"):
+        return Finding()
+    said, reached = [], []
+    for name in MAIN:
+        if study.seeds(name):
+            goal = float(np.nanmean(study.rewards(name, "proxy")))
+            number = next((n for n, value in curve.items() if value >= goal), None)
+            reached.append(number)
+            said.append(f"{name} {goal:.3f}: " + (f"by n = {number}" if number else f"not by n = {max(curve)}"))
+    most = ", ".join(f"{n}: {value:.3f}" for n, value in curve.items() if n in (1, 2, 4, 8, 16))
+    own = HOLDS if all(reached) else FAILS if not any(reached) else OPEN
+    return Finding((), f"best-of-n {most}; {'; '.join(said)}", own)
+
+
+def best_of_n_curve(study: Study) -> dict[int, float]:
+    """n → mean reward of the best of n, over seeds, from the arm with the largest n."""
+    names = [name for name in study.names if name.startswith("best-of-")]
+    if not names:
+        return {}
+    lines = study.seeds(max(names, key=lambda name: study.arm(name).number)).values()
+    curves = [{int(point["n"]): float(point["mean"]) for point in _points(line)} for line in lines if _points(line)]
+    return {n: float(np.mean([curve[n] for curve in curves])) for n in curves[0]} if curves else {}
+
+
+def _points(line: Mapping[str, object]) -> list[Mapping[str, float]]:
+    block = line.get("best_of_n")
+    if not isinstance(block, Mapping) or not block:
+        return []
+    return list(block["score"])
+
+
+def losses(study: Study) -> list[str]:
+    """The arms that differ from RRHF-DP in their loss alone."""
+    own = ("RRHF-DP", "DPO", "SimPO", "KTO")
+    return [name for name in study.names if name in own or name.startswith("loss:")]
+
+
+def best_loss(study: Study) -> Finding:
+    names = [name for name in losses(study) if study.seeds(name)]
+    if len(names) < 3:
+        return Finding()
+    order = sorted(names, key=lambda name: -float(np.nanmean(study.rewards(name, "gold"))))
+    tests = differences(study, [(order[0], "RRHF-DP")], ("gold",)) if order[0] != "RRHF-DP" else []
+    said = ", ".join(
+        f"{name} {np.nanmean(study.rewards(name, 'gold')):.3f} (KL {mean(study.numbers(name, 'kl', 'mean'), 1)})"
+        for name in order[:5]
+    )
+    return Finding(tests, f"by gold reward, at each arm's own KL: {said}", None if tests else HOLDS)
+
+
+def heavier_rank_is_worse(study: Study) -> Finding:
+    heavier = [("RRHF-DP+rank-weight-10", "RRHF-DP"), ("RRHF-DP+rank-weight-100", "RRHF-DP")]
+    return Finding(differences(study, heavier, ("proxy", "gold"), -1))
+
+
+def order_of_sources(study: Study) -> Finding:
+    """By three tests of pairs; the claim has no direction, so the order is what is told."""
+    tests = differences(study, [("RRHF-DP", "RRHF-BP"), ("RRHF-DP", "RRHF-SP"), ("RRHF-SP", "RRHF-BP")])
+    return Finding(tests)
+
+
+def less_sensitive(study: Study) -> Finding:
+    spread = {}
+    for name in (*MAIN, "PPO", "PPO+KL", "DPO"):
+        rewards = [
+            float(line["rate_reward"])
+            for line in study.lines
+            if line["arm"] == name and line["seed"] == 0 and line["rate_reward"] is not None
+        ]
+        if len(rewards) > 1:
+            spread[name] = max(rewards) - min(rewards)
+    ours = [spread[name] for name in MAIN if name in spread]
+    if not ours or "PPO" not in spread:
+        return Finding()
+    own = HOLDS if max(ours) < spread["PPO"] else FAILS if min(ours) > spread["PPO"] else OPEN
+    said = ", ".join(f"{name} {value:.3f}" for name, value in spread.items())
+    return Finding((), f"best less worst of the grid's rates, one seed: {said}", own)
+
+
+def cheaper_than_ppo(study: Study) -> Finding:
+    if not study.seeds("RRHF-DP") or not study.seeds("PPO"):
+        return Finding()
+
+    def cost(name: str) -> tuple[float, float, float]:
+        seconds = [sum(line["seconds"].values()) for line in study.seeds(name).values()]
+        memory = study.numbers(name, "peak_memory_bytes").mean() / 1e9
+        return float(study.numbers(name, "models_resident").mean()), float(memory), float(np.mean(seconds))
+
+    ours, theirs = cost("RRHF-DP"), cost("PPO")
+    said = "; ".join(
+        f"{name}: {models:.0f} models, {memory:.2f} GB, {seconds:.0f} s"
+        for name, (models, memory, seconds) in (("RRHF-DP", ours), ("PPO", theirs))
+    )
+    own = HOLDS if all(a < b for a, b in zip(ours, theirs)) else FAILS if ours[0] >= theirs[0] else OPEN
+    return Finding((), said + " (holds: less of all three)", own)
+
+
+def elsewhere(_: Study) -> Finding:
+    """A claim that this task cannot show."""
+    return Finding()
+
+
+CLAIMS = [
+    Claim("a", "RRHF raises the reward over ρ", "HH, Alpaca: −1.18 → −1.02 (DP); IMDB: SFT 0.539 → 0.861 (BP)",
+          "any training on good responses may: see (c)", raises_reward),
+    Claim("b", "RRHF's reward is at least PPO's",
+          "HH: −1.02 (DP) against −1.03, perplexity 14.75 against 13.84; IMDB: 0.861 (BP) against 0.796",
+          "tuning: all have the same grid of three rates and the same steps; a longer PPO may gain more", at_least_ppo),
+    Claim("c", "RRHF is better than SFT", "IMDB: 0.861 (BP) against 0.539; HH: −1.02 (DP) against −1.31 (P)",
+          "SFT sees the data set's response alone, RRHF samples too", better_than_sft),
+    Claim("d", "RRHF is worse without L_rank", "HH, Table 7 (BP): −1.03 with it, −1.14 without",
+          "the rate is chosen for each", worse_without_rank),
+    Claim("e", "π's reward follows the mean and the maximum of its training samples", "HH, Table 6",
+          "few arms, which differ in more than that", follows_training_samples),
+    Claim("f", "π's mean reward comes near the mean of the maxima of its training samples",
+          "HH: −1.02 (DP) against −0.95, −1.03 (BP) against −1.00", "the number of steps decides how near",
+          near_the_maxima),
+    Claim("g", "more rounds are better: IP-1 < IP-2 < IP-3, in gold reward too", "HH: −1.02, −0.96, −0.94",
+          "here the rounds share the optimiser steps of one; the paper's add steps", rounds_help),
+    Claim("h", "OP-k without KL hacks the reward, with KL less",
+          "HH: OP-32 0.34 at perplexity 63.78, with KL −0.86 at 19.76", "hacking is the gap of two imperfect rewards",
+          hacks_without_kl),
+    Claim("i", "the accuracy of p_i as a reward rises far above ρ's", "HH, Table 5: 45.13 % → 61.75 % (PPO: 46.03 %)",
+          "judged here on ρ's own samples by the reward that trains; the paper judges people's pairs", accuracy_rises),
+    Claim("j", "loss and reward are negatively correlated in training", "HH, Figure 3",
+          "both have a trend over steps: this is a correlation of trends", loss_against_reward),
+    Claim("k", "π's rewards spread less than ρ's", "HH (the text)",
+          "this reward is bounded: a higher mean leaves less room", spreads_less),
+    Claim("l", "best-of-n reaches RRHF's reward, at n times its inference cost", "HH: best-of-4 −0.97, RRHF −1.02",
+          "the best is chosen by the reward that judges", best_of_n_reaches),
+    Claim("m", "which loss is best", "hinge is the only one there",
+          "each loss stands at its own KL: see the picture of both", best_loss),
+    Claim("n", "rank weights of 10 and 100 are worse than 1", "said in the text",
+          "a heavier ranking loss at the same rate moves further from ρ", heavier_rank_is_worse),
+    Claim("o", "with P alone all starts end alike, and SFT first does not help", "HH: −1.31 from all three", "",
+          elsewhere),
+    Claim("p", "how the sources order: DP, BP and SP", "HH: −1.02, −1.03, −0.96 (DP, BP, SP)", "", order_of_sources),
+    Claim("q", "RRHF is less sensitive to its learning rate than PPO", "said in the text",
+          "one seed and a grid of three rates", less_sensitive),
+    Claim("r", "RRHF needs less memory, fewer models and less time than PPO", "1 or 2 models against 4",
+          "at this size libraries are most of the memory", cheaper_than_ppo),
+    Claim("s", "Wombat's recipe beats SFT on one strong system", "Table 9: 612 against 574", "", elsewhere),
+]  # fmt: skip

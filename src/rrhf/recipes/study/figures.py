@@ -1,0 +1,164 @@
+"""The study's figures, drawn from the same lines as its tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from rrhf.common.svg import INK
+from rrhf.recipes.reproduce.plots import COLOURS, MARKS, Draw
+from rrhf.recipes.study.claims import SOURCES, best_of_n_curve, series
+from rrhf.recipes.study.results import REWARDS, Study
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+WATCHED = "RRHF-DP+watched"
+
+
+def figures(study: Study) -> list[tuple[str, str, Draw, tuple[float, float]]]:
+    """Name, caption, drawing and size in inches of each figure that the results can fill."""
+    found: list[tuple[str, str, Draw, tuple[float, float]]] = []
+    if study.seeds(WATCHED):
+        found.append(
+            (
+                "training",
+                "Loss and reward over an RRHF-DP training: mean and range over seeds (Figure 3 of the paper)",
+                training(study),
+                (7.0, 3.0),
+            )
+        )
+        found.append(
+            (
+                "over-optimisation",
+                "Proxy and gold reward over an RRHF-DP training",
+                over_optimisation(study),
+                (5.0, 3.0),
+            )
+        )
+    if len([name for name in SOURCES if study.numbers(name, "training_scores", "mean").size]) > 1:
+        found.append(
+            (
+                "sources",
+                "π's reward against the mean and the mean maximum of its training samples, an arm a point",
+                sources(study),
+                (7.0, 3.2),
+            )
+        )
+    found.append(
+        (
+            "frontier",
+            "Reward against KL to ρ, an arm a point: mean over seeds. Further up at the same KL is better",
+            against(study, ("kl", "mean"), "KL to ρ, nats a response"),
+            (8.5, 4.6),
+        )
+    )
+    found.append(
+        (
+            "perplexity",
+            "Reward against perplexity under ρ, an arm a point",
+            against(study, ("perplexity",), "perplexity under ρ"),
+            (8.5, 4.6),
+        )
+    )
+    if best_of_n_curve(study):
+        found.append(
+            (
+                "best-of-n",
+                "Reward of the best of n samples of ρ, and what trained arms reach with one",
+                best_of_n(study),
+                (5.0, 3.4),
+            )
+        )
+    return found  # fmt: skip
+
+
+def _grid(axes: Axes) -> None:
+    axes.grid(True, color="#808080", alpha=0.25, linewidth=0.6)
+
+
+def training(study: Study) -> Draw:
+    def training_plot(figure: Figure) -> None:
+        for axes, key, label in zip(figure.subplots(1, 2), ("loss", "eval_reward_mean"), ("loss", "proxy reward")):
+            _band(axes, [series(line, key) for line in study.seeds(WATCHED).values()], COLOURS["proxy"], label)
+            axes.set_xlabel("optimiser step")
+            axes.set_title(label, fontsize=9)
+            _grid(axes)
+
+    return training_plot
+
+
+def over_optimisation(study: Study) -> Draw:
+    def over_optimisation_plot(figure: Figure) -> None:
+        axes = figure.subplots()
+        lines = list(study.seeds(WATCHED).values())
+        gold = sorted({key for line in lines for entry in line["history"] for key in entry if "reward_mean_" in key})
+        for reward, key in zip(REWARDS, ("eval_reward_mean", *gold[:1])):
+            _band(axes, [series(line, key) for line in lines], COLOURS[reward], f"{reward} reward")
+        axes.set_xlabel("optimiser step")
+        axes.legend()
+        _grid(axes)
+
+    return over_optimisation_plot
+
+
+def _band(axes: Axes, each: Sequence[dict[int, float]], colour: str, label: str) -> None:
+    """The mean of several series and their range."""
+    steps = sorted(set.intersection(*(set(one) for one in each)))
+    values = np.array([[one[step] for step in steps] for one in each])
+    axes.plot(steps, values.mean(axis=0), color=colour, linewidth=1.6, label=label)
+    axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.2, linewidth=0)
+
+
+def sources(study: Study) -> Draw:
+    def sources_plot(figure: Figure) -> None:
+        for axes, which in zip(figure.subplots(1, 2, sharey=True), ("mean", "max")):
+            for name in SOURCES:
+                scores = study.numbers(name, "training_scores", which)
+                if scores.size:
+                    point = float(scores.mean()), float(np.nanmean(study.rewards(name, "proxy")))
+                    axes.plot(*([value] for value in point), MARKS["proxy"], color=COLOURS["proxy"], markersize=4.5)
+                    axes.annotate(name, point, (4, 3), textcoords="offset points", fontsize=7, color=INK)
+            axes.axline((0.5, 0.5), slope=1, color=INK, linewidth=0.6, linestyle=":")
+            axes.set_xlabel(f"training samples: {'mean' if which == 'mean' else 'mean maximum'}")
+            _grid(axes)
+        figure.axes[0].set_ylabel("π's proxy reward")
+
+    return sources_plot
+
+
+def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
+    def against_plot(figure: Figure) -> None:
+        for axes, reward in zip(figure.subplots(1, 2), REWARDS):
+            for name in study.names:
+                across = study.numbers(name, *path)
+                if across.size:
+                    point = float(across.mean()), float(np.nanmean(study.rewards(name, reward)))
+                    axes.plot(*([value] for value in point), MARKS[reward], color=COLOURS[reward], markersize=4)
+                    axes.annotate(name, point, (3, 2), textcoords="offset points", fontsize=6, color=INK)
+            axes.set_xlabel(label)
+            axes.set_title(f"{reward} reward", fontsize=9)
+            _grid(axes)
+
+    return against_plot
+
+
+def best_of_n(study: Study) -> Draw:
+    def best_of_n_plot(figure: Figure) -> None:
+        axes = figure.subplots()
+        curve = best_of_n_curve(study)
+        axes.plot(list(curve), list(curve.values()), color=COLOURS["proxy"], marker="o", markersize=3)
+        axes.set_xscale("log", base=2)
+        axes.set_xlabel("n")
+        axes.set_ylabel("proxy reward")
+        for name in ("RRHF-BP", "RRHF-DP", "PPO", "SFT"):
+            if study.seeds(name):
+                height = float(np.nanmean(study.rewards(name, "proxy")))
+                axes.axhline(height, color=INK, linewidth=0.7, linestyle="--")
+                axes.annotate(name, (max(curve), height), (0, 2), textcoords="offset points", fontsize=7, ha="right")
+        _grid(axes)
+
+    return best_of_n_plot

@@ -1,0 +1,154 @@
+"""The page of the study: what was run, every arm's row, each claim with its numbers, the losses, the figures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from rrhf.common.files import write_text
+from rrhf.common.presentation import NONE, markdown_table, number
+from rrhf.recipes.reproduce.plots import on_white
+from rrhf.recipes.study.claims import MISSING, Claim, Finding, judged, losses
+from rrhf.recipes.study.figures import figures
+from rrhf.recipes.study.results import REWARDS, Study
+from rrhf.recipes.study.statistics import Estimate, components
+
+
+def write_page(studies: Sequence[Study], page: Path) -> None:
+    """Write ``page`` (Markdown) and, in a folder of its name beside it, its figures."""
+    parts = [
+        "# The study: the paper's claims, tested again",
+        "Made from the lines in " + ", ".join(f"`{_beside(study.file, page)}`" for study in studies) + " by "
+        "`python -m rrhf.recipes.study`; nothing on this page is written by hand. A line holds an arm from a seed: its "
+        "configuration, the code's commit, every prompt's rewards. `rrhf reproduce TASK --check FILE.jsonl:LINE` runs "
+        "one again and says whether it comes out within its intervals.",
+    ]
+    for study in studies:
+        parts += _of_study(study, page)
+    write_text(page, "\n\n".join(parts) + "\n")
+
+
+def _of_study(study: Study, page: Path) -> list[str]:
+    findings = judged(study)
+    parts = [f"## {study.task} at the scale {Path(study.scale).stem}", _size(study), "### The claims", _rule(findings)]
+    parts += [_claim(claim, finding) for claim, finding in findings if finding.verdict != MISSING]
+    missing = [f"({claim.letter}) {claim.text}" for claim, finding in findings if finding.verdict == MISSING]
+    if missing:
+        parts.append(
+            "Not shown here, as arms it needs were not run or the task cannot show it: " + "; ".join(missing) + "."
+        )
+    parts += ["### Every arm", _arms(study)]
+    compared = [name for name in losses(study) if study.seeds(name)]
+    if len(compared) > 2:
+        parts += ["### Losses on the same samples", _losses(study, compared)]
+    parts.append("### Figures")
+    for name, caption, draw, size in figures(study):
+        file = page.with_suffix("") / f"{study.task}-{Path(study.scale).stem}-{name}.svg"
+        write_text(file, on_white(draw, size, name))
+        parts.append(f"![{caption}]({_beside(file, page)})\n\n{caption}.")
+    return parts
+
+
+def _beside(file: Path, page: Path) -> str:
+    return Path(file).absolute().relative_to(page.absolute().parent).as_posix()
+
+
+def _size(study: Study) -> str:
+    """What was run, and what that size can resolve."""
+    seeds = sorted({len(study.seeds(name)) for name in study.names if study.seeds(name)})
+    first = study.lines[0]
+    commits = ", ".join(sorted({str(line["commit"]) for line in study.lines}))
+    said = [
+        f"{len(study.names)} arms, {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "") + " seeds an arm, "
+        f"{first['n']} held-out prompts with one response each from every seed; code {commits}.",
+        "Intervals are of 95 % by a bootstrap over seeds and prompts together (both drawn anew, all seeds share the "
+        "prompts); differences are paired by seed and prompt. With few seeds such intervals are somewhat too narrow.",
+    ]
+    pilot = [name for name in ("RRHF-DP", "RRHF-BP", "PPO") if len(study.common(name, "start")) > 1]
+    for name in pilot:
+        shared = study.common(name, "start")
+        for reward in REWARDS:
+            values = study.rewards(name, reward, shared) - study.rewards("start", reward, shared)
+            if not np.isfinite(values).all():
+                continue
+            found = components(values)
+            said.append(
+                f"{name}, gain in {reward}: variances {found.seed:.4f} of seeds, {found.prompt:.4f} of prompts, "
+                f"{found.rest:.4f} of the rest; {len(shared)} seeds and {values.shape[1]} prompts find a difference of "
+                f"{found.resolvable(len(shared), values.shape[1]):.3f} in 80 of 100 studies, 10 seeds one of "
+                f"{found.resolvable(10, values.shape[1]):.3f}."
+            )
+    return "\n\n".join(said)
+
+
+def _rule(findings: Sequence[tuple[Claim, Finding]]) -> str:
+    count = sum(len(finding.tests) for _, finding in findings)
+    return (
+        f"The page makes {count} tests; their p-values are adjusted together by Holm's method, so that the chance of "
+        "any false finding is at most 5 %. A claim holds where each of its tests points its way with an adjusted p "
+        "below 0.05, fails where one points the other way, and is not resolved otherwise; claims without tests say "
+        "their rule."
+    )
+
+
+def _claim(claim: Claim, finding: Finding) -> str:
+    lines = [f"**({claim.letter}) {claim.text}: {finding.verdict}.** The paper: {claim.paper}."]
+    for test in finding.tests:
+        adjusted = f"{test.adjusted:.3f}" if test.adjusted >= 0.001 else "< 0.001"
+        lines.append(f"- {test.what}: {test.estimate}, p {adjusted} ({test.estimate.seeds} seeds)")
+    if finding.said:
+        lines.append(f"- {finding.said}")
+    if claim.besides:
+        lines.append(f"- What else could explain it: {claim.besides}")
+    return "\n".join(lines)
+
+
+def _arms(study: Study) -> str:
+    header = ["arm", "seeds", "rate", "gain, proxy", "gain, gold", "KL to ρ", "perplexity", "length", "distinct-2",
+              "looping", "accuracy of p_i", "seconds"]  # fmt: skip
+    rows = []
+    for name in study.names:
+        lines = study.seeds(name)
+        if not lines:
+            continue
+        rate = next(iter(lines.values()))["learning_rate"]
+        seconds = [sum(line["seconds"].values()) for line in lines.values()]
+        rows.append([
+            name, str(len(lines)), NONE if rate is None else f"{rate:g}",
+            *(_shown(study.gain(name, reward)) for reward in REWARDS),
+            *(_mean(study, name, digits, *path) for digits, path in (
+                (1, ("kl", "mean")), (1, ("perplexity",)), (1, ("length_mean",)), (3, ("distinct_2",)),
+                (3, ("looping",)), (3, ("accuracy", "pi", "mean")),
+            )),
+            number(float(np.mean(seconds)), 0),
+        ])  # fmt: skip
+    return markdown_table(header, rows)
+
+
+def _losses(study: Study, names: Sequence[str]) -> str:
+    """The losses by gold reward, with what they cost in KL and how many runs went astray."""
+    order = sorted(names, key=lambda name: -float(np.nanmean(study.rewards(name, "gold"))))
+    rows = []
+    for name in order:
+        seeds = study.seeds(name).values()
+        astray = sum(line["looping"] > 0.5 for line in seeds)
+        rows.append([name, _shown(study.gain(name, "gold")), _shown(study.gain(name, "proxy")),
+                     _shown(study.difference(name, "RRHF-DP", "gold")) if name != "RRHF-DP" else NONE,
+                     _mean(study, name, 1, "kl", "mean"), f"{astray} of {len(seeds)}"])  # fmt: skip
+    text = (
+        "All train on the same samples with the same steps, each at the best of the same rates by proxy reward. A run "
+        "went astray where more than half of its texts loop (fewer than half of their word pairs are different)."
+    )
+    header = ["loss", "gain, gold", "gain, proxy", "gold less RRHF-DP's", "KL to ρ", "went astray"]
+    return text + "\n\n" + markdown_table(header, rows)
+
+
+def _shown(estimate: Estimate | None) -> str:
+    return NONE if estimate is None else str(estimate)
+
+
+def _mean(study: Study, name: str, digits: int, *path: str) -> str:
+    values = study.numbers(name, *path)
+    return number(float(values.mean()), digits) if values.size else NONE

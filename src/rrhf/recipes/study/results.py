@@ -1,0 +1,159 @@
+"""The lines of results that a study rests on: read, chosen, paired; and how they are kept without this machine's paths.
+
+A line is a result of `rrhf reproduce` (``recipes/reproduce/result.py``): an arm from a seed at a learning rate.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from rrhf.common.errors import UserError
+from rrhf.common.files import write_text
+from rrhf.models.folders import cache_folder
+from rrhf.recipes.reproduce.arms import Arm, arm_named
+from rrhf.recipes.reproduce.work import by_key, chosen_rate
+from rrhf.recipes.study.statistics import Estimate, bootstrap
+
+Line = Mapping[str, Any]
+REWARDS = ("proxy", "gold")
+
+
+@dataclass(frozen=True)
+class Study:
+    """All results of one task at one scale.
+
+    Attributes:
+        lines: the results.
+        file: where they stand, for the page.
+    """
+
+    lines: Sequence[Line]
+    file: Path
+
+    @cached_property
+    def task(self) -> str:
+        return str(self.lines[0]["task"])
+
+    @cached_property
+    def scale(self) -> str:
+        return str(self.lines[0]["scale"])
+
+    @cached_property
+    def names(self) -> list[str]:
+        """Arms in the order in which their first results stand."""
+        return list(dict.fromkeys(str(line["arm"]) for line in self.lines))
+
+    def arm(self, name: str) -> Arm:
+        return arm_named(self.task, name)
+
+    def rates(self, name: str) -> list[float]:
+        """The learning rates that the arm's first seed was run at, and whose results are here."""
+        of_first = {line["learning_rate"] for line in self.lines if line["arm"] == name and line["seed"] == 0}
+        return sorted(rate for rate in of_first if rate is not None)
+
+    def seeds(self, name: str) -> dict[int, Line]:
+        """The arm's results at its chosen rate, by seed; none where it was not run."""
+        if name not in self.names:
+            return {}
+        _, rate = chosen_rate(self.arm(name), self.rates(name) or [0.0], by_key(self.lines))
+        found = {line["seed"]: line for line in self.lines if line["arm"] == name and line["learning_rate"] == rate}
+        return dict(sorted(found.items()))
+
+    def rewards(self, name: str, reward: str, seeds: Sequence[int] | None = None) -> np.ndarray:
+        """The rewards of π's texts [seeds, prompts]; NaN where one has no score."""
+        lines = self.seeds(name)
+        chosen = list(lines) if seeds is None else seeds
+        return np.array([lines[seed]["prompts"][reward] for seed in chosen], dtype=float)
+
+    def common(self, *names: str) -> list[int]:
+        """The seeds that all these arms were run from."""
+        each = [set(self.seeds(name)) for name in names]
+        return sorted(set.intersection(*each)) if each else []
+
+    def difference(self, name: str, other: str, reward: str) -> Estimate | None:
+        """An arm's reward less another's, paired by seed and prompt; None where they share no seed."""
+        seeds = self.common(name, other)
+        if not seeds:
+            return None
+        return bootstrap(self.rewards(name, reward, seeds) - self.rewards(other, reward, seeds))
+
+    def gain(self, name: str, reward: str) -> Estimate | None:
+        """An arm's reward less that of ρ, which is the arm ``start``."""
+        return self.difference(name, "start", reward)
+
+    def numbers(self, name: str, *path: str) -> np.ndarray:
+        """One number a seed, found by keys; seeds without it are left out."""
+        found = []
+        for line in self.seeds(name).values():
+            value: Any = line
+            for key in path:
+                value = value.get(key) if isinstance(value, Mapping) else None
+            if value is not None:
+                found.append(float(value))
+        return np.array(found)
+
+    def over_seeds(self, values: Iterable[float]) -> Estimate | None:
+        """The mean of one number a seed with its interval over seeds; None where there is none."""
+        column = np.array(list(values), dtype=float)[:, None]
+        return bootstrap(column) if column.size else None
+
+
+def read_study(file: Path) -> Study:
+    """The results in a file of lines.
+
+    Raises:
+        UserError: the file cannot be read, holds no result, or results of several tasks or scales.
+    """
+    try:
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except (OSError, ValueError) as error:
+        raise UserError(f"{file}: no file of results: {error}") from error
+    kinds = {(line.get("task"), line.get("scale")) for line in lines}
+    if len(kinds) != 1 or None in next(iter(kinds)):
+        raise UserError(f"{file}: needs results of one task at one scale, as `rrhf reproduce --export` writes them")
+    return Study(lines, file)
+
+
+def export(results: Sequence[Line], folder: Path, file: Path) -> int:
+    """Add results to a file of lines, those with the same arm, seed and rate replaced; paths become relative.
+
+    Of learning rates that were not chosen, what each prompt got and the history are left out.
+
+    Returns:
+        How many lines the file has now.
+    """
+    before = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    places = {str(folder.absolute()): ".", str(folder): ".", str(cache_folder()): "cache"}
+    kept = {**by_key(before), **by_key([_without_places(result, places) for result in results])}
+    study = Study(list(kept.values()), file)
+    chosen = {(name, seed, line["learning_rate"]) for name in study.names for seed, line in study.seeds(name).items()}
+    lines = []
+    for key, line in sorted(
+        kept.items(), key=lambda pair: (study.names.index(pair[0][0]), pair[0][1], pair[0][2] or 0)
+    ):
+        kept_line = dict(line)
+        if key not in chosen and study.seeds(key[0]):
+            for name in ("prompts", "history"):
+                kept_line.pop(name, None)
+        lines.append(json.dumps(kept_line, ensure_ascii=False))
+    write_text(file, "\n".join(lines) + "\n")
+    return len(lines)
+
+
+def _without_places(value: Any, places: Mapping[str, str]) -> Any:
+    """A result without the absolute paths of where it was made."""
+    if isinstance(value, Mapping):
+        return {key: _without_places(each, places) for key, each in value.items()}
+    if isinstance(value, list):
+        return [_without_places(each, places) for each in value]
+    if isinstance(value, str):
+        for place, name in places.items():
+            value = value.replace(place, name)
+    return value

@@ -1,0 +1,120 @@
+"""The study's page over results whose truth is known: verdicts, pairing, export without paths, one line run again."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from rrhf.common.errors import UserError
+from rrhf.recipes.reproduce.check import read_result
+from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, judged
+from rrhf.recipes.study.page import write_page
+from rrhf.recipes.study.results import Study, export, read_study
+
+SEEDS, PROMPTS = 6, 50
+LEVEL = {  # an arm's mean proxy reward; its gold reward is half as far from 0.5
+    "start": 0.5, "RRHF-BP": 0.8, "RRHF-DP": 0.8, "SFT": 0.6, "PPO": 0.7, "RRHF-DP+no-rank": 0.85,
+    "IP-1": 0.7, "IP-2": 0.7, "best-of-4": 0.75, "RRHF-DP+watched": 0.8, "DPO": 0.9, "loss:listmle": 0.85,
+}  # fmt: skip
+
+
+def line(name: str, seed: int, rate: float | None = 1e-3) -> dict[str, Any]:
+    generator = np.random.default_rng([seed, *name.encode()])
+    prompts = np.random.default_rng(7).normal(0, 0.1, PROMPTS)
+    proxy = LEVEL[name] + prompts + generator.normal(0, 0.05, PROMPTS) * (1 if name == "start" else 0.5)
+    gold = 0.5 + (LEVEL[name] - 0.5) / 2 + prompts + generator.normal(0, 0.05, PROMPTS)
+    has_rate = name not in ("start", "best-of-4")
+    history = [{"step": step, "loss": 2 - step / 10, "eval_reward_mean": 0.5 + step / 40} for step in range(0, 12, 4)]
+    curve = [{"n": n, "mean": value} for n, value in ((1, 0.5), (2, 0.6), (3, 0.7), (4, 0.75))]
+    gain = {"rho": {"mean": 0.5}, "pi": {"mean": 0.7}, "gain": {"mean": 0.2 + seed / 1000}}
+    return {
+        "task": "imdb", "scale": "micro", "arm": name, "seed": seed, "learning_rate": rate if has_rate else None,
+        "rate_reward": LEVEL[name] - (0.1 if rate != 1e-3 else 0), "n": PROMPTS, "asked": [], "commit": "abc",
+        "proxy": {"mean": float(proxy.mean())}, "prompts": {"proxy": proxy.tolist(), "gold": gold.tolist()},
+        "kl": {"mean": 3.0}, "perplexity": 20.0, "length_mean": 30.0, "distinct_2": 0.8,
+        "looping": 0.9 if name == "loss:listmle" else 0.0, "history": history if "watched" in name else [],
+        "training_scores": {"mean": 0.5, "max": 0.8} if has_rate else None, "seconds": {"train": 5.0},
+        "accuracy": gain if has_rate else None,
+        "models_resident": 3 if name == "PPO" else 1, "peak_memory_bytes": 2e9 if name == "PPO" else 1e9,
+        "best_of_n": {"score": curve} if name == "best-of-4" else None, "config": {"model": "/somewhere/out/model"},
+    }  # fmt: skip
+
+
+def lines() -> list[dict[str, Any]]:
+    every = [line(name, seed) for name in LEVEL for seed in range(SEEDS)]
+    return every + [line(name, 0, rate) for name in ("PPO", "RRHF-DP", "RRHF-BP") for rate in (1e-4, 3e-4)]
+
+
+@pytest.fixture(scope="module")
+def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    place = tmp_path_factory.mktemp("results") / "results" / "imdb-micro.jsonl"
+    place.parent.mkdir()
+    export(lines(), Path("/somewhere/out"), place)
+    return place
+
+
+def test_verdicts_are_those_that_the_truth_demands(file: Path) -> None:
+    found = {claim.letter: finding for claim, finding in judged(read_study(file))}
+    assert len(found) == len(CLAIMS) == 19
+    wanted = {"a": HOLDS, "b": HOLDS, "c": HOLDS, "d": FAILS, "f": HOLDS, "i": HOLDS, "j": HOLDS, "k": HOLDS,
+              "l": FAILS, "r": OPEN, "h": MISSING, "o": MISSING, "s": MISSING, "e": MISSING}  # fmt: skip
+    assert {letter: found[letter].verdict for letter in wanted} == wanted
+    assert found["p"].verdict == OPEN  # DP and BP differ by noise alone
+    assert found["l"].said.count("not by n = 4") == 2
+    gain = found["a"].tests[0].estimate
+    assert gain.mean == pytest.approx(0.3, abs=0.02) and gain.low < 0.3 < gain.high and gain.seeds == SEEDS
+
+
+def test_differences_are_paired_by_seed_and_prompt(file: Path) -> None:
+    study = read_study(file)
+    paired = study.difference("RRHF-DP", "SFT", "gold")
+    assert paired is not None
+    assert paired.high - paired.low < 0.03  # prompts alone spread by 0.1, which pairing takes out
+    fewer = Study([one for one in study.lines if not (one["arm"] == "SFT" and one["seed"] == 3)], file)
+    assert fewer.common("RRHF-DP", "SFT") == [0, 1, 2, 4, 5]
+    assert fewer.difference("RRHF-DP", "NLPO", "gold") is None
+
+
+def test_an_export_has_no_paths_and_replaces_what_was_there(file: Path, tmp_path: Path) -> None:
+    kept = [json.loads(text) for text in file.read_text().splitlines()]
+    assert {one["config"]["model"] for one in kept} == {"./model"}
+    rejected = [one for one in kept if one["learning_rate"] not in (None, 1e-3)]
+    assert len(rejected) == 6 and not any("prompts" in one for one in rejected)
+    assert all("prompts" in one for one in kept if one not in rejected)
+    place = tmp_path / "lines.jsonl"
+    export(lines()[:3], tmp_path, place)
+    changed = {**lines()[1], "perplexity": 99.0}
+    assert export([changed, line("PPO", 0)], tmp_path, place) == 4
+    found = [json.loads(text) for text in place.read_text().splitlines()]
+    assert [(one["arm"], one["seed"], one["perplexity"]) for one in found] == [
+        ("start", 0, 20.0), ("start", 1, 99.0), ("start", 2, 20.0), ("PPO", 0, 20.0)
+    ]  # fmt: skip
+
+
+def test_the_page_names_every_arm_and_its_lines_can_be_run_again(file: Path) -> None:
+    page = file.parent.parent / "results.md"
+    write_page([read_study(file)], page)
+    text = page.read_text()
+    for name in LEVEL:
+        assert f"| {name} |" in text
+    assert "**(a) RRHF raises the reward over ρ: holds.**" in text and "10 seeds one of" in text
+    assert re.search(r"\| loss:listmle \|.*\| 6 of 6 \|", text)
+    for picture in re.findall(r"\]\(([^)]+\.svg)\)", text):
+        assert (page.parent / picture).read_text().rstrip().endswith("</svg>")
+    assert len(re.findall(r"\.svg\)", text)) == 6
+    number = next(i for i, one in enumerate(file.read_text().splitlines(), 1) if json.loads(one)["arm"] == "SFT")
+    assert read_result(f"{file}:{number}")["arm"] == "SFT"
+    with pytest.raises(UserError, match="no such line"):
+        read_result(f"{file}:9999")
+
+
+def test_what_is_no_file_of_results_is_refused(tmp_path: Path) -> None:
+    for text in ("{", '{"arm": "PPO"}\n', ""):
+        (tmp_path / "file.jsonl").write_text(text)
+        with pytest.raises(UserError, match=r"file\.jsonl"):
+            read_study(tmp_path / "file.jsonl")
