@@ -162,7 +162,7 @@ def follows_training_samples(study: Study) -> Finding:
 
 def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     ranks = np.stack([np.argsort(np.argsort(values)) for values in (first, second)])
-    return float(np.corrcoef(ranks)[0, 1])
+    return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
 def near_the_maxima(study: Study) -> Finding:
