@@ -23,6 +23,7 @@ COMMANDS = {
     "train": "train a policy on scored responses",
     "evaluate": "measure a model, or two on the same prompts",
     "baseline": "RRHF's rivals, fairly: sft, best-of-n, …",
+    "arena": "compare systems by people, blind, on a page in their browser",
     "judge": "compare two systems' answers by judges, with what the judges are worth",
     "reproduce": "the paper's systems and their rivals as one table: arms × seeds",
     "inspect": "look into a file of records",

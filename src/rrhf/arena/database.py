@@ -1,0 +1,156 @@
+"""The tables of a study, in a file (SQLite) or on a server (PostgreSQL)."""
+
+from __future__ import annotations
+
+import importlib.util
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from rrhf.common.errors import UserError
+
+if importlib.util.find_spec("sqlalchemy") is None:
+    raise UserError("the arena needs a few libraries: pip install 'rrhf[arena]'")
+
+import sqlalchemy as sa
+
+TABLES = sa.MetaData()
+
+STUDY = sa.Table(
+    "study", TABLES,
+    sa.Column("id", sa.Integer, primary_key=True),  # 1
+    sa.Column("format", sa.Integer, nullable=False),
+    sa.Column("settings", sa.JSON, nullable=False),
+    sa.Column("systems", sa.JSON, nullable=False),  # in the order of --data
+    sa.Column("url", sa.Text, nullable=False),
+    sa.Column("key", sa.Text, nullable=False),  # of the forms' marks
+    sa.Column("owner", sa.Text, nullable=False),  # hash of the owner's secret
+    sa.Column("made", sa.Float, nullable=False),
+)  # fmt: skip
+QUERY = sa.Table(
+    "query", TABLES,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("query", sa.JSON, nullable=False),
+)  # fmt: skip
+RESPONSE = sa.Table(
+    "response", TABLES,
+    sa.Column("query", sa.ForeignKey("query.id"), primary_key=True),
+    sa.Column("system", sa.Text, primary_key=True),
+    sa.Column("text", sa.Text, nullable=False),
+)  # fmt: skip
+TASK = sa.Table(
+    "task", TABLES,
+    sa.Column("id", sa.Text, primary_key=True),
+    sa.Column("number", sa.Integer, nullable=False, unique=True),  # the place in the design
+    sa.Column("query", sa.ForeignKey("query.id"), nullable=False),
+    sa.Column("systems", sa.JSON, nullable=False),
+    sa.Column("common", sa.Boolean, nullable=False),
+    sa.Column("spoilt", sa.Integer),
+    sa.Column("spoilt_text", sa.Text, nullable=False),
+)  # fmt: skip
+RATER = sa.Table(
+    "rater", TABLES,
+    sa.Column("id", sa.Integer, primary_key=True),
+    sa.Column("name", sa.Text, nullable=False, unique=True),
+    sa.Column("secret", sa.Text),  # its hash; none after the link was revoked
+)  # fmt: skip
+ASSIGNMENT = sa.Table(
+    "assignment", TABLES,
+    sa.Column("rater", sa.ForeignKey("rater.id"), primary_key=True),
+    sa.Column("place", sa.Integer, primary_key=True),  # 1, 2, …
+    sa.Column("task", sa.ForeignKey("task.id"), nullable=False),
+    sa.Column("shown", sa.JSON, nullable=False),  # indices of the task's systems, from the left to the right
+    sa.UniqueConstraint("rater", "task"),
+)  # fmt: skip
+ANSWER = sa.Table(
+    "answer", TABLES,
+    sa.Column("rater", sa.ForeignKey("rater.id"), primary_key=True),
+    sa.Column("task", sa.ForeignKey("task.id"), primary_key=True),  # one answer a rater and task, however often sent
+    sa.Column("choice", sa.Text, nullable=False),
+    sa.Column("ranks", sa.JSON),  # of a ranking: system → place
+    sa.Column("why", sa.Text, nullable=False),
+    sa.Column("at", sa.Float, nullable=False),
+    sa.Column("revision", sa.Integer, nullable=False),  # 1, one more for every change
+)  # fmt: skip
+
+
+class Database:
+    """A connection pool with two ways in: ``reading()``, and ``writing()``, which has kept all once it is left."""
+
+    def __init__(self, place: str) -> None:
+        self._sqlite = "://" not in place
+        self._turn = threading.Lock()
+        if self._sqlite:
+            url = sa.URL.create("sqlite", database=place)
+            # The turns of this process's writers are the lock's; the time is for those of another process.
+            self.engine = sa.create_engine(url, connect_args={"timeout": 30}, pool_size=10, max_overflow=30)
+            sa.event.listen(self.engine, "connect", _set_up_sqlite)
+            sa.event.listen(self.engine, "begin", _begin_sqlite)
+        else:
+            self.engine = sa.create_engine(_server(place), pool_size=10, max_overflow=30, pool_pre_ping=True)
+        self._reader = self.engine.execution_options(reading=True)
+
+    @contextmanager
+    def reading(self) -> Iterator[sa.Connection]:
+        with self._reader.connect() as connection:
+            yield connection
+
+    @contextmanager
+    def writing(self) -> Iterator[sa.Connection]:
+        """One transaction. SQLite lets one write at a time, and who waits in its own queue sleeps too long."""
+        if self._sqlite:
+            with self._turn, self.engine.begin() as connection:
+                yield connection
+        else:
+            with self.engine.begin() as connection:
+                yield connection
+
+    def close(self) -> None:
+        self.engine.dispose()
+
+
+def _set_up_sqlite(connection: Any, record: Any) -> None:
+    connection.isolation_level = None  # sqlite3 begins no transactions of its own; _begin_sqlite does
+    for pragma in ("journal_mode=WAL", "synchronous=FULL", "foreign_keys=ON"):
+        connection.execute(f"PRAGMA {pragma}")
+
+
+def _begin_sqlite(connection: sa.Connection) -> None:
+    reading = connection.get_execution_options().get("reading")
+    connection.exec_driver_sql("BEGIN" if reading else "BEGIN IMMEDIATE")
+
+
+def _server(place: str) -> sa.URL:
+    try:
+        url = sa.make_url(place)
+    except sa.exc.ArgumentError as error:
+        raise UserError(f"{place}: not a database's URL: write postgresql://USER@HOST/DATABASE") from error
+    if url.get_backend_name() not in ("postgresql", "postgres"):
+        raise UserError(f"{place.partition(':')[0]}://…: not known: give a file's path, or postgresql://…")
+    if importlib.util.find_spec("psycopg") is None:
+        raise UserError("PostgreSQL needs the library psycopg: pip install 'rrhf[arena]'")
+    return url.set(drivername="postgresql+psycopg")
+
+
+def name_of(place: str) -> str:
+    """What messages call a study: its path, or its URL without a password."""
+    return place if "://" not in place else sa.make_url(place).render_as_string(hide_password=True)
+
+
+def exists(place: str) -> bool:
+    """Whether there is a study already.
+
+    Raises:
+        UserError: the database's server cannot be reached.
+    """
+    if "://" not in place:
+        return Path(place).exists()
+    database = Database(place)
+    try:
+        return sa.inspect(database.engine).has_table("study")
+    except sa.exc.OperationalError as error:
+        raise UserError(f"{name_of(place)}: cannot be reached ({error.orig}): start it, or mend the URL") from error
+    finally:
+        database.close()

@@ -1,0 +1,101 @@
+"""What is compared: files of records → systems, each with a response a query."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from rrhf.common.errors import UserError, nearest
+from rrhf.records.files import read_records
+from rrhf.records.record import Query, Record, content_id
+
+
+@dataclass(frozen=True)
+class Systems:
+    """``queries``: record id → query. ``responses``: system → record id → response."""
+
+    queries: dict[str, Query] = field(default_factory=dict)
+    responses: dict[str, dict[str, str]] = field(default_factory=dict)
+
+    def of(self, query: str) -> dict[str, str]:
+        """System → its response to the query, where it has one."""
+        return {name: texts[query] for name, texts in self.responses.items() if query in texts}
+
+
+def read_systems(data: Sequence[str]) -> Systems:
+    """Read ``FILE`` or ``NAME=FILE``; records of several files belong together by their id, or else by their query.
+
+    A file with one response a record is one system, by the name given or the file's. A file with several is as many
+    systems, by the tags of their sources.
+
+    Raises:
+        UserError: a file cannot be read, a name stands twice, or there are fewer than two systems.
+    """
+    systems = Systems()
+    ids: dict[str, str] = {}  # of the query's content → the id in the study
+    for argument in data:
+        name, path = _named(argument)
+        for record in read_records(path, require="responses"):
+            query = record.id if record.id in systems.queries else ids.get(content_id(record.query), record.id)
+            if content_id(systems.queries.setdefault(query, record.query)) != content_id(record.query):
+                raise UserError(
+                    f"{path}: record {record.id!r} has another query than the record of that id before: "
+                    "the files must be answers to the same queries"
+                )
+            ids[content_id(record.query)] = query
+            for system, text in _responses(record, name, path).items():
+                texts = systems.responses.setdefault(system, {})
+                if query in texts:
+                    raise UserError(
+                        f"{path}: record {record.id!r}: system {system!r} has a response to it already: "
+                        "name the systems apart with --data NAME=FILE"
+                    )
+                texts[query] = text
+    if len(systems.responses) < 2:
+        raise UserError(
+            f"--data: {', '.join(systems.responses) or 'nothing'} is not two systems: "
+            "give a file each, or one with several responses a record"
+        )
+    return systems
+
+
+def _named(argument: str) -> tuple[str, Path]:
+    name, sign, path = argument.partition("=")
+    if not sign or Path(argument).exists():
+        name, path = "", argument
+    place = Path(path)
+    return name or place.name.removesuffix(".gz").rpartition(".")[0] or place.name, place
+
+
+def _responses(record: Record, name: str, path: Path) -> dict[str, str]:
+    if len(record.responses) == 1:
+        return {name: record.responses[0]}
+    found = {}
+    for source, text in zip(record.sources, record.responses, strict=True):
+        for tag in source.split("|"):  # equal responses that were merged
+            if tag in found:
+                raise UserError(f"{path}: record {record.id!r} has two responses of source {tag!r}: name them apart")
+            found[tag] = text
+    return found
+
+
+def comparisons(systems: Systems, asked: Sequence[str]) -> list[tuple[str, str]]:
+    """The pairs of systems that ``A:B`` asks for, or all there are.
+
+    Raises:
+        UserError: it names no two systems of the study.
+    """
+    names = list(systems.responses)
+    if not asked:
+        return [(a, b) for place, a in enumerate(names) for b in names[place + 1 :]]
+    found = [(a, b) for a in names for b in names if a != b]
+    chosen = []
+    for text in asked:
+        pairs = [pair for pair in found if ":".join(pair) == text]
+        if not pairs:
+            raise UserError(f"--compare {text}: write A:B; {nearest(text, [':'.join(pair) for pair in found])}")
+        if pairs[0] in chosen or pairs[0][::-1] in chosen:
+            raise UserError(f"--compare {text}: stands there twice")
+        chosen.append(pairs[0])
+    return chosen
