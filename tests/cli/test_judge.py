@@ -75,7 +75,14 @@ def test_two_judges_from_the_command_line(
     assert one["categories"]["maths"]["summed_scores"]["a"] == 40.0
     assert result["agreement"]["one.yaml / two.yaml"]["same"]["mean"] == 1.0
     printed = capsys.readouterr().out
-    for words in ("a wins 4", "at equal length", "80.0 – 48.0", "contradict each other on 0.0%", "a constant answer", "maths"):
+    for words in (
+        "a wins 4",
+        "at equal length",
+        "80.0 – 48.0",
+        "contradict each other on 0.0%",
+        "a constant answer",
+        "maths",
+    ):
         assert words in printed
     first, *others = read_records(folder / "out.comparisons.jsonl")
     assert (first.query, first.responses, len(others)) == ("Question number 0?", ["xxxx", "xx"], 3)

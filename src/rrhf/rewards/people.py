@@ -221,7 +221,7 @@ KINDS: dict[str, Callable[[str, str], float]] = {"rank": _rank, "rating": _ratin
 LEVELS: dict[str, Any] = {"rank": "ordinal", "rating": "interval", "choice": "nominal"}
 
 
-def krippendorff_alpha(units: Sequence[Mapping[str, float]], level: str) -> float | None:
+def krippendorff_alpha(units: Sequence[Mapping[str, float]], level: Any) -> float | None:
     """Krippendorff's α: 1 is full agreement, 0 what chance gives. None where two never meet, or all say the same.
 
     Args:

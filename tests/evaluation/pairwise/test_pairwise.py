@@ -188,8 +188,8 @@ def test_two_judges_with_the_null_model(server: bad.Misbehaving) -> None:
     with bad.misbehaving() as other:
         server.default = scores_by(lambda place, text: min(9, len(text) // 5))  # falls for the null model
         other.default = scores_by(lambda place, text: 9 if "good" in text else 5 if "short" in text else 1)
-        found, said = judge_pair({"length": judge(server), "merit": judge(other)}, QUESTIONS, A, B, samples=5)
-    assert found["questions"] == 6
+        found, each = judge_pair({"length": judge(server), "merit": judge(other)}, QUESTIONS, A, B, samples=5)
+    assert found["questions"] == 6 and [c.outcome for c in each["merit"]] == ["win"] * 6
     length, merit = found["judges"]["length"], found["judges"]["merit"]
     assert length["win_rate"]["mean"] == merit["win_rate"]["mean"] == 1.0
     assert (length["null_model"]["win_rate"]["mean"], merit["null_model"]["win_rate"]["mean"]) == (1.0, 0.0)

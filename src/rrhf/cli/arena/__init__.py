@@ -10,6 +10,7 @@ from rrhf.common.errors import UserError, nearest
 ACTIONS = {
     "create": "a study: which pairs, which raters, who sees what; prints the personal links",
     "serve": "the pages of a study, until it is stopped",
+    "results": "who wins, how far raters agree, whom not to believe; votes as training data",
     "links": "new personal links, for raters who lost theirs or come later",
 }
 

@@ -82,7 +82,9 @@ def comparison_records(
             question.query,
             [a[question.id], b[question.id]],
             sources=["a", "b"],
-            rewards={f"judge:{name}": list(one.sums) if one.is_judged else [None] * 2 for name, one in by_judge.items()},
+            rewards={
+                f"judge:{name}": list(one.sums) if one.is_judged else [None] * 2 for name, one in by_judge.items()
+            },
             id=question.id,
             extra={
                 **({"category": question.category} if question.category else {}),

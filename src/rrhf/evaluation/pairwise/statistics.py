@@ -81,9 +81,9 @@ def describe(comparisons: Sequence[Comparison], seed: int = 0, samples: int = 50
 
     Returns:
         n (questions judged in both orders), unjudged, win, tie, lose (questions), win_rate, length_controlled_win_rate,
-        position_flip_rate, first_position_win_rate (0.5: no liking for a position), summed_scores (Table 9 of the paper:
-        of a and b over all questions, each order counts half, and their difference a − b as a rate), mean_length of
-        both, categories (name → n, win, tie, lose, win_rate, position_flip_rate, summed_scores).
+        position_flip_rate, first_position_win_rate (0.5: no liking for a position), summed_scores (Table 9 of the
+        paper: of a and b over all questions, each order counts half, and their difference a − b as a rate), mean_length
+        of both, categories (name → n, win, tie, lose, win_rate, position_flip_rate, summed_scores).
     """
     judged = [comparison for comparison in comparisons if comparison.is_judged]
     result: dict[str, Any] = {
