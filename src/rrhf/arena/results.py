@@ -86,7 +86,7 @@ def live_results(
     seed: int = 0,
     samples: int = 50,
 ) -> dict[str, Any]:
-    """The part of ``study_results`` that an owner follows while raters vote.
+    """The part of ``study_results`` that an owner follows while raters vote, from fewer resamples.
 
     Returns:
         votes; comparisons: of two systems a and b their queries and votes, win, tie, lose (votes), win_share,
@@ -97,7 +97,7 @@ def live_results(
     counted = outcomes(votes, rankings, names)
     return {
         "votes": sum(vote.choice != "skip" and vote.spoilt is None for vote in votes),
-        "comparisons": compared(counted, seed),
+        "comparisons": compared(counted, seed, samples=20 * samples),
         "strengths": bradley_terry(_games(counted), seed, samples),
     }
 
@@ -105,7 +105,7 @@ def live_results(
 # --- systems -----------------------------------------------------------------------------------------------------
 
 
-def compared(counted: Sequence[Outcome], seed: int = 0) -> list[dict[str, Any]]:
+def compared(counted: Sequence[Outcome], seed: int = 0, samples: int = 10_000) -> list[dict[str, Any]]:
     """Each comparison's counts and shares, in the order in which they first were judged; see ``live_results``."""
     groups: dict[tuple[str, str], dict[str, list[str]]] = {}
     for outcome in counted:
@@ -114,10 +114,12 @@ def compared(counted: Sequence[Outcome], seed: int = 0) -> list[dict[str, Any]]:
     for (a, b), by_query in groups.items():
         labels = Counter(label for said in by_query.values() for label in said)
         shown = {
-            f"{name}_share": paired_bootstrap([said.count(name) / len(said) for said in by_query.values()], seed)
+            f"{name}_share": paired_bootstrap(
+                [said.count(name) / len(said) for said in by_query.values()], seed, samples
+            )
             for name in reversed(OUTCOMES)
         }
-        rate = paired_bootstrap([_mean(said) for said in by_query.values()], seed)
+        rate = paired_bootstrap([_mean(said) for said in by_query.values()], seed, samples)
         counts = {name: labels[name] for name in reversed(OUTCOMES)}
         found.append(
             {"a": a, "b": b, "queries": len(by_query), "votes": labels.total(), **counts, **shown, "win_rate": rate}
