@@ -11,12 +11,15 @@ from typing import Any
 
 import pytest
 
+from rrhf.cli.arena import ACTIONS
 from rrhf.cli.baseline import BASELINES
 from rrhf.cli.main import COMMANDS, main
 from rrhf.cli.train import REWARD
 from rrhf.common.flag_help import Flag, flags_of, format_help, settings_in_source
 
-PAGES = [*(name for name in COMMANDS if name != "baseline"), *(f"baseline {name}" for name in BASELINES)]
+FAMILIES = {"arena": ACTIONS, "baseline": BASELINES}
+PAGES = [name for name in COMMANDS if name not in FAMILIES]
+PAGES += [f"{family} {name}" for family, names in FAMILIES.items() for name in names]
 PARSED = ["sample", "score", "train", "evaluate", "reward-model"]  # the commands whose flags are settings classes
 
 HELPS = """
@@ -35,17 +38,18 @@ print(json.dumps([heavy, pages]))
 @pytest.fixture(scope="module")
 def shown() -> tuple[dict[str, list[str]], dict[str, str]]:
     """What heavy modules each command's help has imported, and its page."""
-    ran = subprocess.run([sys.executable, "-c", HELPS, "baseline", *PAGES], capture_output=True, text=True, check=True)
+    ran = subprocess.run([sys.executable, "-c", HELPS, *FAMILIES, *PAGES], capture_output=True, text=True, check=True)
     heavy, pages = json.loads(ran.stdout)
     return heavy, pages
 
 
 def test_no_help_waits_for_the_libraries(shown: tuple[dict[str, list[str]], dict[str, str]]) -> None:
-    assert shown[0] == {command: [] for command in ("baseline", *PAGES)}
+    assert shown[0] == {command: [] for command in (*FAMILIES, *PAGES)}
 
 
-def test_the_baselines_are_listed(shown: tuple[dict[str, list[str]], dict[str, str]]) -> None:
-    assert all(f"rrhf baseline {name}" in shown[1]["baseline"] for name in BASELINES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_family_lists_its_commands(family: str, shown: tuple[dict[str, list[str]], dict[str, str]]) -> None:
+    assert all(f"rrhf {family} {name}" in shown[1][family] for name in FAMILIES[family])
 
 
 @pytest.mark.parametrize("command", PAGES)
@@ -54,7 +58,7 @@ def test_the_help_is_grouped(command: str, shown: tuple[dict[str, list[str]], di
     assert page.startswith(f"usage: rrhf {command} ")
     titles = [line for line in page.splitlines() if line.endswith(":") and not line.startswith((" ", "usage"))]
     assert titles[0] == "files:" and titles[-1] == "help:"
-    assert "--output" in page or command == "inspect"
+    assert "--output" in page or command == "inspect" or command.startswith("arena ")
 
 
 def module_of(command: str) -> Any:

@@ -9,12 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from rrhf.common.errors import UserError
-
-if importlib.util.find_spec("sqlalchemy") is None:
-    raise UserError("the arena needs a few libraries: pip install 'rrhf[arena]'")
-
 import sqlalchemy as sa
+
+from rrhf.common.errors import UserError
 
 TABLES = sa.MetaData()
 

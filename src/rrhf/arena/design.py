@@ -72,7 +72,7 @@ def _name(ids: random.Random) -> str:
 def _pairs(
     systems: Systems, comparisons: Sequence[tuple[str, str]], order: Sequence[str], count: int
 ) -> list[list[tuple[str, tuple[str, ...]]]]:
-    """Of each comparison the pairs: queries that no other comparison has come first, so raters read few of them twice."""
+    """Of each comparison the pairs: queries of no other comparison come first, so raters read few of them twice."""
     used: Counter[str] = Counter()
     picked = []
     for pair in comparisons:
@@ -139,7 +139,7 @@ def assign(tasks: Sequence[Task], rater: str, covered: Mapping[str, int], settin
     for task in rest:
         queues.setdefault((covered.get(task.id, 0), task.systems), []).append(task)
     while len(common) + len(mine) < settings.per_rater and queues:
-        key = min(queues, key=lambda key: (key[0], taken[key[1]], key[1]))
+        key = min(queues, key=lambda key: (key[0], taken[key[1]], -len(queues[key]), key[1]))
         mine.append(queues[key].pop())
         taken[key[1]] += 1
         if not queues[key]:

@@ -53,3 +53,18 @@ class StudySettings:
     def asked(self) -> str:
         """The question that raters read."""
         return self.question or QUESTIONS[self.mode]
+
+
+@dataclass(frozen=True)
+class LimitSettings:
+    """Raises UserError: a limit below 1."""
+
+    requests_per_minute: int = field(default=600, metadata={"help": "pages and votes that a link may ask for a minute"})
+    strangers_per_minute: int = field(
+        default=30, metadata={"help": "requests without a valid link that an address may send a minute"}
+    )
+
+    def __post_init__(self) -> None:
+        for name in ("requests_per_minute", "strangers_per_minute"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")

@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 from typing import Any, Literal, cast
+
+import sqlalchemy as sa
 
 from rrhf.arena.access import OWNER, fits, new_token, split_token
 from rrhf.arena.database import (
@@ -26,7 +27,6 @@ from rrhf.arena.database import (
     Database,
     exists,
     name_of,
-    sa,
 )
 from rrhf.arena.design import Task, assign, design_tasks
 from rrhf.arena.settings import StudySettings
@@ -202,13 +202,14 @@ def open_study(place: str) -> Iterator[Study]:
         raise UserError(f"{name_of(place)}: there is no study: make one with `rrhf arena create`")
     database = Database(place)
     try:
-        with database.reading() as connection:
-            try:
+        try:
+            with database.reading() as connection:
                 head = connection.execute(sa.select(STUDY)).mappings().one()
-            except (sa.exc.DatabaseError, sa.exc.NoResultFound) as error:
-                raise UserError(f"{name_of(place)}: holds no study: make one with `rrhf arena create`") from error
-            if head["format"] != FORMAT:
-                raise UserError(f"{name_of(place)}: made by another version of rrhf (format {head['format']})")
+        except (sa.exc.DatabaseError, sa.exc.NoResultFound) as error:
+            raise UserError(f"{name_of(place)}: holds no study: make one with `rrhf arena create`") from error
+        if head["format"] != FORMAT:
+            raise UserError(f"{name_of(place)}: made by another version of rrhf (format {head['format']})")
+        with database.reading() as connection:
             tasks = _tasks(connection)
             texts = {row.id: Texts(row.query, {}) for row in connection.execute(sa.select(QUERY))}
             for row in connection.execute(sa.select(RESPONSE)):

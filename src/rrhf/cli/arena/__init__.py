@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.flag_help import help_wanted
 
-# name → what the overview says of it; each is a module of rrhf.cli.arena, whose ``main(arguments, name)`` is its command.
+# name → what the overview says of it; each is a module here, whose ``main(arguments, name)`` is the command.
 ACTIONS = {
     "create": "a study: which pairs, which raters, who sees what; prints the personal links",
     "serve": "the pages of a study, until it is stopped",
     "results": "who wins, how far raters agree, whom not to believe; votes as training data",
     "links": "new personal links, for raters who lost theirs or come later",
 }
+LIBRARIES = ("limits", "markdown_it", "sqlalchemy", "starlette", "uvicorn")  # of the extra `arena`
 
 
 def main(arguments: list[str]) -> int:
@@ -22,6 +25,9 @@ def main(arguments: list[str]) -> int:
     name, *rest = arguments
     if name not in ACTIONS:
         raise UserError(f"unknown arena command {name!r}: {nearest(name, ACTIONS)}")
+    missing = [library for library in LIBRARIES if importlib.util.find_spec(library) is None]
+    if missing and not help_wanted(rest):
+        raise UserError(f"the arena needs {', '.join(missing)}: pip install 'rrhf[arena]'")
     module = importlib.import_module(f"rrhf.cli.arena.{name}")
     return int(module.main(rest, f"arena {name}") or 0)
 

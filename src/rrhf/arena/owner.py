@@ -1,0 +1,91 @@
+"""The owner's page: how far each rater is, what the votes say so far, and the links."""
+
+from __future__ import annotations
+
+import time
+from collections import Counter
+
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import RedirectResponse, Response
+from starlette.routing import Route
+
+from rrhf.arena.access import OWNER
+from rrhf.arena.store import Progress, Study, new_link, progress, revoke_link, votes
+from rrhf.arena.urls import link
+from rrhf.arena.web import Door, Visitor, page
+from rrhf.common.presentation import percent
+
+
+class Owner:
+    """The routes of the owner. ``door`` has the study."""
+
+    def __init__(self, door: Door) -> None:
+        self.door, self.study = door, door.study
+
+    def routes(self) -> list[Route]:
+        return [
+            Route("/o/{token}", self.enter),
+            Route("/owner", self.overview, methods=["GET"]),
+            Route("/owner/links", self.links, methods=["POST"]),
+        ]
+
+    def enter(self, request: Request) -> Response:
+        return self.door.enter(request, OWNER)
+
+    def overview(self, request: Request) -> Response:
+        return self._page(self.door.visitor(request, OWNER))
+
+    def _page(self, visitor: Visitor, fresh: tuple[str, str] | None = None) -> Response:
+        raters = progress(self.study)
+        return page(
+            "owner.html.j2", self.study,
+            mark=visitor.mark, fresh=fresh, raters=raters, last={row.rater.id: _ago(row) for row in raters},
+            done=sum(row.answered for row in raters), count=sum(row.assigned for row in raters),
+            tables=tables(self.study),
+        )  # fmt: skip
+
+    async def links(self, request: Request) -> Response:
+        """Revoke a rater's link, or make a new one, which is shown this once."""
+        visitor, fields = await self.door.form(request, OWNER)
+        return await run_in_threadpool(self._links, visitor, fields)
+
+    def _links(self, visitor: Visitor, fields: dict[str, str]) -> Response:
+        raters = {str(row.rater.id): row.rater for row in progress(self.study)}
+        rater = raters.get(fields.get("rater", ""))
+        action = fields.get("action")
+        if rater is None or action not in ("revoke", "renew"):
+            raise HTTPException(400, "There is no such rater.")
+        if action == "renew":
+            return self._page(visitor, (rater.name, link(self.study.url, new_link(self.study, rater.name))))
+        revoke_link(self.study, rater.id)
+        return RedirectResponse("/owner", 303)
+
+
+def _ago(row: Progress) -> str:
+    if row.last is None:
+        return "not yet"
+    minutes = max(0, int((time.time() - row.last) / 60))
+    if minutes < 60:
+        return f"{minutes} min ago" if minutes else "just now"
+    return f"{minutes // 60} h ago" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days ago"
+
+
+def tables(study: Study) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of what the votes say so far; attention checks and skipped pairs do not count."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for task in study.tasks.values():
+        if task.spoilt is None and study.settings.mode == "pairs":
+            counts.setdefault((task.systems[0], task.systems[1]), Counter())
+    for vote in votes(study):
+        if vote.spoilt is None and vote.choice != "skip":
+            pair = (vote.left, vote.right) if (vote.left, vote.right) in counts else (vote.right, vote.left)
+            better = {"left": vote.left, "right": vote.right}.get(vote.choice)
+            counts[pair]["tie" if better is None else "win" if better == pair[0] else "lose"] += 1
+    rows = []
+    for (a, b), said in counts.items():
+        total = said.total()
+        shares = [f"{said[name]} ({percent(said[name] / total if total else None)})" for name in ("win", "tie", "lose")]
+        rows.append([f"{a} against {b}", str(total), *shares])
+    return [("Votes by comparison", ["comparison", "votes", "win", "tie", "lose"], rows)] if rows else []
