@@ -9,7 +9,7 @@ from typing import Literal
 import pytest
 
 from rrhf.arena.results import live_results, study_results
-from rrhf.arena.results_text import format_results, markdown_results
+from rrhf.arena.results_text import format_results, live_tables, markdown_results
 from rrhf.arena.votes import Choice, Ranking, Vote
 from support.studies import SYSTEMS, by_strengths, careless, human, study
 
@@ -51,6 +51,9 @@ def test_a_query_counts_once_and_sides_are_undone() -> None:
     live = live_results(VOTES, samples=10)
     assert live["votes"] == 6 and live["strengths"] == found["strengths"]
     assert [c["win"] for c in live["comparisons"]] == [2, 1]
+    counts, strengths = live_tables(live)
+    assert counts[2][0][:5] == ("a against b", "5", "2 (40.0%)", "1 (20.0%)", "2 (40.0%)")
+    assert [row[0] for row in strengths[2]] == ["b", "a", "c"] and live_tables(live_results([])) == []
     # In the study's order, c against a is the same thing said the other way round.
     turned = study_results(VOTES, systems=["c", "b", "a"], samples=10)["comparisons"]
     assert [(c["a"], c["b"], c["win"], c["lose"]) for c in turned] == [("b", "a", 2, 2), ("c", "a", 0, 1)]

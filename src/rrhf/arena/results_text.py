@@ -24,6 +24,17 @@ def markdown_results(results: Mapping[str, Any]) -> str:
     )
 
 
+def live_tables(found: Mapping[str, Any]) -> list[Table]:
+    """What ``live_results`` found, as tables for the owner's page; none before the first vote."""
+    rows: list[Row] = []
+    for one in found["comparisons"]:
+        shares = (f"{one[name]} ({percent(one[name] / one['votes'])})" for name in ("win", "tie", "lose"))
+        rows.append((f"{one['a']} against {one['b']}", str(one["votes"]), *shares, rate(one["win_rate"])))
+    header = ("comparison", "votes", "win", "tie", "lose", "win rate, a tie is half")
+    tables: list[Table] = [("Votes by comparison", header, rows), _strengths(found["strengths"])]
+    return [table for table in tables if table[2]]
+
+
 def _page(
     results: Mapping[str, Any], title: Callable[[str], str], table: Callable[[Row, list[Row]], str], bullet: str
 ) -> str:
@@ -49,14 +60,7 @@ def _counts(results: Mapping[str, Any]) -> str:
 
 def _tables(results: Mapping[str, Any]) -> Iterator[Table]:
     yield _comparisons(results["comparisons"])
-    yield (
-        "Bradley–Terry strengths",
-        ("system", "strength", "95 %"),
-        [
-            (name, number(one["mean"], 2, sign=True), _span(one))
-            for name, one in sorted(results["strengths"].items(), key=lambda item: -item[1]["mean"])
-        ],
-    )
+    yield _strengths(results["strengths"])
     yield _agreement(results["agreement"])
     yield _raters(results["raters"])
 
@@ -70,6 +74,14 @@ def _comparisons(found: Sequence[Mapping[str, Any]]) -> Table:
         for one in found
     ]  # fmt: skip
     return "Comparisons", ("", "queries", "win", "tie", "lose", "win rate, a tie is half"), rows
+
+
+def _strengths(found: Mapping[str, Any]) -> Table:
+    rows: list[Row] = [
+        (name, number(one["mean"], 2, sign=True), _span(one))
+        for name, one in sorted(found.items(), key=lambda item: -item[1]["mean"])
+    ]
+    return "Bradley–Terry strengths", ("system", "strength", "95 %"), rows
 
 
 def _span(interval: Mapping[str, float]) -> str:
