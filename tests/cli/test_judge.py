@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from rrhf.cli.main import main
+from rrhf.evaluation.pairwise.questions import answers_to, read_questions
+from rrhf.records.files import read_records
 from support import misbehaving as bad
 from support import tiny
 from support.judge_replies import ASPECTS
@@ -68,16 +70,61 @@ def test_two_judges_from_the_command_line(
     assert main([*JUDGE, "--judge", "one.yaml", "two.yaml"]) == 0
     result = json.loads((folder / "out.json").read_text())
     one = result["judges"]["one.yaml"]
-    assert (one["n"], one["win"], one["summed_scores"]) == (4, 4, {"a": 80.0, "b": 48.0})
-    assert set(one["categories"]) == {"maths", "prose"}
-    assert result["agreement"]["one.yaml / two.yaml"]["same"] == 1.0
+    assert (one["n"], one["win"]) == (4, 4)
+    assert (one["summed_scores"]["a"], one["summed_scores"]["b"]) == (80.0, 48.0)
+    assert one["categories"]["maths"]["summed_scores"]["a"] == 40.0
+    assert result["agreement"]["one.yaml / two.yaml"]["same"]["mean"] == 1.0
     printed = capsys.readouterr().out
-    for words in ("a wins 4", "at equal length", "80.0 – 48.0", "contradict each other on 0.0%", "a constant answer"):
+    for words in (
+        "a wins 4",
+        "at equal length",
+        "80.0 – 48.0",
+        "contradict each other on 0.0%",
+        "a constant answer",
+        "maths",
+    ):
         assert words in printed
+    first, *others = read_records(folder / "out.comparisons.jsonl")
+    assert (first.query, first.responses, len(others)) == ("Question number 0?", ["xxxx", "xx"], 3)
+    assert first.rewards == {"judge:one.yaml": [20.0, 12.0], "judge:two.yaml": [20.0, 12.0]}
+    said = {"outcome": "win", "a_first": [20.0, 12.0], "b_first": [20.0, 12.0]}
+    assert first.extra == {"category": "maths", "comparisons": {"one.yaml": said, "two.yaml": said}}
     server.posts.clear()
     assert main([*JUDGE, "--judge", "one.yaml"]) == 2  # the output is there
     assert main([*JUDGE, "--judge", "one.yaml", "--overwrite"]) == 0
     assert server.posts == []  # all replies were in the journal
+
+
+def test_questions_as_fastchat_has_them(folder: Path) -> None:
+    """Vicuna's file of today, with more than one turn and a reference answer here and there, and that of 2023."""
+    today = [
+        {"question_id": 81, "category": "writing", "turns": ["Write a short poem on rain.", "Now without an e."]},
+        {"question_id": 82, "category": "maths", "turns": ["What is 3 + 4?"], "reference": ["7"]},
+    ]
+    before = [{"question_id": 7, "text": "Why is the sky blue?", "category": "generic"}]
+    for rows, texts in ((today, ["Write a short poem on rain.", "What is 3 + 4?"]), (before, ["Why is the sky blue?"])):
+        tiny.write_rows(folder / "question.jsonl", rows)
+        questions = read_questions(folder / "question.jsonl")
+        assert [(q.query, q.category) for q in questions] == list(zip(texts, [row["category"] for row in rows]))
+        # `rrhf sample` keeps the questions' ids; answers from elsewhere may have the query alone.
+        for name, ids in (("with.jsonl", True), ("without.jsonl", False)):
+            answers = [
+                {**({"id": q.id} if ids else {}), "query": "…" if ids else q.query, "responses": [f"to {q.query}"]}
+                for q in questions
+            ]
+            tiny.write_rows(folder / name, answers)
+            assert list(answers_to(questions, folder / name).values()) == [f"to {text}" for text in texts]
+
+
+def test_judging_that_is_killed_asks_only_for_the_rest(folder: Path, server: bad.Misbehaving) -> None:
+    died = [tiny.die("rrhf.rewards.judges.judge:Judge._keep", 6)]
+    killed = tiny.warm(*JUDGE, "--judge", "one.yaml", cwd=folder, faults=died)
+    assert killed.code == -signal.SIGKILL and not (folder / "out.json").exists()
+    server.posts.clear()
+    tiny.warm(*JUDGE, "--judge", "one.yaml", cwd=folder).done()
+    asked = [post for post in server.posts if post["max_tokens"] > 1]
+    assert len(asked) == 2 * 2 * 4 - 5  # both orders of a and of the null model, without the five that were kept
+    assert json.loads((folder / "out.json").read_text())["judges"]["one.yaml"]["n"] == 4
 
 
 def test_a_question_without_an_answer(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -12,10 +11,11 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from rrhf.arena.access import OWNER
-from rrhf.arena.store import Progress, Study, new_link, progress, revoke_link, votes
+from rrhf.arena.results import live_results
+from rrhf.arena.results_text import Table, live_tables
+from rrhf.arena.store import Progress, Study, new_link, progress, rankings, revoke_link, votes
 from rrhf.arena.urls import link
 from rrhf.arena.web import Door, Visitor, page
-from rrhf.common.presentation import percent
 
 
 class Owner:
@@ -72,20 +72,6 @@ def _ago(row: Progress) -> str:
     return f"{minutes // 60} h ago" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days ago"
 
 
-def tables(study: Study) -> list[tuple[str, list[str], list[list[str]]]]:
+def tables(study: Study) -> list[Table]:
     """Title, header and rows of what the votes say so far; attention checks and skipped pairs do not count."""
-    counts: dict[tuple[str, str], Counter[str]] = {}
-    for task in study.tasks.values():
-        if task.spoilt is None and study.settings.mode == "pairs":
-            counts.setdefault((task.systems[0], task.systems[1]), Counter())
-    for vote in votes(study):
-        if vote.spoilt is None and vote.choice != "skip":
-            pair = (vote.left, vote.right) if (vote.left, vote.right) in counts else (vote.right, vote.left)
-            better = {"left": vote.left, "right": vote.right}.get(vote.choice)
-            counts[pair]["tie" if better is None else "win" if better == pair[0] else "lose"] += 1
-    rows = []
-    for (a, b), said in counts.items():
-        total = said.total()
-        shares = [f"{said[name]} ({percent(said[name] / total if total else None)})" for name in ("win", "tie", "lose")]
-        rows.append([f"{a} against {b}", str(total), *shares])
-    return [("Votes by comparison", ["comparison", "votes", "win", "tie", "lose"], rows)] if rows else []
+    return live_tables(live_results(votes(study), rankings(study), systems=study.systems))

@@ -14,7 +14,7 @@ from rrhf.common.files import refuse_existing, write_text
 from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
-from rrhf.common.presentation import number, percent
+from rrhf.common.presentation import number, rate, text_table
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,9 @@ class Settings:
     judge: list[str] = field(
         metadata={"help": "a judge's file (see docs/judging.md); several are compared", "nargs": "+"}
     )
-    output: str = field(metadata={"help": "where the numbers go (.json)"})
+    output: str = field(
+        metadata={"help": "where the numbers go (.json); what was said of each question: ….comparisons.jsonl"}
+    )
     seed: int = field(default=0, metadata={"help": "of requests and of the bootstraps over questions"})
     samples: int = field(default=500, metadata={"help": "resamples of the bootstrap at equal length, at least 1"})
     overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
@@ -50,15 +52,20 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--samples {settings.samples}: must be at least 1")
     if len(set(settings.judge)) < len(settings.judge):
         raise UserError("--judge: a file is named twice")
-    from rrhf.evaluation.pairwise.judging import judge_pair
+    from rrhf.evaluation.pairwise.judging import comparison_records, judge_pair
     from rrhf.evaluation.pairwise.questions import answers_to, read_questions
+    from rrhf.records.files import write_records
     from rrhf.rewards.judges.reward import open_judge
 
+    each = Path(settings.output).with_suffix(".comparisons.jsonl")
+    refuse_existing(each, settings.overwrite)
     questions = read_questions(Path(settings.questions))
     a, b = (answers_to(questions, Path(path)) for path in (settings.a, settings.b))
     judges = {name: open_judge(name, limits, settings.seed) for name in settings.judge}
     result = {"a": settings.a, "b": settings.b, "seed": settings.seed}
-    result |= judge_pair(judges, questions, a, b, seed=settings.seed, samples=settings.samples)
+    numbers, said = judge_pair(judges, questions, a, b, seed=settings.seed, samples=settings.samples)
+    result |= numbers
+    write_records(each, comparison_records(questions, a, b, said), overwrite=True)
     write_text(settings.output, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
     print(format_result(result))
 
@@ -72,22 +79,32 @@ def format_result(result: dict[str, Any]) -> str:
             lines += ["  no question was judged in both orders"]
             continue
         sums = said["summed_scores"]
+        apart = " to ".join(number(sums["difference"][end], 1, sign=True) for end in ("low", "high"))
         lines += [
             f"  a wins {said['win']}, ties {said['tie']}, loses {said['lose']}; {said['unjudged']} not judged",
-            f"  win rate {_interval(said['win_rate'])}",
-            f"  win rate at equal length {_interval(said['length_controlled_win_rate'])}",
-            f"  summed scores {number(sums['a'], 1)} – {number(sums['b'], 1)}",
-            f"  the two orders contradict each other on {percent(said['position_flip_rate'])}; "
-            f"the first answer shown wins {percent(said['first_position_win_rate'])}",
-            f"  control: a constant answer in a's place wins {_interval(said['null_model']['win_rate'])}",
+            f"  win rate {rate(said['win_rate'])}",
+            f"  win rate at equal length {rate(said['length_controlled_win_rate'])}",
+            f"  summed scores {number(sums['a'], 1)} – {number(sums['b'], 1)}, "
+            f"{number(sums['difference']['mean'], 1, sign=True)} ({apart}) for a",
+            f"  the two orders contradict each other on {rate(said['position_flip_rate'])}; "
+            f"the first answer shown wins {rate(said['first_position_win_rate'])}",
+            f"  control: a constant answer in a's place wins {rate(said['null_model']['win_rate'])}",
         ]
+        if said["categories"]:
+            lines += [_categories(said["categories"])]
     for pair, found in result["agreement"].items():
         lines += [
-            f"{pair}: same outcome on {percent(found['same'])} of {found['n']}, no contradiction on "
-            f"{percent(found['not_contradicting'])}, kappa {number(found['kappa'], 2)}"
+            f"{pair}: same outcome on {rate(found['same'])} of {found['n']}, no contradiction on "
+            f"{rate(found['not_contradicting'])}, kappa {number(found['kappa'], 2)}"
         ]
     return "\n".join(lines)
 
 
-def _interval(rate: dict[str, float] | None) -> str:
-    return "–" if rate is None else f"{percent(rate['mean'])} ({percent(rate['low'])} to {percent(rate['high'])})"
+def _categories(categories: dict[str, Any]) -> str:
+    header = ("category", "n", "win", "tie", "lose", "win rate", "summed scores")
+    rows = []
+    for name, said in categories.items():
+        counts = [str(said[key]) for key in ("n", "win", "tie", "lose")]
+        sums = " – ".join(number(said["summed_scores"][system], 1) for system in "ab")
+        rows.append((name, *counts, rate(said["win_rate"]), sums))
+    return text_table(header, rows, indent="  ")

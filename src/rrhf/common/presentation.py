@@ -49,6 +49,13 @@ def percent(share: float | None, digits: int = 1) -> str:
     return NONE if share is None else f"{share:.{digits}%}"
 
 
+def rate(interval: Mapping[str, float] | None) -> str:
+    """``62.5% (51.2% to 73.7%)`` for a share with ``mean``, ``low`` and ``high``, or a dash for none."""
+    if interval is None:
+        return NONE
+    return f"{percent(interval['mean'])} ({percent(interval['low'])} to {percent(interval['high'])})"
+
+
 def describe_counts(counts: Mapping[str, int]) -> str:
     """``3 empty response dropped; 1 …`` for the reasons counted."""
     return "; ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))

@@ -221,22 +221,34 @@ KINDS: dict[str, Callable[[str, str], float]] = {"rank": _rank, "rating": _ratin
 LEVELS: dict[str, Any] = {"rank": "ordinal", "rating": "interval", "choice": "nominal"}
 
 
+def krippendorff_alpha(units: Sequence[Mapping[str, float]], level: Any) -> float | None:
+    """Krippendorff's α: 1 is full agreement, 0 what chance gives. None where two never meet, or all say the same.
+
+    Args:
+        units: of each thing judged, rater → value.
+        level: of measurement: nominal, ordinal or interval.
+    """
+    from krippendorff import alpha
+
+    met = [unit for unit in units if len(unit) > 1]
+    names = sorted({rater for unit in met for rater in unit})
+    if len({value for unit in met for value in unit.values()}) < 2:
+        return None
+    matrix = [[unit.get(name, math.nan) for unit in met] for name in names]
+    return float(alpha(matrix, level_of_measurement=level))
+
+
 def agreement(judgements: Judgements) -> dict[str, float]:
-    """Krippendorff's α between the raters: 1 is full agreement, 0 what chance gives. Empty where two never meet.
+    """Krippendorff's α between the raters, by what was judged; empty where two never meet.
 
     A unit is a response of a record, its values are ranks (ordinal) or ratings (interval). Of choices a unit is a
     record and its value the response chosen, for the best and the worst apart (nominal).
     """
-    from krippendorff import alpha
-
-    names = sorted({rater for raters in judgements.votes.values() for rater in raters})
     found = {}
-    for what, rows in _units(judgements).items():
-        units = [unit for unit in rows if len(unit) > 1]
-        if len({value for unit in units for value in unit.values()}) < 2:
-            continue
-        matrix = [[unit.get(name, math.nan) for unit in units] for name in names]
-        found[what] = float(alpha(matrix, level_of_measurement=LEVELS[judgements.kind]))
+    for what, units in _units(judgements).items():
+        value = krippendorff_alpha(units, LEVELS[judgements.kind])
+        if value is not None:
+            found[what] = value
     return found
 
 

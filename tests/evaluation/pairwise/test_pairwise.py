@@ -58,12 +58,16 @@ def test_the_numbers_of_a_judge() -> None:
     assert (numbers["n"], numbers["unjudged"]) == (4, 1)
     assert (numbers["win"], numbers["tie"], numbers["lose"]) == (2, 1, 1)
     assert numbers["win_rate"]["mean"] == 0.625 and numbers["win_rate"]["low"] < 0.625 < numbers["win_rate"]["high"]
-    assert numbers["position_flip_rate"] == 0.25
+    assert numbers["position_flip_rate"]["mean"] == 0.25
     # The first one shown: wins, loses; wins, wins; loses, wins; a tie, loses.
-    assert numbers["first_position_win_rate"] == (1 + 0 + 1 + 1 + 0 + 1 + 0.5 + 0) / 8
-    assert numbers["summed_scores"] == {"a": 9 + 6.5 + 4 + 8, "b": 5 + 6.5 + 8 + 6}
+    assert numbers["first_position_win_rate"]["mean"] == (1 + 0 + 1 + 1 + 0 + 1 + 0.5 + 0) / 8
+    sums = numbers["summed_scores"]
+    assert (sums["a"], sums["b"]) == (9 + 6.5 + 4 + 8, 5 + 6.5 + 8 + 6)
+    assert sums["difference"]["mean"] == 2.0 and -16 <= sums["difference"]["low"] < 2 < sums["difference"]["high"] <= 16
     assert numbers["mean_length"] == {"a": 17.5, "b": 20.0}
-    assert numbers["categories"]["maths"]["win_rate"]["mean"] == 0.75
+    maths = numbers["categories"]["maths"]
+    assert (maths["win_rate"]["mean"], maths["position_flip_rate"]["mean"]) == (0.75, 0.5)
+    assert (maths["summed_scores"]["a"], maths["summed_scores"]["b"]) == (15.5, 11.5)
     assert numbers["categories"]["prose"] == {**numbers["categories"]["prose"], "n": 2, "win": 1, "tie": 0, "lose": 1}
     nothing = describe([said(None, None)])
     assert (nothing["n"], nothing["unjudged"], nothing["win_rate"], nothing["summed_scores"]) == (0, 1, None, None)
@@ -109,10 +113,12 @@ def test_two_judges_side_by_side() -> None:
     one = [said(WIN, WIN, "1"), said(TIE, TIE, "2"), said(LOSE, LOSE, "3"), said(WIN, WIN, "4"), said(WIN, None, "5")]
     other = [said(WIN, WIN, "1"), said(WIN, WIN, "2"), said(WIN, WIN, "3"), said(WIN, WIN, "4"), said(WIN, WIN, "5")]
     found = agreement(one, other)
-    assert (found["n"], found["same"], found["not_contradicting"]) == (4, 0.5, 0.75)
+    assert (found["n"], found["same"]["mean"], found["not_contradicting"]["mean"]) == (4, 0.5, 0.75)
+    assert found["same"]["low"] < 0.5 < found["same"]["high"]
     assert found["kappa"] == pytest.approx(0.0)  # (0.5 − 0.5) / (1 − 0.5): no better than chance
     assert agreement(one, one)["kappa"] == 1.0
-    assert agreement(other, other) == {"n": 5, "same": 1.0, "not_contradicting": 1.0, "kappa": None}
+    whole = {"mean": 1.0, "low": 1.0, "high": 1.0}
+    assert agreement(other, other) == {"n": 5, "same": whole, "not_contradicting": whole, "kappa": None}
     assert agreement(one, [])["n"] == 0
 
 
@@ -174,7 +180,7 @@ def test_both_orders_are_asked_and_nothing_twice(server: bad.Misbehaving, tmp_pa
 def test_a_judge_that_likes_the_first_place_is_found_out(server: bad.Misbehaving) -> None:
     server.default = scores_by(lambda place, text: 8 if place == 1 else 3)
     numbers = describe(compare(judge(server), QUESTIONS, A, B), samples=5)
-    assert (numbers["position_flip_rate"], numbers["first_position_win_rate"]) == (1.0, 1.0)
+    assert (numbers["position_flip_rate"]["mean"], numbers["first_position_win_rate"]["mean"]) == (1.0, 1.0)
     assert (numbers["win"], numbers["tie"], numbers["lose"]) == (0, 6, 0)
 
 
@@ -182,17 +188,19 @@ def test_two_judges_with_the_null_model(server: bad.Misbehaving) -> None:
     with bad.misbehaving() as other:
         server.default = scores_by(lambda place, text: min(9, len(text) // 5))  # falls for the null model
         other.default = scores_by(lambda place, text: 9 if "good" in text else 5 if "short" in text else 1)
-        found = judge_pair({"length": judge(server), "merit": judge(other)}, QUESTIONS, A, B, samples=5)
-    assert found["questions"] == 6
+        found, each = judge_pair({"length": judge(server), "merit": judge(other)}, QUESTIONS, A, B, samples=5)
+    assert found["questions"] == 6 and [c.outcome for c in each["merit"]] == ["win"] * 6
     length, merit = found["judges"]["length"], found["judges"]["merit"]
     assert length["win_rate"]["mean"] == merit["win_rate"]["mean"] == 1.0
     assert (length["null_model"]["win_rate"]["mean"], merit["null_model"]["win_rate"]["mean"]) == (1.0, 0.0)
     assert length["null_model"]["answer"] == NULL_ANSWER
     assert set(length["categories"]) == {"even", "odd"}
-    assert merit["summed_scores"] == {"a": 54.0, "b": 30.0}
+    apart = {"mean": 24.0, "low": 24.0, "high": 24.0}
+    assert merit["summed_scores"] == {"a": 54.0, "b": 30.0, "difference": apart}
     assert merit["strengths"]["a"]["mean"] > merit["strengths"]["b"]["mean"] > merit["strengths"]["null_model"]["mean"]
     assert "24 of 24 calls scored" in merit["replies"]
-    assert found["agreement"] == {"length / merit": {"n": 6, "same": 1.0, "not_contradicting": 1.0, "kappa": None}}
+    agreed = found["agreement"]["length / merit"]
+    assert (agreed["n"], agreed["same"]["mean"], agreed["kappa"]) == (6, 1.0, None)
 
 
 def test_unread_replies_leave_a_question_out(server: bad.Misbehaving) -> None:

@@ -12,6 +12,7 @@ from rrhf.common.flag_help import help_wanted
 ACTIONS = {
     "create": "a study: which pairs, which raters, who sees what; prints the personal links",
     "serve": "the pages of a study, until it is stopped",
+    "results": "who wins, how far raters agree, whom not to believe; votes as training data",
     "links": "new personal links, for raters who lost theirs or come later",
 }
 LIBRARIES = ("limits", "markdown_it", "sqlalchemy", "starlette", "uvicorn")  # of the extra `arena`

@@ -6,11 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from rrhf.common.scores import score_levels
+from rrhf.evaluation.agreement import OUTCOMES, outcome_of, value_of
 from rrhf.rewards.judges.judge import Call, Judge
 from rrhf.rewards.judges.parse import Scores
-
-OUTCOMES = ("lose", "tie", "win")
 
 
 @dataclass(frozen=True)
@@ -49,6 +47,13 @@ class Comparison:
         return _preference(self.a_first), _preference(self.b_first)
 
     @property
+    def sums(self) -> tuple[float, float]:
+        """The summed scores of a and b, each order counting half."""
+        assert self.a_first is not None and self.b_first is not None
+        a, b = ((one + other) / 2 for one, other in zip(self.a_first, self.b_first, strict=True))
+        return a, b
+
+    @property
     def outcome(self) -> str:
         """Of both orders together: who is ahead in them; a win in one and a loss in the other are a tie."""
         return OUTCOMES[1 + (sum(self.preferences()) > 1) - (sum(self.preferences()) < 1)]
@@ -56,7 +61,7 @@ class Comparison:
     @property
     def value(self) -> float:
         """The outcome as a number: 1 for a win of a, 0.5 for a tie, 0 for a loss."""
-        return OUTCOMES.index(self.outcome) / 2
+        return value_of(self.outcome)
 
     @property
     def is_flipped(self) -> bool:
@@ -66,8 +71,7 @@ class Comparison:
 
 
 def _preference(sums: tuple[float, float]) -> float:
-    a, b = score_levels(sums)
-    return 0.5 if a == b else float(a > b)
+    return value_of(outcome_of(*sums))
 
 
 def compare(
@@ -85,10 +89,10 @@ def compare(
         for question in questions
         for order in ((0, 1), (1, 0))
     ]
-    sums = [_sums(scores) for scores in judge.scores(calls)]
+    found = [_sums(scores) for scores in judge.scores(calls)]
     return [
         Comparison(q.id, q.category, one, other, (len(a[q.id]), len(b[q.id])))
-        for q, one, other in zip(questions, sums[::2], sums[1::2], strict=True)
+        for q, one, other in zip(questions, found[::2], found[1::2], strict=True)
     ]
 
 

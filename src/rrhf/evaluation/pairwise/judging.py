@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import combinations
 from typing import Any
 
 from rrhf.evaluation.pairwise.comparisons import Comparison, Question, compare
 from rrhf.evaluation.pairwise.statistics import agreement, describe, strengths
+from rrhf.records.record import Record
 from rrhf.rewards.judges.judge import Judge
 
 # What the null model answers to every question. A judge that often prefers it to real answers measures something else.
@@ -23,7 +24,7 @@ def judge_pair(
     null_answer: str = NULL_ANSWER,
     seed: int = 0,
     samples: int = 500,
-) -> dict[str, Any]:
+) -> tuple[dict[str, Any], dict[str, list[Comparison]]]:
     """Compare the answers of system a with those of system b (question id → text), judge by judge.
 
     Args:
@@ -33,8 +34,9 @@ def judge_pair(
         seed, samples: of the bootstraps over questions.
 
     Returns:
-        questions; judges: name → what ``describe`` says of a against b, null_model (its answer, and what is said of it
-        against b), strengths of a, b and null_model, replies (in words); agreement: for each two judges.
+        The numbers: questions; judges: name → what ``describe`` says of a against b, null_model (its answer, and what
+        is said of it against b), strengths of a, b and null_model, replies (in words); agreement: for each two judges.
+        And judge → its comparisons of a and b, in the order of the questions.
 
     Raises:
         UserError, BudgetReached: see ``Judge.scores``; what was answered is kept, and the same call goes on.
@@ -59,5 +61,40 @@ def judge_pair(
             "replies": judge.summary(),
         }
     for one, other in combinations(said, 2):
-        result["agreement"][f"{one} / {other}"] = agreement(said[one], said[other])
-    return result
+        result["agreement"][f"{one} / {other}"] = agreement(said[one], said[other], seed)
+    return result, said
+
+
+def comparison_records(
+    questions: Sequence[Question],
+    a: Mapping[str, str],
+    b: Mapping[str, str],
+    said: Mapping[str, Sequence[Comparison]],
+) -> Iterator[Record]:
+    """What the judges said of each question: a record with both answers, their summed scores as rewards.
+
+    In the column ``comparisons`` stands, judge by judge, the outcome for a (None where an order was not judged) and the
+    sums of both orders. ``scores`` are left out: the outcome of both orders is not always what the sums say.
+    """
+    for at, question in enumerate(questions):
+        by_judge = {name: comparisons[at] for name, comparisons in said.items()}
+        yield Record(
+            question.query,
+            [a[question.id], b[question.id]],
+            sources=["a", "b"],
+            rewards={
+                f"judge:{name}": list(one.sums) if one.is_judged else [None] * 2 for name, one in by_judge.items()
+            },
+            id=question.id,
+            extra={
+                **({"category": question.category} if question.category else {}),
+                "comparisons": {
+                    name: {
+                        "outcome": one.outcome if one.is_judged else None,
+                        "a_first": one.a_first,
+                        "b_first": one.b_first,
+                    }
+                    for name, one in by_judge.items()
+                },
+            },
+        )

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from rrhf.common.errors import UserError
+from rrhf.evaluation.agreement import MISSING, OUTCOMES
+from rrhf.evaluation.agreement import agreement as label_agreement
+from rrhf.evaluation.bradley_terry import Game, bradley_terry
 from rrhf.evaluation.metrics import paired_bootstrap
-from rrhf.evaluation.pairwise.comparisons import OUTCOMES, Comparison
+from rrhf.evaluation.pairwise.comparisons import Comparison
 
 PRIOR_VARIANCE = 10.0  # of the two coefficients of the length model, which keeps them finite
-STRENGTH_PENALTY = 0.1  # alpha of choix: as if each system had won and lost a little against each other
-MISSING = "judging in pairs needs scikit-learn and choix: pip install 'rrhf[judging]'"
 
 Interval = dict[str, float]
 
@@ -76,32 +77,29 @@ def _rate_at_equal_length(won: Any, lengths: Any) -> float:
 def describe(comparisons: Sequence[Comparison], seed: int = 0, samples: int = 500) -> dict[str, Any]:
     """All numbers of one judge on one pair of systems; those without a judged question are left at None.
 
+    Rates are ``mean``, ``low`` and ``high``: the 95 % bootstrap interval over questions.
+
     Returns:
-        n (questions judged in both orders), unjudged, win, tie, lose, win_rate, length_controlled_win_rate,
-        position_flip_rate, first_position_win_rate (0.5: no liking for a position), summed_scores of a and b (each
-        order counts half: Table 9 of the paper), mean_length of both, categories.
+        n (questions judged in both orders), unjudged, win, tie, lose (questions), win_rate, length_controlled_win_rate,
+        position_flip_rate, first_position_win_rate (0.5: no liking for a position), summed_scores (Table 9 of the
+        paper: of a and b over all questions, each order counts half, and their difference a − b as a rate), mean_length
+        of both, categories (name → n, win, tie, lose, win_rate, position_flip_rate, summed_scores).
     """
     judged = [comparison for comparison in comparisons if comparison.is_judged]
-    result: dict[str, Any] = {"n": len(judged), "unjudged": len(comparisons) - len(judged), **_outcomes(judged, seed)}
-    names = (
-        "length_controlled_win_rate",
-        "position_flip_rate",
-        "first_position_win_rate",
-        "summed_scores",
-        "mean_length",
-    )
+    result: dict[str, Any] = {
+        "n": len(judged),
+        "unjudged": len(comparisons) - len(judged),
+        **_outcomes(judged, seed),
+        **dict.fromkeys(("length_controlled_win_rate", "first_position_win_rate", "mean_length")),
+    }
     if not judged:
-        return {**result, **dict.fromkeys(names), "categories": {}}
+        return {**result, "categories": {}}
     lengths = np.array([comparison.lengths for comparison in judged], dtype=float)
     orders = [comparison.preferences() for comparison in judged]
     values = [comparison.value for comparison in judged]
-    sums = np.array([[comparison.a_first, comparison.b_first] for comparison in judged], dtype=float)
-    a, b = sums.mean(axis=1).sum(axis=0)
     result |= {
         "length_controlled_win_rate": length_controlled_win_rate(values, lengths[:, 0] - lengths[:, 1], seed, samples),
-        "position_flip_rate": sum(comparison.is_flipped for comparison in judged) / len(judged),
-        "first_position_win_rate": sum(one + 1 - other for one, other in orders) / (2 * len(judged)),
-        "summed_scores": {"a": float(a), "b": float(b)},
+        "first_position_win_rate": paired_bootstrap([(one + 1 - other) / 2 for one, other in orders], seed),
         "mean_length": {"a": float(lengths[:, 0].mean()), "b": float(lengths[:, 1].mean())},
     }
     categories = sorted({comparison.category for comparison in judged} - {""})
@@ -114,74 +112,42 @@ def describe(comparisons: Sequence[Comparison], seed: int = 0, samples: int = 50
 
 
 def _outcomes(judged: Sequence[Comparison], seed: int) -> dict[str, Any]:
+    """What is said of all questions, and of those of a category."""
     counts: dict[str, Any] = {
         name: sum(comparison.outcome == name for comparison in judged) for name in reversed(OUTCOMES)
     }
-    counts["win_rate"] = win_rate([comparison.value for comparison in judged], seed) if judged else None
-    return counts
-
-
-def agreement(one: Sequence[Comparison], other: Sequence[Comparison]) -> dict[str, Any]:
-    """How far two judges agree on the questions that both have judged.
-
-    Returns:
-        n, same (share of equal outcomes), not_contradicting (share without a win against a loss; both as in Appendix D
-        of the paper) and kappa (Cohen's; None where it is not defined, since both always say the same).
-    """
-    try:
-        from sklearn.metrics import cohen_kappa_score
-    except ImportError:
-        raise UserError(MISSING) from None
-    theirs = {comparison.id: comparison.outcome for comparison in other if comparison.is_judged}
-    pairs = [(c.outcome, theirs[c.id]) for c in one if c.is_judged and c.id in theirs]
-    if not pairs:
-        return {"n": 0, "same": None, "not_contradicting": None, "kappa": None}
-    left, right = zip(*pairs)
-    defined = len(set(left) | set(right)) > 1
+    if not judged:
+        return {**counts, **dict.fromkeys(("win_rate", "position_flip_rate", "summed_scores"))}
+    sums = np.array([comparison.sums for comparison in judged])
+    apart = paired_bootstrap(sums[:, 0] - sums[:, 1], seed)
     return {
-        "n": len(pairs),
-        "same": sum(a == b for a, b in pairs) / len(pairs),
-        "not_contradicting": sum({a, b} != {"win", "lose"} for a, b in pairs) / len(pairs),
-        "kappa": float(cohen_kappa_score(left, right)) if defined else None,
+        **counts,
+        "win_rate": win_rate([comparison.value for comparison in judged], seed),
+        "position_flip_rate": paired_bootstrap([float(comparison.is_flipped) for comparison in judged], seed),
+        "summed_scores": {
+            "a": float(sums[:, 0].sum()),
+            "b": float(sums[:, 1].sum()),
+            "difference": {name: value * len(judged) for name, value in apart.items()},
+        },
     }
+
+
+def agreement(one: Sequence[Comparison], other: Sequence[Comparison], seed: int = 0) -> dict[str, Any]:
+    """How far two judges agree on the questions that both have judged: see ``rrhf.evaluation.agreement``."""
+    theirs = {comparison.id: comparison.outcome for comparison in other if comparison.is_judged}
+    return label_agreement(
+        [(c.id, c.outcome, theirs[c.id]) for c in one if c.is_judged and c.id in theirs],
+        seed,
+    )
 
 
 def strengths(
     pairs: Mapping[tuple[str, str], Sequence[Comparison]], seed: int = 0, samples: int = 200
 ) -> dict[str, Interval]:
-    """Bradley–Terry strengths of systems by ``choix``: P(i beats j) = σ(s_i − s_j), a tie is half a win for each.
-
-    Args:
-        pairs: (system a, system b) → their comparisons.
-        seed, samples: of the bootstrap over questions: a question is drawn with all its pairs.
-
-    Returns:
-        System → its strength s (natural logarithm, their mean is 0) with its 95 % interval.
-    """
-    systems = sorted({name for pair in pairs for name in pair})
-    place = {name: number for number, name in enumerate(systems)}
-    by_question: dict[str, Any] = {}
+    """Bradley–Terry strengths of systems, from (system a, system b) → their comparisons: see ``bradley_terry``."""
+    games: dict[str, list[Game]] = {}
     for (a, b), comparisons in pairs.items():
         for comparison in comparisons:
             if comparison.is_judged:
-                wins = by_question.setdefault(comparison.id, np.zeros((len(systems), len(systems))))
-                wins[place[a], place[b]] += comparison.value
-                wins[place[b], place[a]] += 1 - comparison.value
-    if not by_question:
-        return {}
-    tables = np.stack(list(by_question.values()))
-    best = _fit(tables.sum(axis=0))
-    generator = np.random.default_rng(seed)
-    drawn = generator.integers(0, len(tables), size=(samples, len(tables)))
-    low, high = np.quantile([_fit(tables[rows].sum(axis=0)) for rows in drawn], [0.025, 0.975], axis=0)
-    return {
-        name: {"mean": float(best[at]), "low": float(low[at]), "high": float(high[at])} for name, at in place.items()
-    }
-
-
-def _fit(wins: Any) -> Any:
-    try:
-        import choix
-    except ImportError:
-        raise UserError(MISSING) from None
-    return choix.ilsr_pairwise_dense(wins, alpha=STRENGTH_PENALTY, max_iter=1000)
+                games.setdefault(comparison.id, []).append((a, b, comparison.value))
+    return bradley_terry(games, seed, samples)
