@@ -365,4 +365,5 @@ PEOPLE = RewardKind(
     people_scorer,
     people_digest,
     judges_new=False,
+    stays=True,
 )
