@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from rrhf.common.errors import UserError
-from rrhf.common.flag_help import Groups, format_help, help_wanted
+from rrhf.common.flag_help import Groups, flags_of, format_help, help_wanted, value_of, words_of
 
 
 class PlainParser(argparse.ArgumentParser):
@@ -27,6 +27,18 @@ class PlainParser(argparse.ArgumentParser):
     def format_help(self) -> str:
         self._action_groups.sort(key=lambda group: group.title == "help")  # the last, as in the other commands
         return super().format_help()
+
+
+def add_flags(group: argparse._ArgumentGroup, settings: type) -> None:
+    """The flags of a settings class, whose fields are texts and numbers, for a command without transformers' parser."""
+    for flag in flags_of(settings):
+        kind = next((kind for name, kind in (("int", int), ("float", float)) if name in flag.annotation), str)
+        group.add_argument(
+            f"--{flag.name}", type=kind, default=flag.default, metavar=value_of(flag), help=words_of(flag)
+        )
+        if "_" in flag.name:  # the other spelling
+            spelling = f"--{flag.name.replace('_', '-')}"
+            group.add_argument(spelling, dest=flag.name, type=kind, default=argparse.SUPPRESS, help=argparse.SUPPRESS)
 
 
 def show_help(arguments: Sequence[str], command: str, description: str | None, groups: Groups) -> None:

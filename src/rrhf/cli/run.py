@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import fields
 from pathlib import Path
 
-from rrhf.cli.parser import PlainParser
+from rrhf.cli.parser import PlainParser, add_flags
+from rrhf.cluster.settings import ClusterSettings
 
 
 def main(arguments: list[str]) -> int:
@@ -16,15 +18,18 @@ def main(arguments: list[str]) -> int:
         help="a YAML file, or the name of a shipped configuration; NAME+ABLATION lays an ablation over it",
     )
     files.add_argument("--output", required=True, help="the run folder")
+    add_flags(parser.add_argument_group("on a cluster"), ClusterSettings)
     settings = parser.add_argument_group("settings")
     settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the configuration")
     options = parser.parse_intermixed_args(arguments)
-    return execute(options.config, options.overrides, Path(options.output))
+    cluster = ClusterSettings(**{field.name: getattr(options, field.name) for field in fields(ClusterSettings)})
+    return execute(options.config, options.overrides, Path(options.output), cluster)
 
 
-def execute(config: str, overrides: list[str], output: Path) -> int:
+def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSettings | None = None) -> int:
     """Run a configuration in a folder and print what it came to."""
     import json
+    from dataclasses import replace
 
     from rrhf.common.logging import set_up_logging
     from rrhf.recipes.config import override, parse_config, read_config
@@ -37,7 +42,7 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
 
     run = RunFolder(output)
     values = override(read_config(config), overrides)
-    settings = parse_config(values, run.model)
+    settings = replace(parse_config(values, run.model), cluster=cluster or ClusterSettings())
     context = settings.scoring.context(settings.text)  # an unknown reward or model is refused before any work
     opened_rewards(settings.score, settings.scoring, context)
     score_records([], settings.evaluate_rewards.reward, context=context)

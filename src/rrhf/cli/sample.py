@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rrhf.cli.parser import show_help
+from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.endpoint_settings import EndpointLimits
-from rrhf.common.flag_help import Groups, flags_of
+from rrhf.common.flag_help import Groups, flags_of, without
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.load import ModelSettings
@@ -37,18 +38,21 @@ def short_help() -> Groups:
         "sampling": flags_of(SamplingSettings),
         "text": flags_of(TextSettings),
         "other sources, and what servers may cost": [*flags_of(SourceSettings), *flags_of(EndpointLimits)],
+        "on a cluster": without(flags_of(ClusterSettings), ["cluster_restarts"]),
     }
 
 
 def flags() -> Flags:
-    return Flags([SampledModel, Files, SourceSettings, SamplingSettings, TextSettings, EndpointLimits], "sample")
+    kinds = [SampledModel, Files, SourceSettings, SamplingSettings, TextSettings, EndpointLimits, ClusterSettings]
+    return Flags(kinds, "sample")
 
 
 def main(arguments: list[str]) -> None:
     show_help(arguments, "sample", __doc__, short_help())
+    from rrhf.cluster.pool import open_pool
     from rrhf.sampling.stage import sample_file
 
-    model, files, source, sampling, text, remote = flags().parse(arguments)
+    model, files, source, sampling, text, remote, cluster = flags().parse(arguments)
     set_up_logging()
     sample_file(
         Path(files.data),
@@ -59,4 +63,5 @@ def main(arguments: list[str]) -> None:
         sources=source.source,
         remote=remote,
         overwrite=files.overwrite,
+        pool=open_pool(cluster, model.device),
     )

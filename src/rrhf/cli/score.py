@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rrhf.cli.parser import show_help
+from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.endpoint_settings import EndpointLimits
-from rrhf.common.flag_help import Groups, flags_of
+from rrhf.common.flag_help import Groups, flags_of, without
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.tokenization import TextSettings
@@ -31,20 +32,26 @@ def short_help() -> Groups:
         "what rewards need": flags_of(ScoringSettings),
         "text, for rewards that are policies": flags_of(TextSettings),
         "judges, and what they may cost": flags_of(EndpointLimits),
+        "on a cluster": without(flags_of(ClusterSettings), ["cluster_restarts"]),
     }
 
 
 def flags() -> Flags:
-    return Flags([RewardSettings, Files, ScoringSettings, TextSettings, EndpointLimits], "score")
+    return Flags([RewardSettings, Files, ScoringSettings, TextSettings, EndpointLimits, ClusterSettings], "score")
 
 
 def main(arguments: list[str]) -> None:
     show_help(arguments, "score", __doc__, short_help())
-    reward, files, scoring, text, remote = flags().parse(arguments)
+    from rrhf.cluster.pool import open_pool
+
+    reward, files, scoring, text, remote, cluster = flags().parse(arguments)
     set_up_logging()
     if files.dry_run:
         from rrhf.rewards.judges.reward import describe_estimate
 
         print(describe_estimate(reward.reward, Path(files.data), scoring.context(text, remote)))
         return
-    score_file(Path(files.data), Path(files.output), reward, scoring, text, remote, overwrite=files.overwrite)
+    pool = open_pool(cluster, scoring.device)
+    score_file(
+        Path(files.data), Path(files.output), reward, scoring, text, remote, overwrite=files.overwrite, pool=pool
+    )

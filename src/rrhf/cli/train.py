@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.flag_help import (
@@ -98,6 +99,7 @@ def short_help() -> Groups:
         "training": [*without(own, (*TEXT, *SETTLED)), *COMMON],
         "with --resample_steps, how responses are sampled and scored": online_help(),
         "watching the training": flags_of(WatchSettings),
+        "on a cluster": without(flags_of(ClusterSettings), ["cluster_failures"]),
     }
 
 
@@ -123,7 +125,8 @@ def flags(online: bool = True) -> Flags:
     from rrhf.training.config import RRHFConfig
 
     # A flag of several has the help and the default of the last.
-    kinds = [Files, AdapterSettings, *(ONLINE if online else ()), ModelSettings, RRHFConfig, WatchSettings]
+    kinds = [Files, AdapterSettings, *(ONLINE if online else ()), ModelSettings, RRHFConfig, WatchSettings,
+             ClusterSettings]  # fmt: skip
     return Flags(kinds, "train")
 
 
@@ -135,18 +138,20 @@ def main(arguments: list[str]) -> int:
     if not _given(arguments, ["resample_steps"]):
         if idle := _given(arguments, [flag.name for flag in online_help()]):
             raise UserError(f"--{idle[0]} is for responses that are sampled while training: give --resample_steps too")
-        files, adapter, model, config, watch = flags(online=False).parse(with_output(arguments))
+        files, adapter, model, config, watch, cluster = flags(online=False).parse(with_output(arguments))
         set_up_logging()
-        return carry_out(Path(files.data), model, files, adapter, config, watch)
+        return carry_out(Path(files.data), model, files, adapter, config, watch, cluster=cluster)
     from rrhf.training.online import Online
     from rrhf.training.windows import FOLDER
 
-    files, adapter, sampling, rewards, scoring, remote, model, config, watch = flags().parse(with_output(arguments))
+    parsed = flags().parse(with_output(arguments))
+    files, adapter, sampling, rewards, scoring, remote, model, config, watch, cluster = parsed
     set_up_logging()
     context = scoring.context(config.text, remote, journals=Path(files.output) / FOLDER)
     online = Online(sampling, rewards.reward, rewards.reward_weights or None, scoring.reward_normalisation, context,
                     scoring.kl_beta)  # fmt: skip
-    return carry_out(Path(files.data), model, files, adapter, config, watch, online if config.resample_steps else None)
+    asked = online if config.resample_steps else None
+    return carry_out(Path(files.data), model, files, adapter, config, watch, asked, cluster)
 
 
 def _given(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -163,11 +168,13 @@ def carry_out(
     config: RRHFConfig,
     watch: WatchSettings,
     online: Online | None = None,
+    cluster: ClusterSettings | None = None,
 ) -> int:
     """Train on ``data``, which need not be ``files.data``; the exit code."""
+    from rrhf.cluster.training import training_on
     from rrhf.report.hub import card_of_training
     from rrhf.training.callbacks import Stopped
-    from rrhf.training.stage import plan_training, train_model
+    from rrhf.training.stage import plan_training
 
     eval_data = Path(files.eval_data) if files.eval_data else None
     if files.dry_run:
@@ -177,7 +184,7 @@ def carry_out(
             print(plan.advice())
         return 0
     try:
-        train_model(
+        training_on(cluster)(
             data,
             model,
             config,

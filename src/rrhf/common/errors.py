@@ -13,6 +13,13 @@ class UserError(Exception):
     """
 
 
+class FailedError(UserError):
+    """A failure that may not come again, or lies in one of several records: worth another try where that is possible.
+
+    Where nothing is tried again it is the user's to mend, as any ``UserError``.
+    """
+
+
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return a sentence that lists ``known`` and, where one is close to ``name``, suggests it."""
     known = sorted(known)

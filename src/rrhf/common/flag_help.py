@@ -133,12 +133,12 @@ def help_wanted(arguments: Sequence[str]) -> str | None:
 def format_help(command: str, description: str, groups: Groups, more: str = "") -> str:
     """The help of a command; ``more`` says what ``--help-all`` adds, where it adds something."""
     required = [flag for flags in groups.values() for flag in flags if flag.required]
-    usage = " ".join([f"rrhf {command}", *(f"--{flag.name} {_value(flag)}" for flag in required), "[flags]"])
+    usage = " ".join([f"rrhf {command}", *(f"--{flag.name} {value_of(flag)}" for flag in required), "[flags]"])
     parser = argparse.ArgumentParser(usage=usage, description=description, add_help=False)
     for title, flags in groups.items():
         group = parser.add_argument_group(title)
         for flag in flags:
-            group.add_argument(f"--{flag.name}", metavar=_value(flag), help=_words(flag).replace("%", "%%"))
+            group.add_argument(f"--{flag.name}", metavar=value_of(flag), help=words_of(flag).replace("%", "%%"))
     group = parser.add_argument_group("help")
     group.add_argument("-h", "--help", action="help", help="this page")
     if more:
@@ -146,13 +146,13 @@ def format_help(command: str, description: str, groups: Groups, more: str = "") 
     return parser.format_help()
 
 
-def _value(flag: Flag) -> str:
+def value_of(flag: Flag) -> str:
     """What stands behind the flag."""
     kinds = {"bool": "[true|false]", "list": "VALUE …", "float": "X", "str": "TEXT", "int": "N"}
     return next((value for kind, value in kinds.items() if kind in flag.annotation), "VALUE")
 
 
-def _words(flag: Flag) -> str:
+def words_of(flag: Flag) -> str:
     if flag.required:
         return f"{flag.text} (required)"
     if flag.default is None or flag.default is False or flag.default in ("", []) or "default:" in flag.text:

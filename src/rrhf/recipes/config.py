@@ -9,6 +9,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.flags import Flags, as_arguments
@@ -77,7 +78,10 @@ class RoundSettings:
 
 @dataclass(frozen=True)
 class RunConfig:
-    """The parsed sections; ``sample`` is ``None`` where only provided responses are ranked (setting P)."""
+    """The parsed sections; ``sample`` is ``None`` where only provided responses are ranked (setting P).
+
+    ``cluster`` is no part of the configuration: where the work is done does not change it.
+    """
 
     data: DataSettings
     model: ModelSettings
@@ -96,6 +100,7 @@ class RunConfig:
     evaluate_sampling: SamplingSettings
     evaluate: EvaluationSettings
     evaluate_remote: EndpointLimits
+    cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
 
 ABLATIONS = "ablations"  # the file of them

@@ -12,6 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from rrhf.cluster.pool import open_pool
 from rrhf.common.errors import UserError
 from rrhf.evaluation.stage import evaluate_models, reward_context
 from rrhf.models.cache import PolicyCache
@@ -235,6 +236,7 @@ def _sample(run: RunFolder, config: RunConfig, policies: PolicyCache) -> None:
         sources=config.sources.source,
         remote=config.remote,
         policies=policies,
+        pool=open_pool(config.cluster, config.model.device),
     )
 
 
@@ -248,18 +250,20 @@ def _scored(config: RunConfig, responses: Path) -> dict[str, str]:
 def _score(at: Pass, responses: Path) -> None:
     config = at.config
     at.policies.release()  # free the sampling weights
-    score_file(responses, at.run.scored, config.score, config.scoring, config.text, config.score_remote)
+    pool = open_pool(config.cluster, config.scoring.device)
+    score_file(responses, at.run.scored, config.score, config.scoring, config.text, config.score_remote, pool=pool)
 
 
 def _train(at: Pass, data: Path, online: Online | None) -> None:
+    from rrhf.cluster.training import training_on
     from rrhf.report.hub import card_of_training
-    from rrhf.training.stage import train_model
 
     config = at.config
     at.policies.release()  # free the sampling weights
     saved = partial(card_of_training, token=config.train.hub_token)
     watch = config.watch.filled(at.run.held_out, config.evaluate_rewards.reward)
-    train_model(data, config.model, config.train, config.adapter, watch=watch, saved=saved, online=online)
+    train = training_on(config.cluster)
+    train(data, config.model, config.train, config.adapter, watch=watch, saved=saved, online=online)
 
 
 def loss_needs(config: RunConfig) -> frozenset[str]:

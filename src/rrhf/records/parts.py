@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 from rrhf.common.errors import UserError
 from rrhf.common.progress import Progress
 from rrhf.records.checksums import checksum_of_records
+from rrhf.records.elsewhere import Away, Elsewhere, Pool, Read, read_parts
 from rrhf.records.files import WRITERS, file_suffix
 from rrhf.records.parts_folder import Finish, PartsFolder, Work
 from rrhf.records.record import Record
@@ -38,6 +39,7 @@ def in_parts(
     counts: Counter[str] | None = None,
     total: int | None = None,
     finish: Finish | None = None,
+    elsewhere: Elsewhere | None = None,
 ) -> int:
     """Run ``steps`` over ``records``, a part at a time, and write what the last returns to ``output`` in order.
 
@@ -60,6 +62,7 @@ def in_parts(
         finish: what needs all results at once: given a function that streams them in order, as often as it is called,
             it returns what is written instead of them. It runs in the one process that joins the parts, and again
             where that process dies.
+        elsewhere: steps that other processes do; this one hands out their parts and keeps what comes back.
 
     Returns:
         The number of input records; 0 where the work was done before this process began.
@@ -73,7 +76,7 @@ def in_parts(
         if not folder.open(json.loads(json.dumps(settings)), overwrite):
             return 0
         while True:
-            sizes, checksums = _work_through(records, steps, folder, part_size, total)
+            sizes, checksums = _work_through(records, steps, folder, part_size, total, elsewhere)
             if not sizes:
                 raise UserError(f"{output}: there is no record to work on")
             if folder.join(checksums, finish):
@@ -88,14 +91,14 @@ def _work_through(
     folder: PartsFolder,
     part_size: int,
     total: int | None,
+    elsewhere: Elsewhere | None,
 ) -> tuple[list[int], list[str]]:
     """Do what nobody has done or is doing; the sizes of the input's parts and their checksums."""
     sizes: list[int] = []
     checksums: list[str] = []
 
     def cut() -> Iterator[Input]:
-        stream = iter(records())
-        while block := list(islice(stream, part_size)):
+        for block in _cut(records, part_size):
             sizes.append(len(block))
             checksums.append(checksum_of_records(block))  # before work, which may change the records
             yield checksums[-1], partial(list, block)
@@ -103,6 +106,17 @@ def _work_through(
     inputs: Iterable[Input] = cut()
     for step, (description, work) in enumerate(steps.items()):
         made: list[str | None] = []
+        if elsewhere is not None and description in elsewhere.steps:
+            origins = [origin for origin, _ in inputs]
+            source: Read = partial(_read_input, records, part_size)
+            if step:
+                files = {number: folder.part(step - 1, number) for number in range(len(origins))}
+                source = partial(read_parts, files)
+            with Progress(description, total, "records") as bar:
+                away = elsewhere.steps[description]
+                made = _made_elsewhere(folder, step, origins, sizes, source, elsewhere.pool, away, bar)
+            inputs = [(checksum, partial(folder.records, step, number)) for number, checksum in enumerate(made)]
+            continue
         with Progress(description, total, "records") as bar:
             for number, (origin, read) in enumerate(inputs):
                 made.append(None if origin is None else folder.make(step, number, origin, read, work, bar.update))
@@ -110,3 +124,39 @@ def _work_through(
                     bar.update(sizes[number])
         inputs = [(checksum, partial(folder.records, step, number)) for number, checksum in enumerate(made)]
     return sizes, checksums
+
+
+def _cut(records: Callable[[], Iterable[Record]], part_size: int) -> Iterator[list[Record]]:
+    stream = iter(records())
+    while block := list(islice(stream, part_size)):
+        yield block
+
+
+def _read_input(
+    records: Callable[[], Iterable[Record]], part_size: int, numbers: Collection[int]
+) -> Iterator[tuple[int, list[Record]]]:
+    wanted, last = set(numbers), max(numbers, default=-1)
+    for number, block in enumerate(islice(_cut(records, part_size), last + 1)):
+        if number in wanted:
+            yield number, block
+
+
+def _made_elsewhere(
+    folder: PartsFolder,
+    step: int,
+    origins: list[str | None],
+    sizes: list[int],
+    read: Read,
+    pool: Pool,
+    away: Away,
+    bar: Progress,
+) -> list[str | None]:
+    """The checksums of a step's parts; those that nobody has made yet are made by the pool."""
+    made = [origin and folder.made(step, number, origin) for number, origin in enumerate(origins)]
+    bar.update(sum(size for size, checksum in zip(sizes, made) if checksum))
+    missing = [number for number, origin in enumerate(origins) if origin and not made[number]]
+    if missing:
+        for number, records, counts in pool.make(bar.description, away, missing, read):
+            made[number] = folder.keep(step, number, str(origins[number]), records, counts)
+            bar.update(sizes[number])
+    return made

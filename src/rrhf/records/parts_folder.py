@@ -227,6 +227,16 @@ class PartsFolder:
                     self.made_here = True
         return checksum
 
+    def made(self, step: int, number: int, origin: str) -> str | None:
+        """The checksum of a part, where it was made of the input whose checksum is ``origin``."""
+        return self._checksum(step, number, origin)
+
+    def keep(self, step: int, number: int, origin: str, records: Iterable[Record], counts: Counter[str]) -> str:
+        """Keep a part that was made elsewhere, and what was counted there; returns its checksum."""
+        self.counts.clear()
+        self.counts.update(counts)
+        return self._write(step, number, origin, records)
+
     def _checksum(self, step: int, number: int, origin: str) -> str | None:
         """The checksum of a part that is whole and was made of the input whose checksum is ``origin``; else None."""
         entry, path = self.entries.get((step, number)), self.part(step, number)

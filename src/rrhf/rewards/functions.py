@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any, NoReturn
 
-from rrhf.common.errors import UserError
+from rrhf.common.errors import FailedError, UserError
 from rrhf.common.imports import last_line, load_function
 from rrhf.records.record import Record
 from rrhf.rewards.kind import Item, Scorer
@@ -63,7 +63,7 @@ def function_scorer(function: RewardFunction, name: str) -> Scorer:
         except UserError:
             raise
         except Exception as error:
-            raise _FailedError(f"reward {name!r} failed on {_ids(items)}: {last_line(error)}") from error
+            raise _RewardFailedError(f"reward {name!r} failed on {_ids(items)}: {last_line(error)}") from error
         return _checked(values, items, name)
 
     def scores(items: Sequence[Item]) -> list[float | None]:
@@ -71,17 +71,17 @@ def function_scorer(function: RewardFunction, name: str) -> Scorer:
             return []
         try:
             return call(items)
-        except _FailedError as error:
+        except _RewardFailedError as error:
             _narrow(call, items, error)
 
     return scores
 
 
-class _FailedError(UserError):
+class _RewardFailedError(FailedError):
     """A function failed on its responses as a whole, so that it is not known which record is at fault."""
 
 
-def _narrow(call: Scorer, items: Sequence[Item], error: _FailedError) -> NoReturn:
+def _narrow(call: Scorer, items: Sequence[Item], error: _RewardFailedError) -> NoReturn:
     """Raise the error of the one record at fault, found by halves; the error given where each half does well alone."""
     records = list(dict.fromkeys(id(record) for record, _ in items))
     half = set(records[: len(records) // 2])
@@ -89,7 +89,7 @@ def _narrow(call: Scorer, items: Sequence[Item], error: _FailedError) -> NoRetur
         for part in ([item for item in items if (id(item[0]) in half) is first] for first in (True, False)):
             try:
                 call(part)
-            except _FailedError as narrower:
+            except _RewardFailedError as narrower:
                 _narrow(call, part, narrower)
     raise error
 
@@ -145,9 +145,11 @@ def _checked(values: Any, items: Sequence[Item], name: str) -> list[float | None
     if hasattr(values, "tolist"):  # a tensor or an array
         values = values.tolist()
     if not isinstance(values, (list, tuple)):
-        raise _FailedError(f"reward {name!r} returned {type(values).__name__} for {_ids(items)}: it must return a list")
+        raise _RewardFailedError(
+            f"reward {name!r} returned {type(values).__name__} for {_ids(items)}: it must return a list"
+        )
     if len(values) != len(items):
-        raise _FailedError(
+        raise _RewardFailedError(
             f"reward {name!r} returned {len(values)} scores for the {len(items)} responses of {_ids(items)}: "
             "it must return one a completion"
         )

@@ -54,9 +54,11 @@ class RewardKind(NamedTuple):
         digest: the same arguments → a digest of all that the scores depend on beside the records; "" where nobody
             knows it.
         judges_new: whether it scores any text, not only those that the records bring scores for.
+        stays: whether it is asked where the command runs alone: its file, or its budget and journal, are there.
     """
 
     forms: tuple[str, ...]
     make: Callable[[str, RewardContext], Scorer]
     digest: Callable[[str, RewardContext], str]
     judges_new: bool = True
+    stays: bool = False

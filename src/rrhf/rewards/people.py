@@ -377,4 +377,5 @@ PEOPLE = RewardKind(
     people_scorer,
     people_digest,
     judges_new=False,
+    stays=True,
 )

@@ -40,6 +40,7 @@ __all__ = [
     "reward_name",
     "score",
     "score_records",
+    "stays",
 ]
 
 REWARDS: dict[str, RewardKind] = {  # what stands before ":" → its kind
@@ -96,6 +97,12 @@ def may_hold_a_model(reward: str) -> bool:
     """Whether a reward may hold a model or a server: none that is a function does, or reads what records bring."""
     kind = _kind(reward)[0]
     return kind is not None and kind.judges_new
+
+
+def stays(reward: str) -> bool:
+    """Whether a reward is asked where the command runs alone, and not on other machines."""
+    kind = _kind(reward)[0]
+    return kind is not None and kind.stays
 
 
 def reward_digest(reward: str | RewardFunction, context: RewardContext | None = None) -> str:

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import logging
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.presentation import describe_counts
 from rrhf.models.load import DTYPES
 from rrhf.models.locate import locate
 from rrhf.models.tokenization import TextSettings
+from rrhf.records.elsewhere import Away, Elsewhere, Pool
 from rrhf.records.files import count_records, read_records
 from rrhf.records.parts import in_parts
 from rrhf.records.record import Require
+from rrhf.rewards.away import rewards_away, sums_away
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.kl import Shaping
 from rrhf.rewards.logprob import logprob_model, reference_sums_name
 from rrhf.rewards.normalise import NORMALISATIONS
-from rrhf.rewards.scoring import FORMS, Rewards, may_hold_a_model, reward_digest
+from rrhf.rewards.scoring import FORMS, Rewards, may_hold_a_model, reward_digest, stays
 from rrhf.rewards.steps import Holder, combine_all, release, rewards_work, sums_work
+
+log = logging.getLogger("rrhf")
 
 SCORING_PART = 512  # records in a part
 
@@ -163,6 +170,7 @@ def score_file(
     *,
     overwrite: bool = False,
     require: Require = "responses",
+    pool: Pool | None = None,
 ) -> None:
     """Score the responses of ``data`` and write the records with ``rewards`` and ``scores`` to ``output``.
 
@@ -176,6 +184,7 @@ def score_file(
         text: how policies read queries.
         remote: how servers are asked, and what they may cost.
         require: "query" lets empty responses be scored too.
+        pool: other processes, to which the parts are given; but judges and people's ratings are asked from here.
 
     Raises:
         UserError: a reward is unknown or fails, ``output`` exists, or unfinished work of other rewards stands there.
@@ -184,15 +193,15 @@ def score_file(
     parts = output.with_name(f"{output.name}.parts")
     context = scoring.context(text, remote, journals=parts, records=data)
     rewards = opened_rewards(settings, scoring, context)  # an unknown reward or model is refused before any work
-    columns = scoring.sums_columns(context)
     combine = combine_all(rewards.combination) if rewards.combination.over_the_data else None
+    columns = scoring.sums_columns(context)
     held = {name: logprob_model(model, context) for name, model in columns.items()}
     holders: list[Holder] = [*held.values(), *rewards.scorers.values()]
     steps = {f"log-probabilities of {columns[name]}": sums_work(name, held[name], holders) for name in held}
-    *apart, last = _one_model_each(settings.reward)
-    for names in apart:
-        steps[f"score by {names[0]}"] = rewards_work(rewards, names, holders, parts, combine=False)
-    steps["score"] = rewards_work(rewards, last, holders, parts, combine=combine is None)
+    groups = _groups(settings.reward)
+    for step, names in groups.items():
+        steps[step] = rewards_work(rewards, names, holders, parts, combine=step == LAST and combine is None)
+    counts: Counter[str] = Counter()
     try:
         in_parts(
             lambda: read_records(data, require=require),
@@ -201,18 +210,46 @@ def score_file(
             {**_scores_depend_on(settings, scoring, context), "log-probabilities": list(columns)},
             part_size=SCORING_PART,
             overwrite=overwrite,
+            counts=counts,
             total=count_records(data),
             finish=combine,
+            elsewhere=_elsewhere(pool, columns, groups, context, rewards),
         )
     finally:
         release(holders)
+    if counts:
+        log.info(describe_counts(counts))
 
 
-def _one_model_each(names: Sequence[str]) -> list[list[str]]:
-    """The rewards in groups that are asked in steps of their own: at most one in each may hold a model or a server."""
-    heavy = [name for name in names if may_hold_a_model(name)]
+LAST = "score"  # the step that asks the last rewards
+
+
+def _elsewhere(
+    pool: Pool | None,
+    columns: Mapping[str, str],
+    groups: Mapping[str, list[str]],
+    context: RewardContext,
+    rewards: Rewards,
+) -> Elsewhere | None:
+    """The steps that other processes can do."""
+    if pool is None:
+        return None
+    context = replace(context, journals=None)  # they may not see this disk
+    away: dict[str, Away] = {
+        f"log-probabilities of {model}": sums_away(name, model, context) for name, model in columns.items()
+    }
+    for step, names in groups.items():
+        if not any(map(stays, names)):
+            combines = step == LAST and not rewards.combination.over_the_data
+            away[step] = rewards_away(names, context, rewards.combination if combines else None)
+    return Elsewhere(pool, away)
+
+
+def _groups(names: Sequence[str]) -> dict[str, list[str]]:
+    """Step → the rewards that it asks: at most one in each may hold a model or a server, or stays here."""
+    heavy = [name for name in names if may_hold_a_model(name) or stays(name)]
     light = [name for name in names if name not in heavy]
-    return [*([name] for name in heavy[:-1]), [*heavy[-1:], *light]]
+    return {**{f"score by {name}": [name] for name in heavy[:-1]}, LAST: [*heavy[-1:], *light]}
 
 
 def _scores_depend_on(settings: RewardSettings, scoring: ScoringSettings, context: RewardContext) -> dict[str, object]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,12 +21,15 @@ from rrhf.common.progress import progress
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.duplicates import merge_duplicates
+from rrhf.records.elsewhere import Answer, Away, Elsewhere, Pool
 from rrhf.records.files import WRITERS, file_suffix, read_records
 from rrhf.records.parts import in_parts
 from rrhf.records.parts_folder import Work, nothing_left
 from rrhf.records.record import Record
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.build import build_sources
+from rrhf.sampling.sources.engine import EngineModel
+from rrhf.sampling.sources.local import LocalModel
 from rrhf.sampling.sources.source import Shared, Source
 
 if TYPE_CHECKING:
@@ -49,6 +53,7 @@ def sample_file(
     policies: PolicyCache | None = None,
     description: str = "sample",
     merge: bool = True,
+    pool: Pool | None = None,
 ) -> None:
     """Draw responses to the queries of ``data`` and write them to ``output``; a stopped call goes on where it was.
 
@@ -62,6 +67,7 @@ def sample_file(
         policies: where local models are kept, to be used by the next stage too.
         description: shown with the progress.
         merge: merge equal responses of a query, drop empty ones, and queries without any; all are counted and reported.
+        pool: other processes, to which the parts are given that models are to answer; servers are asked from here.
 
     Raises:
         UserError: a source is not usable, or not with these queries (all is checked before any long work), or
@@ -88,14 +94,19 @@ def sample_file(
             overwrite=overwrite,
             counts=counts,
             total=total,
+            elsewhere=_elsewhere(pool, chain, sources or [], shared, description, merge),
         )
     finally:
-        for source in chain:
-            source.close()
-        if len(chain) > 1:
-            policies.release()
+        _close(chain, policies)
     if counts:
         log.info(describe_counts(counts))
+
+
+def _close(chain: list[Source], policies: PolicyCache) -> None:
+    for source in chain:
+        source.close()
+    if len(chain) > 1:
+        policies.release()
 
 
 def _check(chain: list[Source], data: Path) -> int:
@@ -129,11 +140,13 @@ def _steps(
 ) -> dict[str, Work]:
     """A step a source, in order; the last one merges."""
     return {
-        description if len(chain) == 1 else f"{description} {source.tag}": _work(
-            source, chain, counts, policies, merge and source is chain[-1]
-        )
+        _step(source, chain, description): _work(source, chain, counts, policies, merge and source is chain[-1])
         for source in chain
     }
+
+
+def _step(source: Source, chain: list[Source], description: str) -> str:
+    return description if len(chain) == 1 else f"{description} {source.tag}"
 
 
 def _work(source: Source, chain: list[Source], counts: Counter[str], policies: PolicyCache, merge: bool) -> Work:
@@ -148,9 +161,42 @@ def _work(source: Source, chain: list[Source], counts: Counter[str], policies: P
             answers[index] = record
             done(1)
         ordered = [answers[i] for i in range(len(block))]
-        return [r for r in (_merged(record, counts) for record in ordered) if r is not None] if merge else ordered
+        return _all_merged(ordered, counts) if merge else ordered
 
     return work
+
+
+def _elsewhere(
+    pool: Pool | None, chain: list[Source], sources: list[str], shared: Shared, description: str, merge: bool
+) -> Elsewhere | None:
+    """The steps that other processes can do: those of models. A server is asked from here: its budget is one."""
+    if pool is None:
+        return None
+    opened = partial(_open_source, sources, shared.model, shared.sampling, shared.text)
+    steps = {
+        _step(source, chain, description): Away(
+            open=partial(opened, index),
+            apart=lambda record: [record],
+            unite=lambda record, pieces: pieces[0] or record,
+            settle=_all_merged if merge and source is chain[-1] else lambda records, counts: records,
+        )
+        for index, source in enumerate(chain)
+        if isinstance(source, LocalModel | EngineModel)
+    }
+    return Elsewhere(pool, steps)
+
+
+def _open_source(
+    sources: list[str], model: ModelSettings, sampling: SamplingSettings, text: TextSettings, index: int
+) -> Answer:
+    from rrhf.models.cache import PolicyCache
+
+    shared = Shared(model, sampling, text, EndpointLimits(), PolicyCache(), Path())  # no server is asked
+    return build_sources(sources, shared)[index].answer
+
+
+def _all_merged(records: list[Record], counts: Counter[str]) -> list[Record]:
+    return [record for record in (_merged(record, counts) for record in records) if record is not None]
 
 
 def _merged(record: Record, counts: Counter[str]) -> Record | None:

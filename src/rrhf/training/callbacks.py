@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -51,6 +52,9 @@ class StopOnSignal(TrainerCallback):
             self.signal = number
             log.info("stopping after this step; a checkpoint is written first (once more to stop at once)")
 
+        if threading.current_thread() is not threading.main_thread():  # signals come to the main thread alone
+            yield
+            return
         before = {number: signal.signal(number, remember) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, field, fields
+from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.losses import LossSettings
@@ -78,6 +79,7 @@ class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
     )
 
     def __post_init__(self) -> None:
+        given = self._values()
         self.settle()
         faults = [
             f"--{name} {getattr(self, name)}: must be at least {least}"
@@ -109,6 +111,15 @@ class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
             self.learning_rate = LEARNING_RATE
         self.output_dir: str | None = self.output_dir or "rrhf-model"
         self.settle_device()
+        self._given, self._settled = given, self._values()
+
+    def _values(self) -> dict[str, Any]:
+        return {f.name: getattr(self, f.name) for f in fields(self) if f.init}
+
+    def as_given(self) -> dict[str, Any]:
+        """The arguments that make these settings anew: another machine may settle device and precision otherwise."""
+        now = self._values()
+        return {name: now[name] if now[name] != self._settled[name] else given for name, given in self._given.items()}
 
     @property
     def text(self) -> TextSettings:

@@ -93,4 +93,4 @@ def describe_estimate(rewards: Sequence[str], data: Path, context: RewardContext
     return "\n".join(lines or ["no judge is asked, and nothing is paid for"])
 
 
-JUDGE = RewardKind(("judge:FILE",), JudgeScorer, judge_digest)
+JUDGE = RewardKind(("judge:FILE",), JudgeScorer, judge_digest, stays=True)

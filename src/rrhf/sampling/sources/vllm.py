@@ -11,7 +11,7 @@ import importlib.util
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from rrhf.common.errors import UserError
+from rrhf.common.errors import FailedError, UserError
 from rrhf.models.devices import resolve_dtype
 from rrhf.models.locate import Location, locate
 from rrhf.models.tokenization import TextSettings
@@ -126,7 +126,7 @@ class VLLM:
                 outputs = iter(self.llm.generate(prompts, params, use_tqdm=False))
             except EngineDeadError as error:
                 self.close()
-                raise UserError(
+                raise FailedError(
                     f"vLLM died on {self.model}; what it died of stands above. Use a local model"
                 ) from error
             for i, request in enumerate(part, start):
