@@ -36,8 +36,12 @@ browser:
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	  || echo "no chromium: the report's browser tests will be skipped"
 
+# Two processes, a test file to one of them, each with one thread; where there is one core, one. ARGS="-n 0" is one process.
+PARALLEL := -n logical --maxprocesses 2 --dist loadfile
+export OMP_NUM_THREADS ?= 1
+
 test: setup browser
-	$(BIN)/python -m pytest -q $(ARGS)
+	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 # What came out since the lock was made: the same tests with the newest of everything but torch.
 test-latest: browser
