@@ -30,18 +30,20 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/rrhf demo $(ARGS)
 
-# A real browser for the report's tests, as a Debian package where that is possible.
+# A real browser for the tests of pages, as a Debian package where that is possible. Without one `make test` fails, for
+# what is skipped is not tested; BROWSER=optional skips those tests.
+BROWSER ?= required
 browser:
 	@command -v chromium >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
-	  || echo "no chromium: the report's browser tests will be skipped"
+	  || echo "no chromium: the browser's tests will fail, or be skipped with BROWSER=optional"
 
 # Two processes, a test file to one of them, each with one thread; where there is one core, one. ARGS="-n 0" is one process.
 PARALLEL := -n logical --maxprocesses 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
 test: setup browser
-	$(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
+	RRHF_TEST_BROWSER=$(BROWSER) $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 # What came out since the lock was made: the same tests with the newest of everything but torch.
 test-latest: browser

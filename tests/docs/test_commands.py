@@ -15,8 +15,9 @@ import importlib
 import importlib.util
 import json
 import re
+import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 from unittest import mock
@@ -104,8 +105,27 @@ def shell_blocks() -> list[Block]:
     return [block for block in BLOCKS if block.language in SHELL]
 
 
+@pytest.fixture()
+def beside(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Puts the modules that a page shows into the current folder, and forgets them afterwards."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [str(tmp_path), *sys.path])
+    before = set(sys.modules)
+
+    def put(page: Path) -> None:
+        for block in blocks(page):
+            if block.language == "python" and block.file:
+                (tmp_path / block.file).write_text(block.text, encoding="utf-8")
+
+    yield put
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(tmp_path)):
+            del sys.modules[name]
+
+
 @pytest.mark.parametrize("block", shell_blocks(), ids=lambda block: block.place)
-def test_commands_are_read_by_the_real_parsers(block: Block, tmp_path: Path) -> None:
+def test_commands_are_read_by_the_real_parsers(block: Block, tmp_path: Path, beside: Callable[[Path], None]) -> None:
+    beside(block.page)
     assert block.commands()
     for words in block.commands():
         if block.reason is None or words[0] == "rrhf" or "rrhf.cli" in words:  # a reason is never one for ours
@@ -126,7 +146,7 @@ WRONG = {
     "rrhf score --data q": "required",
     "rrhf run hh-dp --output o train.learning_rates=1": "unknown key",
     "rrhf run hh-dp --output o train.max_steps=few": "max_steps",
-    "torchrun -m rrhf.cli train --data d --output o --rank_wieght 2": "rank_wieght",
+    "torchrun -m rrhf.cli train --model m --data d --output o --rank_wieght 2": "rank_wieght",
     "make tset": "no target tset",
     "python benchmarks/none.py": "no script",
     "pip install 'rrhf[all]'": "no extra",

@@ -50,13 +50,13 @@ def test_the_readmes_walk(model: Path, tmp_path: Path) -> None:
     scored = tiny.read_rows(tmp_path / "scored.jsonl")
     assert len(scored) == 4 and all(len(row["responses"]) == 6 for row in scored)  # four beams and the data set's two
     assert scored[0]["scores"] == [float(len(set(text.split()))) for text in scored[0]["responses"]]
-    assert (tmp_path / "model" / "adapter_config.json").exists()
+    assert json.loads((tmp_path / "model" / "training.json").read_text(encoding="utf-8"))["steps"] == 2
 
 
 def test_the_examples_of_contributing(model: Path, tmp_path: Path) -> None:
     for block in found("CONTRIBUTING.md", "python", "json"):
-        first = block.text.splitlines()[0].removeprefix("# ") if block.language == "python" else block.info.split()[1]
-        (tmp_path / first).write_text(block.text, encoding="utf-8")
+        assert block.file is not None, block.place
+        (tmp_path / block.file).write_text(block.text, encoding="utf-8")
     assert {path.name for path in tmp_path.iterdir()} == {
         "my_format.py", "my_policy.py", "my_reward.py", "my_loss.py", "quiz.jsonl",
     }  # fmt: skip

@@ -38,6 +38,12 @@ class Block:
     def place(self) -> str:
         return f"{self.page.relative_to(ROOT)}:{self.line}"
 
+    @property
+    def file(self) -> str | None:
+        """The name of the file that the block is: Python says it in a comment first, others behind the fence."""
+        named = re.match(r"# (\S+\.py)$", self.text.partition("\n")[0]) if self.language == "python" else None
+        return named[1] if named else next(iter(self.info.split()[1:]), None)
+
     def commands(self) -> list[list[str]]:
         """The words of each command, continued lines joined, comments and variables' assignments left out."""
         lines = re.sub(r"\\\n\s*", "", self.text).splitlines()
