@@ -638,7 +638,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer: Any
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[Any], log: Path) -> None:
-    deadline = time.monotonic() + 240
+    deadline = time.monotonic() + 600
     pause = threading.Event()
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=60):
