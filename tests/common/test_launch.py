@@ -5,7 +5,6 @@ from __future__ import annotations
 import fcntl
 import json
 import os
-import socket
 from importlib import resources
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import pytest
 from rrhf.common.errors import UserError
 from rrhf.common.launch import check_connected, launched_processes, warn_of_whole_weights
 from support import tiny
+from support.ports import free_port
 from support.tiny import count
 
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2")
@@ -65,9 +65,7 @@ def test_accelerate_starts_one_process_for_two_on_a_cpu(place: Path) -> None:
 
 def test_mpi_processes_train_together(place: Path) -> None:
     """As ``mpirun -n 2 rrhf train`` starts them, with the variables that its process manager sets."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     forks = tiny.forks(*tiny.PRELOADED)
     shared = {"PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     started = [
@@ -82,9 +80,7 @@ def test_mpi_processes_train_together(place: Path) -> None:
 
 def test_a_signal_that_one_process_gets_stops_both_at_one_step(place: Path) -> None:
     """A launcher signals one after another: between them a step may end."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
+    port = str(free_port())
     forks = tiny.forks(*tiny.PRELOADED)
     shared = {"PMI_SIZE": "2", "MPI_LOCALNRANKS": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     step = "rrhf.training.trainer:RRHFTrainer.training_step"

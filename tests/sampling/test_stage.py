@@ -17,6 +17,7 @@ import pytest
 
 from support import misbehaving as bad
 from support import tiny
+from support.ports import closed_port
 from support.tiny import die, warm
 
 KEY = "sk-test-90ab4f1c9a7be2d8"
@@ -289,7 +290,7 @@ def test_servers_that_do_not_answer_or_refuse(alone: bool, model: Path, tmp_path
     pytest.importorskip("openai")
     folder = workplace(tmp_path, model)
     before = [] if alone else ["--source", "model@top-p:2"]
-    down = f"http://127.0.0.1:{bad.closed_port()}/v1"
+    down = f"http://127.0.0.1:{closed_port()}/v1"
     assert down in refused(single(*before, "--source", f"{down}#m@chat:1"), folder)
     with bad.misbehaving() as server:
         server.default = bad.echo_key(401)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import shutil
 from collections.abc import Iterator
 from typing import Any
@@ -15,8 +16,15 @@ NO_CHROMIUM = "chromium is not installed: `apt-get install chromium`, or `make t
 
 
 def chromium_path() -> str | None:
-    """Return where chromium is, or None."""
-    return shutil.which("chromium")
+    """Return where chromium is, or None, so that a test can be skipped.
+
+    Raises:
+        FileNotFoundError: there is none and RRHF_TEST_BROWSER=required, as in `make test`.
+    """
+    path = shutil.which("chromium")
+    if path is None and os.environ.get("RRHF_TEST_BROWSER") == "required":
+        raise FileNotFoundError(f"{NO_CHROMIUM}; or `make test BROWSER=optional`, which skips the browser's tests")
+    return path
 
 
 @contextlib.contextmanager

@@ -91,12 +91,12 @@ class Misbehaving(ThreadingHTTPServer):
 
     def wait_for_posts(self, number: int) -> bool:
         with self.change:
-            return self.change.wait_for(lambda: len(self.posts) >= number, timeout=30)
+            return self.change.wait_for(lambda: len(self.posts) >= number, timeout=240)
 
     def wait_until_idle(self) -> bool:
         """Whether all requests end: answered, or left by their client."""
         with self.change:
-            return self.change.wait_for(lambda: self.now == 0, timeout=10)
+            return self.change.wait_for(lambda: self.now == 0, timeout=240)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         pass  # clients that go away in the middle are what it is for
@@ -112,13 +112,6 @@ def misbehaving() -> Iterator[Misbehaving]:
         finally:
             server.shutdown()
             thread.join()
-
-
-def closed_port() -> int:
-    """A port on loopback where nobody listens."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 # --- behaviours

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, nearest
-from rrhf.common.files import read_object, refuse_existing, replacing
+from rrhf.common.files import claimed_place, read_object, refuse_existing, replacing
 from rrhf.common.progress import progress
 from rrhf.models.folders import cache_folder, model_folder, save_policy
 
@@ -328,8 +328,16 @@ def gguf_as_folder(path: Path) -> Path:
     key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{metadata.version('transformers')}"
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest}"
-    if (folder / "config.json").exists():
-        return folder
+    if not (folder / "config.json").exists():
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with folder.parent.with_suffix(".lock").open("ab") as lock, claimed_place(lock, 0, wait=True):
+            if not (folder / "config.json").exists():  # nor did another process make it meanwhile
+                _convert(path, folder)
+    return folder
+
+
+def _convert(path: Path, folder: Path) -> None:
+    """Write the GGUF file as a model folder, whole or not at all."""
     import shutil
     import tempfile
 
@@ -351,12 +359,9 @@ def gguf_as_folder(path: Path) -> Path:
     model.load_state_dict(quantised.state_dict())
     if quantised.generation_config is not None:
         model.generation_config = quantised.generation_config
-    folder.parent.mkdir(parents=True, exist_ok=True)
     staging = Path(tempfile.mkdtemp(dir=folder.parent))
     try:
         save_policy(model, tokenizer, staging)
-        if not folder.exists():
-            staging.rename(folder)
+        staging.rename(folder)
     finally:
         shutil.rmtree(staging, ignore_errors=True)
-    return folder

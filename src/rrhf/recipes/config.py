@@ -186,7 +186,7 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
 
 
 @dataclass(frozen=True)
-class _Section:
+class Section:
     """A part of the file and its stage's flags: ``fields`` of ``RunConfig`` → the settings class of each."""
 
     name: str
@@ -219,7 +219,8 @@ class _Section:
 
 
 @cache
-def _sections() -> dict[str, _Section]:
+def sections() -> dict[str, Section]:
+    """The sections of a configuration, by name."""
     from rrhf.training.config import RRHFConfig
     from rrhf.training.watch_settings import WatchSettings
 
@@ -233,7 +234,13 @@ def _sections() -> dict[str, _Section]:
             "evaluate_remote": EndpointLimits,
         },
     }  # fmt: skip
-    return {name: _Section(name, classes) for name, classes in fields.items()}
+    return {name: Section(name, classes) for name, classes in fields.items()}
+
+
+@cache
+def shared_section() -> Section:
+    """The keys outside the sections that belong to none of them."""
+    return Section("configuration", {"model": ModelSettings, "text": TextSettings, "rounds": RoundSettings})
 
 
 def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
@@ -245,18 +252,14 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
     Raises:
         UserError: all unknown keys and unfit values, each with its section, in one message.
     """
-    sections, shared_section = (
-        _sections(),
-        _Section("configuration", {"model": ModelSettings, "text": TextSettings, "rounds": RoundSettings}),
-    )
     shared = {key: value for key, value in config.items() if key not in SECTIONS}
     parsed: dict[str, Any] = {"sample": None, "sources": SourceSettings(), "remote": EndpointLimits()}
     faults = [
-        f"{key}: unknown key: {nearest(key, shared_section.keys | set(SECTIONS))}"
+        f"{key}: unknown key: {nearest(key, shared_section().keys | set(SECTIONS))}"
         for key in shared
-        if not any(key in section.keys for section in (shared_section, *sections.values()))
+        if not any(key in section.keys for section in (shared_section(), *sections().values()))
     ]
-    for name, section in sections.items():
+    for name, section in sections().items():
         if name == "sample" and name in config and config[name] is None:
             continue  # setting P: nothing is sampled
         given = config.get(name) or {}
@@ -274,7 +277,7 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
         except (UserError, ValueError) as error:
             faults.append(f"section {name}: {str(error).partition('; `rrhf')[0]}")
     try:
-        parsed |= shared_section.parse(shared)
+        parsed |= shared_section().parse(shared)
     except (UserError, ValueError) as error:
         faults.append(str(error).partition("; `rrhf")[0])
     if faults:

@@ -21,6 +21,7 @@ from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.scoring import reward_digest, score_records
 from support import misbehaving as bad
 from support.judge_replies import ASPECTS
+from support.ports import closed_port
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 
@@ -194,7 +195,7 @@ def test_what_a_server_takes_is_not_learned_from_its_failures(
 
 def test_a_judge_that_is_down(tmp_path: Path) -> None:
     path = tmp_path / "judge.yaml"
-    path.write_text(f"url: http://127.0.0.1:{bad.closed_port()}/v1\nmodel: m\n", encoding="utf-8")
+    path.write_text(f"url: http://127.0.0.1:{closed_port()}/v1\nmodel: m\n", encoding="utf-8")
     with pytest.raises(UserError, match="check that it is the API's root, often ending in /v1, that the server is up"):
         scored(str(path), remote=EndpointLimits(max_retries=0))
 

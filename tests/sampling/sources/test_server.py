@@ -37,6 +37,7 @@ from rrhf.sampling.sources.server import Endpoint, request_seed
 from support import misbehaving as bad
 from support import tiny
 from support.models import tiny_model
+from support.ports import closed_port, free_port
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 
@@ -350,7 +351,7 @@ def test_an_empty_account_is_not_asked_again(make: Any, server: bad.Misbehaving)
 
 
 def test_check_says_at_once_that_nobody_listens(make: Any) -> None:
-    endpoint = make(url=f"http://127.0.0.1:{bad.closed_port()}/v1", check=False)
+    endpoint = make(url=f"http://127.0.0.1:{closed_port()}/v1", check=False)
     with pytest.raises(UserError, match="no connection") as caught:
         endpoint.check()
     assert endpoint.settings.url in str(caught.value) and "server is up" in str(caught.value)
@@ -567,7 +568,7 @@ def test_ctrl_c_ends_it_and_keeps_what_was_done(server: bad.Misbehaving) -> None
     try:
         assert server.wait_for_posts(1 + 1 + 4)  # the check, the record, four that hang
         child.send_signal(signal.SIGINT)
-        out, err = child.communicate(timeout=30)
+        out, err = child.communicate(timeout=240)
     finally:
         child.kill()
     assert child.returncode == 130, err
@@ -598,7 +599,7 @@ class RealServer:
             json.dumps({"model": self.model, **body}).encode(),
             {"Content-Type": "application/json"},
         )
-        with urllib.request.urlopen(request, timeout=60) as answer:
+        with urllib.request.urlopen(request, timeout=240) as answer:
             return json.loads(answer.read())["choices"][0]
 
 
@@ -622,7 +623,7 @@ def real_server(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer: Any
     model.generation_config.eos_token_id = smollm2_tokenizer.eos_token_id
     model.save_pretrained(folder)
     smollm2_tokenizer.save_pretrained(folder)
-    port = bad.closed_port()
+    port = free_port()
     environment = {**os.environ, "HF_HOME": str(root / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     log = (root / "log").open("w+")
     arguments = [str(folder), "--device", "cpu", "--host", "127.0.0.1", "--port", str(port)]
@@ -632,15 +633,15 @@ def real_server(tmp_path_factory: pytest.TempPathFactory, smollm2_tokenizer: Any
         yield RealServer(f"http://127.0.0.1:{port}/v1", str(folder))
     finally:
         process.terminate()
-        process.wait(30)
+        process.wait(240)
         log.close()
 
 
 def wait_until_ready(url: str, process: subprocess.Popen[Any], log: Path) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 600
     pause = threading.Event()
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=5):
+        with contextlib.suppress(OSError), urllib.request.urlopen(url, timeout=60):
             return
         pause.wait(0.1)
     pytest.fail(f"transformers serve did not start:\n{log.read_text()[-2000:]}")

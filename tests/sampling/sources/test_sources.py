@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import socket
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -30,6 +29,7 @@ from rrhf.sampling.sources.source import Shared
 from rrhf.sampling.stage import sample_file
 from support import misbehaving as bad
 from support import tiny
+from support.ports import closed_port
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -305,12 +305,6 @@ def test_every_source_but_a_server_has_a_digest(model: Path, tmp_path: Path) -> 
 
 
 # --- faults before any long work ---------------------------------------------------------------------------------
-
-
-def closed_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
 
 
 def refused(arguments: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> str:

@@ -33,7 +33,7 @@ def main(folder: Path, loss: str) -> None:
     args = RRHFConfig(
         output_dir=str(folder), bf16=False, report_to="none", save_strategy="no", disable_tqdm=True, max_steps=2,
         max_tokens_per_forward=40,
-        gradient_accumulation_steps=2, ranking_loss=f"rooted_losses:{loss}", ddp_timeout=60,
+        gradient_accumulation_steps=2, ranking_loss=f"rooted_losses:{loss}", ddp_timeout=240,
     )  # fmt: skip
     model = tiny_model("llama", len(tokenizer))
     trainer = RRHFTrainer(model=model, args=args, train_dataset=records(), processing_class=tokenizer)

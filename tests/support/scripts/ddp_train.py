@@ -33,7 +33,7 @@ def train(case: str, folder: Path, queries: int) -> tuple[list[dict[str, float]]
     args = RRHFConfig(
         output_dir=str(folder / case), bf16=False, report_to="none", save_strategy="no", disable_tqdm=True,
         logging_steps=1, learning_rate=1e-2, lr_scheduler_type="linear", num_train_epochs=2,
-        per_device_train_batch_size=queries, gradient_accumulation_steps=2, ddp_timeout=120, **options,
+        per_device_train_batch_size=queries, gradient_accumulation_steps=2, ddp_timeout=240, **options,
     )  # fmt: skip
     model = tiny_model(family, len(tokenizer))
     trainer = RRHFTrainer(model=model, args=args, train_dataset=toy_records(9, seed=3), processing_class=tokenizer)

@@ -73,7 +73,7 @@ def main(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     for case, (family, budget, shares) in CASES.items():
         args = RRHFConfig(
-            output_dir=str(folder), bf16=False, report_to="none", max_tokens_per_forward=budget, ddp_timeout=120,
+            output_dir=str(folder), bf16=False, report_to="none", max_tokens_per_forward=budget, ddp_timeout=240,
             **LOSSES.get(case, {}),
         )  # fmt: skip
         model: Any = tiny_model(family, len(tokenizer))
