@@ -1,9 +1,9 @@
 """How time and memory grow with the records, where models cost nothing: sampling, scoring and reading by the trainer.
 
-Sampling asks a source that makes its responses up, scoring a function that returns lengths, and the trainer's data path
-tokenises with a tokenizer of 320 entries. What is left is what rrhf itself costs a record. Each stage is a process of its
-own; it must be as long a record at a million as at a thousand, and its memory must not grow with the records but for
-what is said in docs/scaling.md.
+Sampling asks a source that makes its responses up, scoring a function that returns lengths, and the trainer's data
+path tokenises with a tokenizer of 320 entries. What is left is what rrhf itself costs a record. Each stage is a process
+of its own; a record must take as long among a million as among ten thousand, and the memory must not grow with the
+records but for what is said in docs/scaling.md.
 """
 
 from __future__ import annotations
