@@ -82,7 +82,8 @@ class _Output:
 
     def __init__(self, command: str, url: str, arguments: list[str]) -> None:
         self.command, self.overwrite, self.store = command, "--overwrite" in arguments, Store(url)
-        self.staging = cache_folder() / "remote" / "outputs" / self.store.digest
+        self.root = cache_folder() / "remote" / "outputs" / self.store.digest
+        self.staging = self.root / "work"
         self.place = Path(self.store.path) if self.store.protocol == "file" else self.staging / self.store.name
         self.asked = hashlib.sha256(json.dumps([command, *arguments]).encode()).hexdigest()
         self.main = rank_and_world()[0] == 0
@@ -103,7 +104,7 @@ class _Output:
                     f"{self.store}: an earlier command's result lies at {self.place} and was not sent: run that "
                     f"command again to send it, or give --overwrite to make it anew"
                 )
-            shutil.rmtree(self.staging)
+            shutil.rmtree(self.root)
             return False
         print(f"rrhf {self.command}: {self.place} was finished before and is sent now", file=sys.stderr)
         self.send()
@@ -144,7 +145,7 @@ class _Output:
             above = self.store.url.partition("?")[0].rpartition("/")[0]
             Mirror(above, self.staging, unfinished, f"{self.store.name}.sha256", last=self.store.name).push(exact=True)
         if rank_and_world()[1] == 1:  # else others may still look for it
-            shutil.rmtree(self.staging)
+            shutil.rmtree(self.root)
         print(f"rrhf {self.command}: {self.store}", file=sys.stderr)
 
 

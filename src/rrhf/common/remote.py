@@ -319,7 +319,7 @@ class Store:
         place = scratch / f".{self.name}.{os.getpid()}.up"
         try:
             write_text(place, text)
-            self.upload(place, checksum_of_file(place))
+            self.upload(place, checksum_of_file(place), kept=False)
         finally:
             place.unlink(missing_ok=True)
 
@@ -336,8 +336,8 @@ class Store:
 
         self._try("read", bring)
 
-    def upload(self, place: Path, digest: str) -> None:
-        """Send a file whole, and read it back: its checksum there is ``digest``."""
+    def upload(self, place: Path, digest: str, kept: bool = True) -> None:
+        """Send a file whole, and read it back: its checksum there is ``digest``. ``kept``: it is worth a word."""
 
         def send() -> None:
             fs, whole = self._fresh(), self.protocol in WHOLE_PUTS
@@ -347,13 +347,14 @@ class Store:
                 fs.makedirs(parent, exist_ok=True)
             fs.put_file(str(place), target)
             if self._checksum(target) != digest:
+                fs.rm_file(target)
                 raise _OtherContentError("what arrived does not fit its checksum")
             if not whole:
                 if fs.exists(self.path):
                     fs.rm_file(self.path)
                 fs.mv(target, self.path)
 
-        self._try("written", send, f". Nothing is lost: what was to go there lies whole at {place}")
+        self._try("written", send, f". Nothing is lost: what was to go there lies whole at {place}" if kept else "")
 
     def check_writable(self, scratch: Path) -> None:
         """Refuse, before any work, a place that cannot be written; an empty file is put there and taken away."""
@@ -361,8 +362,10 @@ class Store:
         probe = self.beside(f".{self.name}.{os.uname().nodename}-{os.getpid()}.probe")
         place = scratch / ".probe"
         place.write_bytes(b"")
-        probe.upload(place, checksum_of_file(place))
-        place.unlink()
+        try:
+            probe.upload(place, checksum_of_file(place), kept=False)
+        finally:
+            place.unlink()
         self._try("written", lambda: self.fs.rm_file(probe.path))
 
     def remove(self) -> None:
@@ -439,9 +442,10 @@ def _cure(error: Exception, protocol: str) -> str:
 def _without_keys(text: str, url: str) -> str:
     """A message without what the URL and the environment hold of keys."""
     authority = re.search(r"//([^/]*)@", url)
-    keys = [os.environ.get(name, "") for name in SECRETS]
-    keys += [authority[1], *authority[1].split(":")[1:]] if authority else []
-    keys += [url.partition("?")[2]]
-    for key in sorted(filter(None, keys), key=len, reverse=True):
+    parts = authority[1].split(":") if authority else []
+    keys = [*(os.environ.get(name, "") for name in SECRETS), *parts, url.partition("?")[2]]
+    if authority:
+        text = text.replace(authority[0], "//")
+    for key in sorted((key for key in keys if len(key) > 3), key=len, reverse=True):  # a shorter one is in many a word
         text = text.replace(key, "…")
     return text
