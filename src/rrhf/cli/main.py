@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     set_up_memory(rest)
     try:
-        code = int(importlib.import_module(f"rrhf.cli.{name.replace('-', '_')}").main(rest) or 0)
+        code = _carry_out(name, rest)
         end_process_group()
         return code
     except UserError as error:
@@ -82,6 +82,17 @@ def main(argv: list[str] | None = None) -> int:
             print(f"rrhf {name}: {error}: free some space; what is finished is kept", file=sys.stderr)
             return 2
         raise
+
+
+def _carry_out(name: str, arguments: list[str]) -> int:
+    def work(given: list[str]) -> int:
+        return int(importlib.import_module(f"rrhf.cli.{name.replace('-', '_')}").main(given) or 0)
+
+    if not any("://" in argument for argument in arguments):
+        return work(arguments)
+    from rrhf.cli.urls import with_urls
+
+    return with_urls(name, arguments, work)
 
 
 def _terminate(number: int, frame: Any) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -14,6 +15,11 @@ from typing import IO, Any
 from rrhf.common.errors import UserError
 
 WRITING_FAILED = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)  # and name no file
+
+
+def cache_folder() -> Path:
+    """Where converted models, fitted classifiers and copies of URLs are kept: ``$RRHF_CACHE`` or ``~/.cache/rrhf``."""
+    return Path(os.environ.get("RRHF_CACHE") or Path.home() / ".cache" / "rrhf")
 
 
 def fsync_folder(folder: Path) -> None:
@@ -76,6 +82,12 @@ def _remove_stale(path: Path) -> None:
                 other.unlink(missing_ok=True)
             except OSError:  # someone else's process
                 pass
+
+
+def checksum_of_file(path: Path) -> str:
+    """SHA-256 of a file's bytes."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write_text(path: str | Path, text: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrhf.common.errors import UserError
+from rrhf.common.remote import fetched_model, is_url
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -30,11 +30,6 @@ def model_folder(path: str | Path) -> Path:
     )
 
 
-def cache_folder() -> Path:
-    """Where converted models and fitted classifiers are kept: ``$RRHF_CACHE`` or ``~/.cache/rrhf``."""
-    return Path(os.environ.get("RRHF_CACHE") or Path.home() / ".cache" / "rrhf")
-
-
 def package_folder(package: str) -> Path:
     """The folder of an installed package, which is not imported."""
     spec = importlib.util.find_spec(package)
@@ -46,7 +41,9 @@ def package_folder(package: str) -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """Turn ``package:NAME/FILE`` into a path; any other name stays as it is. ``locate`` does the rest."""
+    """Turn ``package:NAME/FILE`` into a path, and a URL into that of its copy here; any other name stays as it is."""
+    if is_url(name):
+        return str(fetched_model(name))
     if not name.startswith("package:"):
         return name
     package, _, file = name.removeprefix("package:").partition("/")

@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, nearest
-from rrhf.common.files import claimed_place, read_object, refuse_existing, replacing
+from rrhf.common.files import cache_folder, claimed_place, read_object, refuse_existing, replacing
 from rrhf.common.progress import progress
-from rrhf.models.folders import cache_folder, model_folder, save_policy
+from rrhf.models.folders import model_folder, save_policy
 
 if TYPE_CHECKING:
     import numpy as np

@@ -13,6 +13,7 @@ from typing import Any
 from rrhf.common.errors import UserError
 from rrhf.common.imports import load_function
 from rrhf.common.presentation import describe_counts
+from rrhf.common.remote import fetched, refuse_keys
 from rrhf.recipes.config import DataSettings
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import write_records
@@ -25,9 +26,15 @@ SOURCE_USAGE = "a function f(limit, seed) that returns records"
 
 
 def data_digests(settings: DataSettings) -> dict[str, str]:
-    """The checksums of the data files on this machine that a run's queries come from."""
-    paths = [Path(name) for name in (settings.source, settings.held_out) if name is not None]
-    return {str(path): checksum_of_file(path) for path in paths if path.is_file()}
+    """The checksums of the data files, here and at URLs, that a run's queries come from."""
+    found = {}
+    for name in (settings.source, settings.held_out):
+        if name is not None:
+            refuse_keys(name)
+            path = fetched(name)
+            if path.is_file():
+                found[name] = checksum_of_file(path)
+    return found
 
 
 def _read(source: str, settings: DataSettings, limit: int | None, counts: Counter[str]) -> Iterator[Record]:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.cluster.pool import open_pool
 from rrhf.common.errors import UserError
+from rrhf.common.remote import push_finished
 from rrhf.evaluation.stage import evaluate_models, reward_context
 from rrhf.models.cache import PolicyCache
 from rrhf.models.identity import model_digest
@@ -104,12 +105,14 @@ def carry_out(stages: Sequence[Stage], run: RunFolder, *clocks: RunFolder) -> No
             log.info(f"{stage.name}: {stage.result.name} is complete")
             # A process may have been stopped while it cleared up.
             shutil.rmtree(stage.result.with_name(stage.result.name + ".parts"), ignore_errors=True)
+            push_finished(run.folder)  # or before it was sent
             continue
         log.info(f"{stage.name}: begins")
         with ExitStack() as timed:
             for folder in (run, *clocks):
                 timed.enter_context(folder.timed(stage.name))
             stage.work()
+        push_finished(run.folder)
 
 
 def finish(run: RunFolder, reported: Sequence[RunFolder]) -> dict[str, Any]:

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable
-from pathlib import Path
 
+from rrhf.common.files import checksum_of_file
 from rrhf.records.record import Record, record_line
+
+__all__ = ["checksum_of_file", "checksum_of_records"]
 
 
 def checksum_of_records(records: Iterable[Record]) -> str:
@@ -15,12 +17,3 @@ def checksum_of_records(records: Iterable[Record]) -> str:
     for record in records:
         digest.update(record_line(record).encode() + b"\n")
     return digest.hexdigest()
-
-
-def checksum_of_file(path: Path) -> str:
-    """SHA-256 of a file's bytes."""
-    with path.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-        return digest.hexdigest()

@@ -19,6 +19,7 @@ from typing import Any
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import load_function
+from rrhf.common.remote import fetched
 from rrhf.records.files import READERS, Ids, file_suffix, read_records, read_rows, require_file, text_lines
 from rrhf.records.foreign.instructions import (
     PROMPT_COLUMNS,
@@ -210,7 +211,8 @@ def load_dataset_records(
     own format only empty responses are; any other fault there is an error.
 
     Args:
-        source: a .jsonl, .jsonl.gz, .json, .parquet, .csv or .txt file, a folder, or a data set's id on the hub.
+        source: a .jsonl, .jsonl.gz, .json, .parquet, .csv or .txt file, a folder, the URL of one of these, or a data
+            set's id on the hub.
         format: a name in ``FORMATS`` or ``pkg.module:function``; guessed from the first row's columns when None.
         split: which split of a folder or hub data set. A file has none.
         limit: stop after so many records.
@@ -225,7 +227,7 @@ def load_dataset_records(
     if limit is not None and limit < 1:
         raise UserError(f"limit is {limit}: it must be at least 1, or left out")
     convert = load_format(format) if format is not None else None
-    name = str(source)
+    name = str(fetched(source))
     rows = file_rows(Path(name)) if _is_file(name) else _library_rows(name, split, config, data_dir)
     counter = Counter[str]() if counts is None else counts
     records = _records(name, rows, convert, counter)

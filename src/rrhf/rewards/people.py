@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.remote import fetched
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records, require_file
 from rrhf.records.foreign.ratings import number_of
@@ -338,7 +339,7 @@ def _split(argument: str) -> tuple[Path, str]:
         file, aggregate = argument, "mean"
     if aggregate not in AGGREGATES:
         raise UserError(f"people:{argument}: {nearest(aggregate, AGGREGATES)}")
-    return Path(file), aggregate
+    return fetched(file), aggregate
 
 
 def people_scorer(argument: str, context: RewardContext) -> Scorer:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from torch.utils.data import Dataset
@@ -15,25 +14,13 @@ from rrhf.common.scores import score_levels
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import TOKEN_COLUMNS, Record, record_from_row
 from rrhf.training.selection import selected
+from rrhf.training.stored import StoredRecords, TrainingRecord
 
-
-@dataclass(frozen=True)
-class TrainingRecord(EncodedRecord):
-    """A record with the responses that its loss reads.
-
-    ``padded_length``: of the longest row with all responses. ``reference_sums``: Σ_t log ρ(y_t | …) of each response.
-    ``old_token_logprobs``, ``reference_token_logprobs``: log P(y_t | …) of each response's tokens, under the policy
-    that drew it and under ρ. None where the records bring none.
-    """
-
-    padded_length: int
-    reference_sums: Sequence[float] | None = None
-    old_token_logprobs: Sequence[Sequence[float]] | None = None
-    reference_token_logprobs: Sequence[Sequence[float]] | None = None
+__all__ = ["EncodedRecords", "TrainingRecord"]
 
 
 class EncodedRecords(Dataset):
-    """Records as token ids in memory, without those that cannot be trained on; ``skipped`` counts them by reason.
+    """Records as token ids, without those that cannot be trained on, which ``skipped`` counts by reason.
 
     Responses that no loss reads are not kept, so nothing computes them: those without a score, those that ``select``
     (see ``rrhf.training.selection``) leaves out, counted in ``left_out``, and, with ``only_best``, all but the best one
@@ -52,7 +39,7 @@ class EncodedRecords(Dataset):
         reference_sums: str | None = None,
         select: str = "all",
     ) -> None:
-        self.records: list[TrainingRecord] = []
+        self.records = StoredRecords()
         self.skipped: Counter[str] = Counter()
         self.unranked = 0
         self.left_out = 0
@@ -73,7 +60,8 @@ class EncodedRecords(Dataset):
         return len(self.records)
 
     def __getitem__(self, index: int) -> TrainingRecord:
-        return self.records[index]
+        record: TrainingRecord = self.records[index]
+        return record
 
     def summary(self) -> str:
         """What became of the records, in one line."""

@@ -274,7 +274,7 @@ class OnlineRecords(Dataset):
         self.unranked += encoded.unranked
         self.left_out += encoded.left_out
         self.queries_cut, self.responses_cut = self.format.queries_cut, self.format.responses_cut
-        return encoded.records
+        return list(encoded.records)
 
     def _prepare(self, number: int, asked: Sequence[Record], begun: bool) -> None:
         """See whether the window stands on disk already; else note what it is going to be made of.

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import replacing
+from rrhf.common.files import cache_folder, replacing
 from rrhf.common.progress import Progress
 from rrhf.models.devices import native_bfloat16
-from rrhf.models.folders import cache_folder, package_folder
+from rrhf.models.folders import package_folder
 from rrhf.recipes.demo.data import FIRST, SECOND, Review, split_reviews
 
 if TYPE_CHECKING:

@@ -18,9 +18,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrhf.common.files import write_text
+from rrhf.common.files import cache_folder, write_text
 from rrhf.common.logging import set_up_logging
-from rrhf.models.folders import cache_folder
 from rrhf.recipes.demo.data import Review
 from rrhf.recipes.micro.reviews import split_micro
 

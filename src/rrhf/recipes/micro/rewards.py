@@ -13,7 +13,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rrhf.models.folders import cache_folder
+from rrhf.common.files import cache_folder
 from rrhf.recipes.demo.classifiers import (
     CODE_VERSION,
     SEED,

@@ -11,6 +11,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from rrhf.common.endpoint_settings import EndpointLimits
+from rrhf.common.remote import fetched
 from rrhf.records.files import read_records
 from rrhf.records.record import Record, query_text
 from rrhf.rewards.judges.judge import Judge, calls_of
@@ -56,18 +57,18 @@ class JudgeScorer:
 
 def open_judge(name: str, limits: EndpointLimits, seed: int) -> Judge:
     """The judge of a file, ready to be asked. Raises ``UserError`` for faults of the file."""
-    template = read_template(Path(name))
+    template = read_template(fetched(name))
     return Judge(template, limits, _cache_folder(name, template), seed)
 
 
 def _cache_folder(name: str, template: JudgeTemplate) -> Path:
     """Where a judge's replies are kept, for every command and every output that asks it."""
-    return Path(template.cache) if template.cache else Path(name).with_name(f"{Path(name).name}.replies")
+    return Path(template.cache) if template.cache else fetched(name).with_name(f"{Path(name).name}.replies")
 
 
 def judge_digest(name: str, context: RewardContext) -> str:
     """A digest of all that a judge is told; which weights stand behind its address nobody knows."""
-    content = json.dumps([asdict(read_template(Path(name))), context.seed], sort_keys=True)
+    content = json.dumps([asdict(read_template(fetched(name))), context.seed], sort_keys=True)
     return hashlib.sha256(content.encode()).hexdigest()[:32]
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
+from rrhf.common.remote import fetched_model, is_url
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -72,8 +73,9 @@ def stored_tensors(folder: Path, names: list[str]) -> dict[str, Tensor]:
     return found
 
 
-def raw_checkpoint(place: Path) -> Path | None:
+def raw_checkpoint(name: str) -> Path | None:
     """The raw checkpoint that a name stands for: the file itself, or a folder's ``hf_ckpt.pt`` without safetensors."""
+    place = fetched_model(name) if is_url(name) else Path(name)
     if place.is_file() and place.suffix in RAW:
         return place
     if place.is_dir() and not list(place.glob("*.safetensors")) and (place / KNOWN_RAW).exists():

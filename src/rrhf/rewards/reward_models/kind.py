@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.remote import is_url
 from rrhf.models.identity import model_digest
 from rrhf.records.checksums import checksum_of_file
 from rrhf.rewards.kind import Item, RewardContext, RewardKind
@@ -29,9 +30,9 @@ SEVERAL_LABELS = "multi_label_classification"
 
 
 def names_reward_model(reward: str) -> bool:
-    """Whether a reward without ``model:`` in front is a model's name: a path that is there, or a hub id."""
+    """Whether a reward without ``model:`` in front is a model's name: a path that is there, a URL, or a hub id."""
     name = reward.partition("#")[0]
-    return ":" not in reward and ("/" in name or Path(name).is_dir())
+    return is_url(name) or (":" not in reward and ("/" in name or Path(name).is_dir()))
 
 
 def split_label(argument: str) -> tuple[str, str | None]:
@@ -161,7 +162,7 @@ def reward_model_digest(argument: str, context: RewardContext) -> str:
     from rrhf.models.devices import resolve_device, resolve_dtype
 
     name, label = split_label(argument)
-    raw = raw_checkpoint(Path(name))
+    raw = raw_checkpoint(name)
     weights = [model_digest(str(raw.parent) if raw is not None else name)]
     if raw is not None:
         weights.append(checksum_of_file(raw))

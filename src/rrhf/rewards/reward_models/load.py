@@ -78,7 +78,7 @@ def find_reward_model(name: str) -> Place:
     """
     from transformers import AutoConfig
 
-    raw = raw_checkpoint(Path(name))
+    raw = raw_checkpoint(name)
     folder = str(raw.parent) if raw is not None else _located(name)
     if raw is not None and not (raw.parent / "config.json").exists():
         raise UserError(

@@ -6,10 +6,10 @@ import hashlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from pathlib import Path
 
 from rrhf.common.endpoint_settings import EndpointSettings, share_of_process
 from rrhf.common.errors import UserError
+from rrhf.common.remote import fetched
 from rrhf.models.identity import model_digest
 from rrhf.records.checksums import checksum_of_file
 from rrhf.sampling.settings import SamplingSettings, policy_named
@@ -53,7 +53,7 @@ def build_sources(written: Sequence[str], shared: Shared) -> list[Source]:
 def source_digest(spec: SourceSpec) -> str | None:
     """A digest of the file or model that responses come from; ``None`` of a server's, which nobody knows."""
     if spec.kind == "file":
-        return checksum_of_file(Path(spec.name))
+        return checksum_of_file(fetched(spec.name))
     return None if spec.kind == "endpoint" else model_digest(spec.name)
 
 
@@ -68,7 +68,7 @@ def source_seed(seed: int, tag: str, number: int) -> int:
 
 
 def _file(spec: SourceSpec, tag: str, shared: Shared) -> Source:
-    return ResponseFile(Path(spec.name), tag)
+    return ResponseFile(fetched(spec.name), tag)
 
 
 def _local(spec: SourceSpec, tag: str, shared: Shared) -> Source:

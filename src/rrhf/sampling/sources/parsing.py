@@ -8,6 +8,7 @@ from pathlib import Path
 
 from rrhf.common.endpoint_settings import KINDS
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.remote import is_url
 from rrhf.sampling.settings import policy_named
 
 ENGINES = ("vllm", "openvino")  # written before the name of the model they load
@@ -33,6 +34,8 @@ def parse_source(text: str) -> SourceSpec:
     Raises:
         UserError: neither a file nor of the form NAME@POLICY:N, an unknown policy, or N below 1.
     """
+    if is_url(text) and not re.match(r"https?://", text) and "@" not in text:
+        return SourceSpec("file", text, "file", 0, Path(text).name.split(".")[0])
     if Path(text).is_file():
         return SourceSpec("file", text, "file", 0, Path(text).name.split(".")[0])
     shown = shown_source(text)

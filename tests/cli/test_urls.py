@@ -1,0 +1,202 @@
+"""Commands whose inputs and outputs are URLs: in memory, and on a real S3 server on loopback."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import yaml
+
+from rrhf.cli.main import main
+from rrhf.cli.urls import _values
+from rrhf.common import remote
+from rrhf.common.errors import UserError
+from rrhf.common.remote import SUMS, Store
+from support import tiny
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """An empty memory file system with scored records in it, and an empty cache; rewards can be imported."""
+    monkeypatch.setenv("RRHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    monkeypatch.chdir(tmp_path)
+    tiny.write_rewards(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    remote.fetched_model.cache_clear()
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    fs.pipe("/in/data.jsonl", "".join(json.dumps(row) + "\n" for row in tiny.rows(8)).encode())
+    yield fs
+    fs.store.clear()
+
+
+def lines(fs: Any, path: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in fs.cat(path).decode().splitlines()]
+
+
+SCORE = ["score", "--data", "memory://in/data.jsonl", "--reward", "tiny_rewards:vowels", "--output"]
+
+
+def test_which_arguments_are_read_and_written() -> None:
+    given = ["--judge", "s3://j/a.yaml", "s3://j/b.yaml", "--overwrite", "--output=s3://o/r.json", "--model", "s3://m"]
+    assert [value for value, _ in _values("judge", given)] == ["s3://j/a.yaml", "s3://j/b.yaml", "s3://o/r.json"]
+    given = ["s3://c/run.yaml", "model=s3://m", "--output", "s3://o/run", "seed=1"]
+    assert [(value, place[:2]) for value, place in _values("run", given) if remote.is_url(value)] == [
+        ("s3://c/run.yaml", ("", 0)),
+        ("s3://o/run", ("output", 3)),
+    ]
+    assert not list(_values("sample", ["--source", "http://host/v1@chat:2", "--reward_model", "s3://x"]))
+
+
+def test_files_come_from_and_go_to_urls(memory: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(["convert", "memory://in/data.jsonl", "--output", "memory://out/records.parquet"]) == 0
+    assert main(["sample", "--source", "memory://in/data.jsonl", "--data", "memory://out/records.parquet",
+                 "--output", "memory://out/sampled.jsonl"]) == 0  # fmt: skip
+    assert main(["score", "--data=memory://out/sampled.jsonl", "--reward", "tiny_rewards:vowels",
+                 "--output=memory://out/scored.jsonl"]) == 0  # fmt: skip
+    assert main(["inspect", "memory://out/scored.jsonl", "--html", "memory://out/page.html"]) == 0
+    scored = lines(memory, "/out/scored.jsonl")
+    assert len(scored) == 8 and all(len(row["scores"]) == len(row["responses"]) for row in scored)
+    assert "rewards" in scored[0] and b"<title>" in memory.cat("/out/page.html")
+    names = {path.removeprefix("/out/") for path in memory.find("/out")}
+    outputs = {"records.parquet", "sampled.jsonl", "scored.jsonl", "page.html"}
+    assert names == outputs | {f"{name}.sha256" for name in outputs}  # nothing else, and no half of anything
+    assert not list((tmp_path / "cache/remote/outputs").iterdir())  # what is up is not kept twice
+    assert main([*SCORE, "memory://out/scored.jsonl"]) == 2
+    assert "memory://out/scored.jsonl exists already" in capfd.readouterr().err
+
+
+def test_what_could_not_be_sent_is_kept_and_sent_by_the_same_command(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    upload = Store.upload
+
+    def fails(self: Store, *rest: Any, **options: Any) -> None:
+        if self.name == "scored.jsonl":
+            raise UserError(f"{self}: cannot be written")
+        upload(self, *rest, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Store, "upload", fails)
+        assert main([*SCORE, "memory://out/scored.jsonl"]) == 2
+    assert memory.find("/out") == []
+    other = [part.replace("vowels", "spaces") for part in SCORE]
+    assert main([*other, "memory://out/scored.jsonl"]) == 2
+    assert "an earlier command's result lies at" in capfd.readouterr().err
+    monkeypatch.setattr("rrhf.rewards.stage.score_file", None)  # nothing is scored again
+    assert main([*SCORE, "memory://out/scored.jsonl"]) == 0
+    assert len(lines(memory, "/out/scored.jsonl")) == 8 and "is sent now" in capfd.readouterr().err
+
+
+def test_no_work_is_begun_for_a_place_that_cannot_be_written(
+    memory: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("rrhf.rewards.stage.score_file", None)
+
+    def denied(self: Any, *rest: Any, **options: Any) -> None:
+        raise PermissionError("Access Denied")
+
+    monkeypatch.setattr(type(memory), "put_file", denied)
+    assert main([*SCORE, "memory://out/scored.jsonl"]) == 2
+    assert "Access Denied: give credentials" in capfd.readouterr().err
+
+
+def test_models_are_read_and_written_at_urls(memory: Any, tmp_path: Path) -> None:
+    memory.put(str(tiny.write_model(tmp_path / "policy")), "/in/policy", recursive=True)
+    settings = tiny.config(tmp_path)["train"]
+    flags = [f"--{name}={value}" for name, value in {**settings, "max_steps": 1}.items() if name != "num_train_epochs"]
+    model = ["--model", "memory://in/policy", "--device", "cpu", "--dtype", "float32"]
+    train = ["train", *model, "--data", "memory://in/data.jsonl", "--output", "memory://out/model", *flags]
+    assert main(train) == 0
+    sent = {path.removeprefix("/out/model/") for path in memory.find("/out/model")}
+    assert {"model.safetensors", "config.json", "training.json", SUMS} <= sent
+    assert not [name for name in sent if "checkpoint" in name]
+    assert len(memory.cat(f"/out/model/{SUMS}").decode().splitlines()) == len(sent) - 1
+    evaluate = ["evaluate", "--model", "memory://out/model", "--device", "cpu", "--dtype", "float32",
+                "--data", "memory://in/data.jsonl", "--reward", "tiny_rewards:vowels", "--max_new_tokens", "3",
+                "--output", "memory://out/numbers.json"]  # fmt: skip
+    assert main(evaluate) == 0
+    assert json.loads(memory.cat("/out/numbers.json"))["perplexity_model"] == "memory://out/model"
+    assert memory.exists("/out/numbers.generations.jsonl")
+
+
+# --- S3 --------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def s3() -> Iterator[Any]:
+    """A file system on a real server of S3's protocol on loopback, with a bucket; children find it too."""
+    pytest.importorskip("s3fs")
+    server_module = pytest.importorskip("moto.server")
+    server = server_module.ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    settings = {
+        "AWS_ACCESS_KEY_ID": "planted-key", "AWS_SECRET_ACCESS_KEY": "planted-secret",
+        "AWS_ENDPOINT_URL": f"http://{host}:{port}", "AWS_DEFAULT_REGION": "us-east-1",
+    }  # fmt: skip
+    before = {name: os.environ.get(name) for name in settings}
+    os.environ.update(settings)
+    fs = fsspec.filesystem("s3")
+    fs.mkdir("bucket")
+    yield fs
+    server.stop()
+    for name, value in before.items():
+        if value is None:
+            del os.environ[name]
+        else:
+            os.environ[name] = value
+
+
+def run(folder: Path, url: str, disk: str, *faults: Any) -> tiny.Result:
+    """``rrhf run`` to a URL on a machine whose disk is ``disk``."""
+    names = ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_ENDPOINT_URL", "AWS_DEFAULT_REGION")
+    env = {name: os.environ[name] for name in names} | {"RRHF_CACHE": str(folder / disk)}
+    return tiny.warm("run", "config.yaml", "--output", url, cwd=folder, faults=faults, env=env)
+
+
+def test_a_run_on_s3_is_killed_and_goes_on_with_an_empty_disk(s3: Any, tmp_path: Path) -> None:
+    """Killed in training and again in the evaluation: what is up is not made again, and the end is the same."""
+    s3.put(str(tiny.write_model(tmp_path / "policy")), "bucket/policy", recursive=True)
+    config = tiny.config(Path("x"))
+    config |= {"model": "s3://bucket/policy"}
+    config["data"] = {"source": "s3://bucket/data.jsonl", "limit": 8, "held_out_limit": 3}
+    config["train"]["num_train_epochs"] = 1
+    folder = tiny.workplace(tmp_path / "work", config)
+    s3.put(str(folder / "data.jsonl"), "bucket/data.jsonl")
+    run(folder, "s3://bucket/whole", "disk").done()
+    step = "rrhf.training.trainer:RRHFTrainer.training_step"
+    assert run(folder, "s3://bucket/run", "first", tiny.die(step, 2)).code == -9
+    up = {path.removeprefix("bucket/run/") for path in s3.find("bucket/run")}
+    assert {"queries.jsonl", "responses.jsonl", "scored.jsonl"} <= up and not [n for n in up if n.startswith("model")]
+    asked = tmp_path / "asked"
+    faults = [tiny.count(f"rrhf.recipes.offline:{work}", asked) for work in ("write_queries", "_sample", "_score")]
+    faults += [tiny.die("rrhf.evaluation.stage:write_text", 2)]
+    assert run(folder, "s3://bucket/run", "second", *faults).code == -9
+    done = run(folder, "s3://bucket/run", "third", tiny.count("rrhf.recipes.offline:_train", asked)).done()
+    assert not asked.exists()  # what was up was made once
+    assert "finished files were there already" in done.err and "report: " in done.out
+    for name in ("queries.jsonl", "responses.jsonl", "scored.jsonl", "model/model.safetensors",
+                 "evaluation.generations.jsonl"):  # fmt: skip
+        assert s3.cat(f"bucket/run/{name}") == s3.cat(f"bucket/whole/{name}"), name
+    everything = b"".join(s3.cat(path) for path in s3.find("bucket/run")) + done.err.encode() + done.out.encode()
+    assert b"planted-" not in everything and yaml.safe_load(s3.cat("bucket/run/config.yaml"))["model"].startswith("s3:")
+    listed = {line.partition("  ")[2] for line in s3.cat(f"bucket/run/{SUMS}").decode().splitlines()}
+    assert listed == {path.removeprefix("bucket/run/") for path in s3.find("bucket/run")} - {SUMS}
+
+
+def test_s3_faults_say_how_to_mend_them(s3: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(remote, "PAUSES", ())
+    monkeypatch.setenv("RRHF_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match="no such file, folder or bucket: check the name"):
+        Store("s3://nowhere/out.jsonl").check_writable(tmp_path)
+    with pytest.raises(UserError, match="no such file, folder or bucket: check the name"):
+        remote.fetched("s3://bucket/none.jsonl")
+    Store("s3://bucket/deep/out.jsonl").check_writable(tmp_path)
+    assert not s3.exists("bucket/deep")
