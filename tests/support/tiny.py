@@ -213,6 +213,11 @@ def fill(at: str, call: int, limit: int) -> dict[str, Any]:
     return {"at": at, "call": call, "limit": limit}
 
 
+def lack(at: str, call: int, times: int = 1) -> dict[str, Any]:
+    """From the n-th ``call`` of ``at`` on it runs out of memory so many ``times``, as torch says it."""
+    return {"at": at, "call": call, "lack": times}
+
+
 def install_faults(faults: Sequence[dict[str, Any]]) -> None:
     """Install faults in this process: in modules that are loaded now, in the others when they are."""
     waiting: dict[str, list[dict[str, Any]]] = {}
@@ -301,6 +306,11 @@ def _install(fault: dict[str, Any], module: Any) -> None:
         elif calls == fault["call"] and "limit" in fault:
             signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
             resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
+        elif "lack" in fault:
+            if fault["call"] <= calls < fault["call"] + fault["lack"]:
+                import torch
+
+                raise torch.OutOfMemoryError("out of memory: tried to allocate 1 TiB")
         elif calls == fault["call"]:
             os.kill(os.getpid(), signal.Signals[f"SIG{fault['how']}"])
         return function(*args, **kwargs)
