@@ -241,7 +241,10 @@ class PartsFolder:
     def _checksum(self, step: int, number: int, origin: str) -> str | None:
         """The checksum of a part that is whole and was made of the input whose checksum is ``origin``; else None."""
         entry, path = self.entries.get((step, number)), self.part(step, number)
-        if entry is None or entry.input != origin or not path.exists() or checksum_of_file(path) != entry.sha256:
+        if entry is None or entry.input != origin:
+            return None
+        if not path.exists() or checksum_of_file(path) != entry.sha256:
+            log.warning(f"{path} is gone or damaged, it is not what was written: it is made again")
             return None
         return entry.sha256
 

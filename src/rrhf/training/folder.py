@@ -82,6 +82,11 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if not folder.exists() or (isinstance(error, FileNotFoundError) and str(folder) in str(error.filename)):
+            raise UserError(
+                f"{folder}: it, or a folder in it, was removed while training wrote there ({error}). The same command "
+                "trains again from what is left"
+            ) from error
         signs = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
         if not any(sign in str(error) for sign in [*signs, "PytorchStreamWriter failed writing"]):
             raise

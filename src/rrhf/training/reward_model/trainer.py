@@ -108,6 +108,16 @@ class RewardTrainer(Trainer):
             log.warning(f"out of memory ({lack}): {self._most_queries} queries at a time from here on")
             random.restore(device)
 
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm over all parameters, which must be finite: it is asked for before every update."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(float(norm)) and self.accelerator.scaler is None:  # a scaler (fp16) skips such a step
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is finite, but its gradient's norm is {norm}. Nothing "
+                "was updated; the last checkpoint is whole. Lower --learning_rate, or look at the data"
+            )
+        return norm
+
     def _in_parts(
         self, model: nn.Module, inputs: list[RankedRows], size: int, num_items_in_batch: Tensor | int | None
     ) -> Tensor:
