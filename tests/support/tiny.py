@@ -15,12 +15,14 @@ import importlib
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -213,6 +215,22 @@ def fill(at: str, call: int, limit: int) -> dict[str, Any]:
     return {"at": at, "call": call, "limit": limit}
 
 
+def lack(at: str, call: int, times: int = 1) -> dict[str, Any]:
+    """From the n-th ``call`` of ``at`` on it runs out of memory so many ``times``, as torch says it."""
+    return {"at": at, "call": call, "lack": times}
+
+
+def at_moment(line: int, **action: Any) -> dict[str, Any]:
+    """Before the n-th ``line`` that the package runs: ``how`` a signal (default KILL), ``remove`` a folder, let the
+    ``clock`` jump by seconds, ``limit`` all files to so many bytes, or ``hold`` still until two FIFOs there are met."""
+    return {"at": "rrhf:", "line": line, **action}
+
+
+def poison(at: str, call: int) -> dict[str, Any]:
+    """After the n-th ``call`` of the method ``at`` of a trainer a gradient is not a number."""
+    return {"at": at, "call": call, "poison": True}
+
+
 def install_faults(faults: Sequence[dict[str, Any]]) -> None:
     """Install faults in this process: in modules that are loaded now, in the others when they are."""
     waiting: dict[str, list[dict[str, Any]]] = {}
@@ -265,21 +283,33 @@ def _watch_lines(fault: dict[str, Any]) -> None:
         if event == "line":
             seen += 1
             if seen == fault.get("line"):
-                os.kill(os.getpid(), signal.SIGKILL)
+                sys.settrace(None)
+                _act(fault)
         return watch
 
     sys.settrace(watch)
     if "lines" in fault:
-        # Noted where a run ends: in the last thing it does.
-        from rrhf.report import terminal as summary
+        _AT_THE_END.append(lambda: Path(fault["lines"]).write_text(str(seen), encoding="utf-8"))
 
-        last = summary.format_examples
 
-        def noted(*arguments: Any, **options: Any) -> str:
-            Path(fault["lines"]).write_text(str(seen), encoding="utf-8")
-            return last(*arguments, **options)
+_AT_THE_END: list[Callable[[], object]] = []  # of a child
 
-        summary.format_examples = noted
+
+def _act(fault: dict[str, Any]) -> None:
+    """Do to this process what the fault says."""
+    if "limit" in fault:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
+    elif "remove" in fault:
+        shutil.rmtree(fault["remove"], ignore_errors=True)
+    elif "clock" in fault:
+        now = time.time
+        time.time = lambda: now() + fault["clock"]
+    elif "hold" in fault:
+        Path(fault["hold"], "entered").open("w").close()
+        Path(fault["hold"], "met").read_text()
+    else:
+        os.kill(os.getpid(), signal.Signals[f"SIG{fault.get('how', 'KILL')}"])
 
 
 def _install(fault: dict[str, Any], module: Any) -> None:
@@ -298,11 +328,20 @@ def _install(fault: dict[str, Any], module: Any) -> None:
         if "file" in fault:
             with open(fault["file"], "a", encoding="utf-8") as file:  # noqa: PTH123
                 file.write(fault["at"] + "\n")
-        elif calls == fault["call"] and "limit" in fault:
-            signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-            resource.setrlimit(resource.RLIMIT_FSIZE, (fault["limit"], fault["limit"]))
+        elif "poison" in fault:
+            result = function(*args, **kwargs)
+            if calls == fault["call"]:
+                owner = args[0]
+                found = owner.parameters if hasattr(owner, "parameters") else list(owner.model.parameters())
+                next(p for p in found if p.grad is not None).grad.view(-1)[0] = float("nan")
+            return result
+        elif "lack" in fault:
+            if fault["call"] <= calls < fault["call"] + fault["lack"]:
+                import torch
+
+                raise torch.OutOfMemoryError("out of memory: tried to allocate 1 TiB")
         elif calls == fault["call"]:
-            os.kill(os.getpid(), signal.Signals[f"SIG{fault['how']}"])
+            _act(fault)
         return function(*args, **kwargs)
 
     setattr(owner, name, watched)
@@ -484,6 +523,25 @@ def _serve() -> None:
         sys.stdout.flush()
 
 
+_COPIERS: list[int] = []
+
+
+def _unlimited(path: str) -> int:
+    """A pipe into ``path`` through a process of its own, which the limits on files of this one do not meet."""
+    reading, writing = os.pipe()
+    pid = os.fork()
+    if pid == 0:
+        for descriptor in (1, 2, writing):
+            os.close(descriptor)
+        file = os.open(path, os.O_WRONLY | os.O_CREAT, 0o600)
+        while block := os.read(reading, 65536):
+            os.write(file, block)
+        os._exit(0)
+    os.close(reading)
+    _COPIERS.append(pid)
+    return writing
+
+
 def _child(question: dict[str, Any]) -> None:
     """Become the process that was asked for."""
     code: Any = 1
@@ -491,6 +549,10 @@ def _child(question: dict[str, Any]) -> None:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
         for descriptor, suffix in ((1, ".out"), (2, ".err")):
             os.dup2(os.open(question["output"] + suffix, os.O_WRONLY | os.O_CREAT, 0o600), descriptor)
+            if any("limit" in fault for fault in question["faults"]):
+                pipe = _unlimited(question["output"] + suffix)
+                os.dup2(pipe, descriptor)
+                os.close(pipe)
         faulthandler.dump_traceback_later(HANGS_AFTER, exit=True)  # rather than a test run that never ends
         os.chdir(question["cwd"])
         os.environ.update(question["env"])
@@ -503,8 +565,15 @@ def _child(question: dict[str, Any]) -> None:
         traceback.print_exc()
         code = 2 if type(error).__name__ == "UserError" else 1
     finally:
+        for act in _AT_THE_END:
+            act()
         sys.stdout.flush()
         sys.stderr.flush()
+        if _COPIERS:
+            for descriptor in (1, 2):
+                os.close(descriptor)
+            for pid in _COPIERS:
+                os.waitpid(pid, 0)
         os._exit(code if isinstance(code, int) else 1)
 
 

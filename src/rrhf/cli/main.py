@@ -78,8 +78,15 @@ def main(argv: list[str] | None = None) -> int:
         )
         return 130
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(f"rrhf {name}: {error}: free some space; what is finished is kept", file=sys.stderr)
+            return 2
+        if isinstance(error, FileNotFoundError):
+            print(
+                f"rrhf {name}: {error.filename} is gone: it, or its folder, was removed while the command ran. The "
+                "same command makes what is missing again",
+                file=sys.stderr,
+            )
             return 2
         raise
 

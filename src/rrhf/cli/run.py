@@ -46,13 +46,14 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
     context = settings.scoring.context(settings.text)  # an unknown reward or model is refused before any work
     opened_rewards(settings.score, settings.scoring, context)
     score_records([], settings.evaluate_rewards.reward, context=context)
-    run.remember_config(values)
-    set_up_logging(run.log)
-    try:
-        evaluation = run_recipe(run, settings)
-    except Stopped as stopped:
-        print("rrhf run: stopped, what is finished is kept; the same command goes on from there", file=sys.stderr)
-        return stopped.code
+    with run.alone():
+        run.remember_config(values)
+        set_up_logging(run.log)
+        try:
+            evaluation = run_recipe(run, settings)
+        except Stopped as stopped:
+            print("rrhf run: stopped, what is finished is kept; the same command goes on from there", file=sys.stderr)
+            return stopped.code
     generations = (output / evaluation["generations"]).read_text(encoding="utf-8").splitlines()
     print()
     print(format_evaluation(evaluation))

@@ -33,7 +33,7 @@ def nll_under(
     import torch
 
     from rrhf.common.progress import progress
-    from rrhf.models.batching import plan_forwards
+    from rrhf.models.out_of_memory import run_forwards
     from rrhf.models.passes import response_logprobs
     from rrhf.models.path_check import usable_path
 
@@ -49,9 +49,10 @@ def nll_under(
         ]
         fitting, queries_cut = fit_context(encoded, context, tokenizer.bos_token_id)
         nll, tokens = 0.0, 0
-        forwards = plan_forwards(fitting, SCORING_TOKENS, path)
-        for forward in progress(forwards, "perplexity", unit="batches") if show else forwards:
-            logprobs = response_logprobs(model, forward.records, path)
+        passes = run_forwards(
+            model, fitting, SCORING_TOKENS, path, lambda forward: response_logprobs(model, forward.records, path)
+        )
+        for _, logprobs in progress(passes, "perplexity", unit="batches") if show else passes:
             nll -= float(logprobs.sums.double().sum())
             tokens += int(logprobs.lengths.sum())
         return Likelihood(nll, tokens, queries_cut)

@@ -29,6 +29,10 @@ class Forward:
     records: tuple[EncodedRecord, ...]
     slices: tuple[EncodedRecord, ...] = ()
 
+    def parts(self) -> list[list[EncodedRecord]]:
+        """What goes through the model at a time: all the records, or slice after slice."""
+        return [[part] for part in self.slices] or [list(self.records)]
+
 
 def plan_forwards(records: Sequence[EncodedRecord], budget: int, path: str = "tree") -> list[Forward]:
     """Fill forward passes up to ``budget`` tokens, records of similar size together.

@@ -21,6 +21,7 @@ from rrhf.models.flex_check import check_flex
 from rrhf.models.forward import causal_lm
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.choice import wants_flex
+from rrhf.models.out_of_memory import is_out_of_memory
 from rrhf.models.padded_rows import padded_logprobs
 from rrhf.models.shared_prefix import Forest, forest_logprobs, lay_out
 from rrhf.models.tokenization import EncodedRecord
@@ -112,7 +113,7 @@ def usable_path(model: PreTrainedModel, longest_row: int = 0, passes: Passes = L
                 or _leak(model, passes)
             )
     except Exception as error:  # whatever a model's code raises on an unusual layout, the padded pass remains
-        if _out_of_memory(error):
+        if is_out_of_memory(error):
             raise UserError(_without_memory(model, longest_row, error)) from error
         fault = f"{type(error).__name__}: {error}"
     finally:
@@ -148,12 +149,6 @@ def _full_precision() -> Iterator[None]:
         for switch, precision in zip(switches, each, strict=True):
             if switch.fp32_precision != precision:
                 switch.fp32_precision = precision
-
-
-def _out_of_memory(error: Exception) -> bool:
-    if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
-        return True
-    return any(words in str(error) for words in ("out of memory", "can't allocate memory"))  # of MPS; of CPUs
 
 
 def _without_memory(model: PreTrainedModel, longest_row: int, error: Exception) -> str:
@@ -232,7 +227,7 @@ def _compare_in_fp32(model: PreTrainedModel, passes: Passes, record: EncodedReco
     try:
         return _compare(copy.deepcopy(model).float(), passes, record)
     except Exception as error:
-        if _out_of_memory(error):
+        if is_out_of_memory(error):
             return None
         raise
 

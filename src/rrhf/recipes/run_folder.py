@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ from typing import Any
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.files import read_object, write_text
+from rrhf.common.launch import rank_and_world
+from rrhf.common.locks import only_process
 from rrhf.common.settings import differences, refuse_other_settings
 from rrhf.training.folder import FREE as TRAINING_FREE
 
@@ -50,6 +52,17 @@ class RunFolder:
         inner = RunFolder(self.rounds / str(number))
         inner.queries, inner.held_out = self.queries, self.held_out
         return inner
+
+    def alone(self) -> AbstractContextManager[None]:
+        """Keep other runs out of the folder for as long as this lasts.
+
+        Raises:
+            UserError: another run is in it; the message names its process and machine.
+        """
+        if rank_and_world()[0]:  # the first process of a launch holds it for all
+            return nullcontext()
+        refusal = f"{self.folder}: another run is in this folder: {{who}}. Wait for it, or choose another --output"
+        return only_process(self.folder, refusal)
 
     def show(self, inner: RunFolder) -> None:
         """Let this folder's results be those of ``inner``, by links: a run's are its last round's."""

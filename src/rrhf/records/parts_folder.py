@@ -27,6 +27,7 @@ from typing import IO, Any
 from rrhf.common.errors import UserError
 from rrhf.common.files import append_line, claimed_place, fsync_folder, refuse_existing, replacing, write_text
 from rrhf.common.launch import rank_and_world
+from rrhf.common.locks import hold
 from rrhf.common.settings import refuse_other_settings
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import join_records, read_records, write_records
@@ -82,6 +83,7 @@ class PartsFolder:
         self.made_here = False  # whether the last part asked for was made now
         self.lock: IO[str] | None = None
         self.claims: IO[bytes] | None = None
+        self.worker: IO[str] | None = None
 
     # -- opening and closing
 
@@ -112,17 +114,26 @@ class PartsFolder:
                 fcntl.flock(self.lock, fcntl.LOCK_SH)
                 if (begun := self._begun()) is not None:
                     self._refuse_other(begun["settings"], wanted)
+                    self.worker = self._hold_rank()
                     self.claims = (self.folder / "claims").open("ab")
                     return True
             self.close()
         return False
 
+    def _hold_rank(self) -> IO[str]:
+        """Refuse to be the second process with this rank: it belongs to no launch that the first belongs to."""
+        refusal = (
+            f"{self.output} is being written by another process: {{who}}. Wait for it or choose another --output; to "
+            "share the work start them together (docs/distributed.md)"
+        )
+        return hold(self.folder / f"worker-{rank_and_world()[0]:05d}", refusal)
+
     def close(self) -> None:
         """Let go of the folder; it may be opened again."""
-        for file in (self.lock, self.claims):
+        for file in (self.lock, self.claims, self.worker):
             if file is not None:
                 file.close()
-        self.lock = self.claims = None
+        self.lock = self.claims = self.worker = None
 
     def _begun(self) -> Any:
         """What the parts here were begun with, ``None`` where there are none."""
@@ -240,7 +251,10 @@ class PartsFolder:
     def _checksum(self, step: int, number: int, origin: str) -> str | None:
         """The checksum of a part that is whole and was made of the input whose checksum is ``origin``; else None."""
         entry, path = self.entries.get((step, number)), self.part(step, number)
-        if entry is None or entry.input != origin or not path.exists() or checksum_of_file(path) != entry.sha256:
+        if entry is None or entry.input != origin:
+            return None
+        if not path.exists() or checksum_of_file(path) != entry.sha256:
+            log.warning(f"{path} is gone or damaged, it is not what was written: it is made again")
             return None
         return entry.sha256
 

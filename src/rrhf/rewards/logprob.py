@@ -35,6 +35,9 @@ from rrhf.rewards.kl import log_ratios
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rrhf.models.batching import Forward
+    from rrhf.models.forward import Logprobs
+
 log = logging.getLogger("rrhf")
 
 SUM = "logprob-sum"
@@ -161,15 +164,18 @@ class ResponseSums:
         return query, response
 
     def _measure(self, encoded: Sequence[EncodedRecord]) -> list[list[ResponseLogprob]]:
-        from rrhf.models.batching import plan_forwards
+        from rrhf.models.out_of_memory import run_forwards
         from rrhf.models.passes import response_logprobs
 
         numbered = [replace(record, id=str(number)) for number, record in enumerate(encoded)]
         values: list[list[ResponseLogprob]] = [[] for _ in encoded]
         path = self._usable_path(numbered) if numbered else "padded"
-        for forward in plan_forwards(numbered, self.budget, path):
-            for records in [[part] for part in forward.slices] or [list(forward.records)]:
-                logprobs = response_logprobs(self.model, records, path)
+
+        def run(forward: Forward) -> list[Logprobs]:
+            return [response_logprobs(self.model, part, path) for part in forward.parts()]
+
+        for forward, done in run_forwards(self.model, numbered, self.budget, path, run):
+            for records, logprobs in zip(forward.parts(), done, strict=True):
                 each = zip(logprobs.sums.tolist(), logprobs.lengths.tolist(), strict=True)
                 for record in records:
                     values[int(record.id)] += [ResponseLogprob(*pair) for pair in islice(each, len(record.responses))]

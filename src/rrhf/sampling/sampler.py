@@ -84,6 +84,7 @@ class Sampler:
     def respond_in_tokens(self, records: Sequence[Record]) -> Iterator[tuple[int, list[int], list[Response]]]:
         """Yield (index of the record, its query's token ids, responses) in the same way."""
         from rrhf.common.errors import UserError
+        from rrhf.models.out_of_memory import in_halves
 
         encoded = [self.format.encode_query(record.query) for record in records]
         longest = max((len(query) for query in encoded), default=0)
@@ -96,15 +97,23 @@ class Sampler:
         # A stable sort by length: batches depend on the data and the batch size alone.
         order = sorted(range(len(records)), key=lambda i: -len(encoded[i]))
         size = self._batch_size(longest) if order else 1
-        for begin in range(0, len(order), size):
-            batch = order[begin : begin + size]
-            drawn = self.draw(
-                [encoded[i] for i in batch],
-                [records[i].id for i in batch],
-                [self.end_tokens(records[i]) for i in batch],
-            )
-            for i, responses in zip(batch, drawn, strict=True):
+        while order:
+
+            def draw(size: int, left: Sequence[int] = order) -> list[list[Response]]:
+                batch = left[:size]
+                return self.draw(
+                    [encoded[i] for i in batch],
+                    [records[i].id for i in batch],
+                    [self.end_tokens(records[i]) for i in batch],
+                )
+
+            drawn, fitting = in_halves(draw, min(size, len(order)), "sample", "queries", "--batch_size")
+            if fitting < min(size, len(order)):
+                size = fitting
+                self.chosen = longest, size
+            for i, responses in zip(order, drawn, strict=False):
                 yield i, encoded[i], responses
+            order = order[len(drawn) :]
 
     def _batch_size(self, longest: int) -> int:
         """Chosen once, and again where a longer query comes."""

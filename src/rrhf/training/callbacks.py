@@ -1,4 +1,4 @@
-"""What training does beside its steps: stop on signals, show progress."""
+"""What training does beside its steps: stop on signals, seal checkpoints, show progress."""
 
 from __future__ import annotations
 
@@ -7,12 +7,14 @@ import signal
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import TrainerCallback
 
 from rrhf.common.progress import Progress
+from rrhf.training.folder import seal
 
 log = logging.getLogger("rrhf")
 
@@ -86,3 +88,14 @@ class ShowProgress(TrainerCallback):
         if self.bar is not None:
             self.bar.__exit__(None, None, None)
             self.bar = None
+
+
+class Seal(TrainerCallback):
+    """Seals every checkpoint once all processes have written their files."""
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if args.world_size > 1:
+            torch.distributed.barrier()
+        checkpoint = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+        if state.is_world_process_zero and checkpoint.is_dir():
+            seal(checkpoint)

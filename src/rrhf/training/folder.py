@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import fcntl
 import json
 import logging
 import os
@@ -14,6 +13,9 @@ from pathlib import Path
 from typing import Protocol
 
 from rrhf.common.errors import UserError
+from rrhf.common.files import write_text
+from rrhf.common.locks import LOCK, only_process
+from rrhf.records.checksums import checksum_of_file
 
 log = logging.getLogger("rrhf")
 
@@ -27,6 +29,7 @@ def is_trained(folder: Path) -> bool:
 
 
 SETTINGS = "training-settings.json"
+CHECKSUMS = "checksums.json"  # of a checkpoint's other files
 
 
 # What a resumed run may change without becoming another run.
@@ -60,26 +63,17 @@ def claimed(folder: Path, config: Process, overwrite: bool) -> Iterator[None]:
     if config.process_index != 0:
         yield
         return
-    folder.mkdir(parents=True, exist_ok=True)
-    lock = os.open(folder, os.O_RDONLY)  # the folder itself: no file is left behind, and a dead process holds nothing
-    try:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(
-                f"{folder}: another process trains into this folder. Wait for it, choose another --output, or, if they "
-                "were to train together, start them with torchrun (docs/distributed.md)"
-            ) from error
-        except OSError:
-            log.warning(f"{folder}: this file system has no locks: see that nothing else trains into it")
+    refusal = (
+        f"{folder}: another process trains into this folder: {{who}}. Wait for it, choose another --output, or, if "
+        "they were to train together, start them with torchrun (docs/distributed.md)"
+    )
+    with only_process(folder, refusal):
         for old in folder.iterdir() if overwrite else ():
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
-            else:
+            elif old.name != LOCK:
                 old.unlink()
         yield
-    finally:
-        os.close(lock)
 
 
 @contextmanager
@@ -88,6 +82,11 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
+        if not folder.exists() or (isinstance(error, FileNotFoundError) and str(folder) in str(error.filename)):
+            raise UserError(
+                f"{folder}: it, or a folder in it, was removed while training wrote there ({error}). The same command "
+                "trains again from what is left"
+            ) from error
         signs = [os.strerror(number) for number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)]
         if not any(sign in str(error) for sign in [*signs, "PytorchStreamWriter failed writing"]):
             raise
@@ -97,15 +96,43 @@ def naming_full_disk(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def last_checkpoint(folder: Path) -> str | None:
-    """The last checkpoint that was written whole: its ``trainer_state.json``, which comes last, stands and parses."""
+def seal(checkpoint: Path) -> None:
+    """Write down the checksum of every file of a checkpoint that is whole."""
+    files = sorted(path for path in checkpoint.rglob("*") if path.is_file() and path.name != CHECKSUMS)
+    found = {str(path.relative_to(checkpoint)): checksum_of_file(path) for path in files}
+    write_text(checkpoint / CHECKSUMS, json.dumps(found, indent=1) + "\n")
+
+
+def _is_sound(checkpoint: Path) -> bool:
+    """Whether every file is what was written; a process may have died before it wrote the checksums down."""
+    try:
+        sums = json.loads((checkpoint / CHECKSUMS).read_text(encoding="utf-8"))
+        for name, sum in sums.items():
+            if checksum_of_file(checkpoint / name) != sum:
+                log.warning(f"{checkpoint} is damaged: {name} is not what was written; the one before it is taken")
+                return False
+    except FileNotFoundError as error:
+        if Path(str(error.filename)).name != CHECKSUMS:
+            log.warning(f"{checkpoint} is damaged: {error.filename} is gone; the one before it is taken")
+            return False
+    except (ValueError, AttributeError):
+        log.warning(f"{checkpoint} is damaged: {CHECKSUMS} cannot be read; the one before it is taken")
+        return False
+    return True
+
+
+def last_checkpoint(folder: Path, check: bool = False) -> str | None:
+    """The last checkpoint that was written whole: its ``trainer_state.json``, which comes last, stands and parses.
+
+    With ``check`` every file must have the checksum that was written down (``seal``) too; a damaged one is said.
+    """
 
     def whole(checkpoint: Path) -> bool:
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError):
             return False
-        return True
+        return not check or _is_sound(checkpoint)
 
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)

@@ -24,9 +24,9 @@ import copy
 import math
 import random
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -36,6 +36,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, get_scheduler
 from rrhf.common.errors import UserError
 from rrhf.models.batching import plan_forwards
 from rrhf.models.forward import causal_lm
+from rrhf.models.out_of_memory import attempt, smaller_forwards
 from rrhf.models.passes import response_hidden, response_logprobs
 from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord, TextSettings
@@ -47,6 +48,8 @@ from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.master_weights import MasterWeights, has_low_precision
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
+
+T = TypeVar("T")
 
 # --- the arithmetic --------------------------------------------------------------------------------------------------
 
@@ -259,14 +262,19 @@ class PPO:
         """What is known of the tokens before the first update."""
         lengths = torch.tensor([len(response) for record in records for response in record.responses])
         logprobs, reference, old, values = (torch.zeros(int(lengths.sum())) for _ in range(4))
-        masks = None
-        for part, places in self._passes(records):
-            mask = self._masks(part)
-            if mask is not None:
-                masks = np.zeros((len(old), mask.shape[1]), np.uint8) if masks is None else masks
-                masks[places.numpy()] = mask
-            logprobs[places], old[places], values[places], _ = self._forward(part, mask)
-            reference[places] = self._reference(part)
+
+        def measure() -> np.ndarray | None:
+            masks = None
+            for part, places in self._passes(records):
+                mask = self._masks(part)
+                if mask is not None:
+                    masks = np.zeros((len(old), mask.shape[1]), np.uint8) if masks is None else masks
+                    masks[places.numpy()] = mask
+                logprobs[places], old[places], values[places], _ = self._forward(part, mask)
+                reference[places] = self._reference(part)
+            return masks
+
+        masks = self._within_memory(measure, records)
         rewards = token_rewards(logprobs, reference, scores, lengths, self.beta)
         if self.config.whiten_rewards:
             rewards = whitened(rewards, shift=False)
@@ -311,8 +319,7 @@ class PPO:
             for start in range(0, len(order), size):
                 records = [rollout.records[i] for i in order[start : start + size]]
                 count = sum(len(response) for record in records for response in record.responses)
-                for part, places in self._passes(records):
-                    sums[:4] += self._backward(part, places, rollout, count)
+                sums[:4] += self._gradient(records, rollout, count)
                 sums[4] += self._optimise()
                 self.steps, tokens = self.steps + 1, tokens + count
         names = ("policy_loss", "value_loss", "clip_fraction", "approx_kl")
@@ -322,6 +329,24 @@ class PPO:
             "grad_norm": float(sums[4]) / (self.steps - before),
             "learning_rate": self.schedule.get_last_lr()[0],
         }
+
+    def _gradient(self, records: list[EncodedRecord], rollout: Rollout, count: int) -> Tensor:
+        """The gradient of an optimiser step, in smaller passes where memory runs out; returns sums over its tokens."""
+
+        def backward() -> Tensor:
+            parts = [self._backward(part, places, rollout, count) for part, places in self._passes(records)]
+            return torch.stack(parts).sum(0)
+
+        return self._within_memory(backward, records)
+
+    def _within_memory(self, work: Callable[[], T], records: list[EncodedRecord]) -> T:
+        """``work`` over passes of the records, begun again with smaller ones where memory runs out."""
+        while True:
+            done, lack = attempt(work)
+            if lack is None:
+                return done  # type: ignore[return-value]
+            self.budget, _ = smaller_forwards(records, self.budget, self.path, lack)
+            self.optimiser.zero_grad()
 
     def _backward(self, records: Sequence[EncodedRecord], places: Tensor, rollout: Rollout, count: int) -> Tensor:
         """Add the gradient of some of an optimiser step's ``count`` tokens; returns sums over them, [4]."""

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rrhf.common.files import fsync_folder, write_text
-from rrhf.training.folder import last_checkpoint
+from rrhf.training.folder import last_checkpoint, seal
 from rrhf.training.ppo import PPO
 
 WEIGHTS, OPTIMISER, STATE = "trained.safetensors", "optimizer.pt", "trainer_state.json"
@@ -27,6 +27,7 @@ def save_checkpoint(ppo: PPO, folder: Path, history: list[dict[str, Any]]) -> No
     save_file({name: p.detach().contiguous() for name, p in _trained(ppo).items()}, checkpoint / WEIGHTS)
     torch.save({"optimiser": ppo.optimiser.state_dict(), "schedule": ppo.schedule.state_dict()}, checkpoint / OPTIMISER)
     write_text(checkpoint / STATE, json.dumps(state(ppo, history), indent=1) + "\n")
+    seal(checkpoint)
     fsync_folder(folder)
     for old in _checkpoints(folder)[: -ppo.config.save_total_limit]:
         shutil.rmtree(old)
@@ -34,7 +35,7 @@ def save_checkpoint(ppo: PPO, folder: Path, history: list[dict[str, Any]]) -> No
 
 def load_checkpoint(ppo: PPO, folder: Path) -> list[dict[str, Any]] | None:
     """Put ``ppo`` where the last whole checkpoint of ``folder`` was; its history, or None where there is none."""
-    name = last_checkpoint(folder)
+    name = last_checkpoint(folder, check=True)
     if name is None:
         return None
     checkpoint = Path(name)

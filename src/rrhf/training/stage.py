@@ -34,7 +34,7 @@ from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.records.sources import source_shares
-from rrhf.training.callbacks import ShowProgress, StopOnSignal, Stopped
+from rrhf.training.callbacks import Seal, ShowProgress, StopOnSignal, Stopped
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.folder import (
     BUDGET,
@@ -232,6 +232,7 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     watch = watch_training(trainer, job.watch, job.model)
     if watch is not None:
         trainer.add_callback(watch)
+    trainer.add_callback(Seal())
     stop = StopOnSignal()
     trainer.add_callback(stop)
     return Training(trainer, precision, watch, stop)
@@ -246,7 +247,7 @@ def _training_data(job: Job, records: Callable[[Path], Iterator[Record]]) -> Ite
 def _run(job: Job, training: Training) -> float:
     """Train, from the last checkpoint if there is one; returns the mean loss."""
     trainer, stop, watch = training.trainer, training.stop, training.watch
-    checkpoint = last_checkpoint(job.folder)
+    checkpoint = last_checkpoint(job.folder, check=True)
     if checkpoint is not None:
         log.info(f"train: going on from {checkpoint}")
     records = trainer.train_dataset

@@ -27,6 +27,7 @@ from rrhf.models.batching import SIZES, Forward, plan_forwards, tree_tokens
 from rrhf.models.devices import free_memory
 from rrhf.models.forward import causal_lm
 from rrhf.models.load import ModelSettings
+from rrhf.models.out_of_memory import attempt, smaller_forwards
 from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record
@@ -39,7 +40,7 @@ from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
 from rrhf.training.needs import optional_tensors, refuse_unmet
 from rrhf.training.online import OnlineRecords
 from rrhf.training.reference import fill_in_memory, reference_pass
-from rrhf.training.two_pass import SecondPass, first_pass
+from rrhf.training.two_pass import RandomState, SecondPass, first_pass
 
 log = logging.getLogger("rrhf")
 
@@ -246,6 +247,42 @@ class RRHFTrainer(Trainer):
             return torch.zeros((), device=self.args.device)  # merged into the last micro-batch of the step
         began = time.perf_counter()
         model.train()
+        device = torch.device(self.args.device)
+        random, sums = RandomState.now(device), dict(self._sums)
+        while True:
+            total, lack = attempt(lambda: self._whole_step(model, inputs, num_items_in_batch))
+            if lack is None:
+                break
+            self._take_smaller_forwards(inputs, lack)  # all of the step again: its gradients begin with it
+            model.zero_grad()
+            random.restore(device)
+            self._sums = defaultdict(float, sums)
+            self._not_finite_losses = []
+        assert total is not None
+        self._refuse_not_finite()
+        self._tokens += sum(tree_tokens(record) for record in inputs)
+        self._seconds += time.perf_counter() - began
+        return total.to(self.args.device)
+
+    def _take_smaller_forwards(self, inputs: list[EncodedRecord], lack: str) -> None:
+        """Lower the token budget after memory ran out.
+
+        Raises:
+            UserError: no lower one helps, or other processes are in the middle of their passes.
+        """
+        if self.args.world_size > 1:
+            raise UserError(
+                f"step {self.state.global_step + 1}: out of memory ({lack}). Other processes take part in this step, "
+                f"so it is not begun again: give a --max_tokens_per_forward below {self.args.max_tokens_per_forward}; "
+                "the last checkpoint is whole, and the same command goes on from there"
+            )
+        self.args.max_tokens_per_forward, _ = smaller_forwards(
+            inputs, self.args.max_tokens_per_forward, self.path, lack
+        )
+
+    def _whole_step(
+        self, model: nn.Module, inputs: list[EncodedRecord], num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
         # Gradients are averaged over processes, the loss is a mean over all their queries.
         weight = self.args.world_size / max(int(num_items_in_batch or 1), 1)
         compute = partial(self._compute, model)
@@ -272,10 +309,7 @@ class RRHFTrainer(Trainer):
         for left, run in zip(range(len(backward) - 1, -1, -1), backward, strict=True):
             with self._gradients_shared(model, left == 0):
                 total = total + run()
-        self._refuse_not_finite()
-        self._tokens += sum(tree_tokens(record) for record in inputs)
-        self._seconds += time.perf_counter() - began
-        return total.to(self.args.device)
+        return total
 
     def _compute(self, model: nn.Module, records: Sequence[EncodedRecord]) -> ForwardOutputs:
         return forward_records(model, records, self.path, self.args.keep_logits, "token_logprobs" in self.needed)

@@ -80,7 +80,7 @@ def train_language_model(
     from transformers import Trainer, TrainingArguments
     from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
-    from rrhf.training.callbacks import ShowProgress
+    from rrhf.training.callbacks import Seal, ShowProgress
     from rrhf.training.folder import last_checkpoint
 
     tokenizer = make_tokenizer(reviews, settings)
@@ -99,12 +99,12 @@ def train_language_model(
         report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
     )  # fmt: skip
     trainer = Trainer(
-        model=model, args=arguments, train_dataset=rows, callbacks=[ShowProgress],
+        model=model, args=arguments, train_dataset=rows, callbacks=[ShowProgress, Seal],
         optimizers=(make_optimizer(model, settings), None),
     )  # fmt: skip
     for replaced in (ProgressCallback, PrinterCallback):
         trainer.remove_callback(replaced)
-    trainer.train(resume_from_checkpoint=last_checkpoint(work))
+    trainer.train(resume_from_checkpoint=last_checkpoint(work, check=True))
     trained = trainer.model.eval()
     found = perplexities(trained, tokenizer, texts, encoded(held_out, tokenizer))
     log.info("micro: perplexity on held-out reviews: " + ", ".join(f"{name} {x:.1f}" for name, x in found.items()))

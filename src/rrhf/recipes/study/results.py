@@ -15,8 +15,7 @@ from typing import Any
 import numpy as np
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import write_text
-from rrhf.models.folders import cache_folder
+from rrhf.common.files import cache_folder, write_text
 from rrhf.recipes.reproduce.arms import Arm, arm_named
 from rrhf.recipes.reproduce.work import by_key, chosen_rate
 from rrhf.recipes.study.statistics import Estimate, bootstrap

@@ -11,9 +11,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rrhf.models.batching import plan_forwards
+from rrhf.models.batching import Forward
 from rrhf.models.end_states import end_states
 from rrhf.models.kernels.choice import kernels_for
+from rrhf.models.out_of_memory import in_halves, run_forwards
 from rrhf.models.path_check import END_STATES, usable_path
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.records.record import Record
@@ -76,10 +77,14 @@ def length_batches(lengths: Sequence[int], budget: int) -> list[list[int]]:
 
 @dataclass
 class EncoderReward:
-    """A sequence classification model, which reads every row whole."""
+    """A sequence classification model, which reads every row whole.
+
+    ``most_rows``: of a batch, since memory ran out with more.
+    """
 
     model: PreTrainedModel
     reader: PairReader
+    most_rows: int | None = None
     cpu_tokens: ClassVar[int] = 1024  # of a forward pass on a CPU by default: rows that fit the caches are fastest
 
     @property
@@ -92,11 +97,24 @@ class EncoderReward:
 
     def compute(self, rows: Sequence[Row], budget: int) -> Tensor:
         """Logits of rows, in order and with the graph. Tensor of shape (R, labels), fp32."""
-        batches = length_batches([len(row.ids) for row in rows], budget)
         padding = self.reader.tokenizer.pad_token_id or 0
+        logits: list[Tensor] = []
+        order: list[int] = []
         with kernels_for(self.model.device).lean(self.model):
-            logits = [encoder_logits(self.model, [rows[index] for index in batch], padding) for batch in batches]
-        return in_order(logits, [index for batch in batches for index in batch])
+            for batch in length_batches([len(row.ids) for row in rows], budget):
+                left = batch
+                while left:
+
+                    def run(size: int, left: Sequence[int] = left) -> Tensor:
+                        return encoder_logits(self.model, [rows[index] for index in left[:size]], padding)
+
+                    most = min(self.most_rows or len(left), len(left))
+                    part, fitting = in_halves(run, most, "score", "rows", "--max_tokens_per_forward")
+                    self.most_rows = fitting if fitting < most else self.most_rows
+                    logits.append(part)
+                    order += left[: len(part)]
+                    left = left[len(part) :]
+        return in_order(logits, order)
 
 
 @dataclass
@@ -128,10 +146,13 @@ class CausalReward:
         """Scores of all responses of ``rows``, in order and with the graph. Tensor of shape (R, L), fp32."""
         scores: list[Tensor] = []
         order: list[int] = []
-        for forward in plan_forwards(_numbered(rows), budget, self.path):
-            for part in [[part] for part in forward.slices] or [list(forward.records)]:
-                scores.append(self.head(end_states(self.backbone, part, self.path)))
-                order += [int(number) for record in part for number in record.scores if number is not None]
+
+        def run(forward: Forward) -> list[Tensor]:
+            return [self.head(end_states(self.backbone, part, self.path)) for part in forward.parts()]
+
+        for forward, done in run_forwards(self.backbone, _numbered(rows), budget, self.path, run):
+            scores += done
+            order += [int(n) for part in forward.parts() for record in part for n in record.scores if n is not None]
         return in_order(scores, order)
 
 

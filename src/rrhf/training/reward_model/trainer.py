@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import math
-from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,11 +15,15 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from rrhf.common.errors import UserError
 from rrhf.evaluation.ranking import Ranked, ranking_report
 from rrhf.models.attention import our_attention
+from rrhf.models.out_of_memory import attempt
 from rrhf.rewards.reward_models.passes import CausalReward, RewardModel
 from rrhf.training.master_weights import has_low_precision, use_masters
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.data import RankedRecords, RankedRows
 from rrhf.training.reward_model.loss import bradley_terry
+from rrhf.training.two_pass import RandomState
+
+log = logging.getLogger("rrhf")
 
 MEASURED_AT_ONCE = 64  # queries whose rows are sorted by length together when they are measured
 
@@ -53,7 +57,9 @@ class RewardTrainer(Trainer):
         if args.n_gpu > 1:
             args._n_gpu = 1  # transformers would split lists over GPUs
         self.reward = reward
-        self._sums: defaultdict[str, float] = defaultdict(float)
+        self._most_queries = args.per_device_train_batch_size * max(args.n_gpu, 1)  # that fit the memory at a time
+        self._share = 1.0  # of the micro-batch's queries, in the part at hand
+        self._forwards = 0  # of the micro-batch, that ended
         _accept_rows(model, reward, args.max_tokens_per_forward)
         super().__init__(
             model=model,
@@ -77,6 +83,54 @@ class RewardTrainer(Trainer):
         with our_attention(self.reward.backbone) if tree else contextlib.nullcontext():  # type: ignore[union-attr]
             return super().train(*args, **kwargs)
 
+    def training_step(
+        self, model: nn.Module, inputs: list[RankedRows], num_items_in_batch: Tensor | int | None = None
+    ) -> Tensor:
+        """Forward and backward of a micro-batch; in halves of its queries where memory runs out."""
+        begun = any(parameter.grad is not None for parameter in model.parameters())
+        device = torch.device(self.args.device)
+        random = RandomState.now(device)
+        while True:
+            self._forwards, size = 0, min(self._most_queries, len(inputs))
+            loss, lack = attempt(lambda: self._in_parts(model, inputs, size, num_items_in_batch))  # noqa: B023
+            if lack is None:
+                assert loss is not None
+                return loss
+            if size == 1 or self.args.world_size > 1 or (begun and self._forwards):
+                raise UserError(
+                    f"step {self.state.global_step + 1}: out of memory ({lack}) with {size} queries at a time. The "
+                    "last checkpoint is whole; give a smaller --per_device_train_batch_size (with --overwrite: it is "
+                    "another training), --max_length or model"
+                )
+            if not begun:  # else the forward pass failed, which leaves the gradients of other micro-batches alone
+                model.zero_grad()
+            self._most_queries = size // 2
+            log.warning(f"out of memory ({lack}): {self._most_queries} queries at a time from here on")
+            random.restore(device)
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The gradient's norm over all parameters, which must be finite: it is asked for before every update."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if not math.isfinite(float(norm)) and self.accelerator.scaler is None:  # a scaler (fp16) skips such a step
+            raise UserError(
+                f"step {self.state.global_step + 1}: the loss is finite, but its gradient's norm is {norm}. Nothing "
+                "was updated; the last checkpoint is whole. Lower --learning_rate, or look at the data"
+            )
+        return norm
+
+    def _in_parts(
+        self, model: nn.Module, inputs: list[RankedRows], size: int, num_items_in_batch: Tensor | int | None
+    ) -> Tensor:
+        total = torch.zeros((), device=self.args.device)
+        try:
+            for start in range(0, len(inputs), size):
+                part = inputs[start : start + size]
+                self._share = len(part) / len(inputs)
+                total = total + super().training_step(model, part, num_items_in_batch)
+        finally:
+            self._share = 1.0
+        return total
+
     def compute_loss(
         self, model: nn.Module, inputs: list[RankedRows], return_outputs: bool = False, **options: Any
     ) -> Any:
@@ -90,6 +144,8 @@ class RewardTrainer(Trainer):
                 f"{', '.join(query.id for query in inputs)}. Nothing was updated; the last checkpoint is whole. "
                 "Lower --learning_rate, or look at these records in the data"
             )
+        self._forwards += 1
+        loss = loss * self._share
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     def _loss(self, rewards: Tensor, query: RankedRows) -> Tensor:
