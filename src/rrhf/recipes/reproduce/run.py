@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.environment import commit
 from rrhf.common.files import read_object, replacing, write_text
 from rrhf.common.logging import set_up_logging
 from rrhf.evaluation.best_of_n import kl_bound
@@ -281,7 +282,7 @@ def _result(work: Work) -> dict[str, Any]:
         "seconds": measure.seconds(run.timings),
         "load": measure.load(),
         "processors": os.cpu_count(),
-        "commit": measure.commit(),
+        "commit": commit(),
         "config": work.noted,
         "asked": list(work.scale.asked),
     }
