@@ -1,4 +1,4 @@
-"""rrhf report: one HTML page of one run or several."""
+"""rrhf report: one HTML page of one run or several, side by side."""
 
 from __future__ import annotations
 
@@ -12,10 +12,14 @@ from rrhf.report import write_report
 def main(arguments: list[str]) -> None:
     parser = PlainParser("report", __doc__)
     files = parser.add_argument_group("files")
-    files.add_argument("runs", nargs="+", help="run folders")
+    files.add_argument(
+        "runs", nargs="+", help="folders of runs (one in rounds: round by round), trainings or baselines"
+    )
+    beside = "shown beside them: JSON files of rrhf judge, rrhf arena results, rrhf evaluate --pairs, rrhf reward-model"
+    files.add_argument("--results", nargs="+", action="extend", default=[], metavar="FILE", help=beside)
     files.add_argument("--output", required=True, help="the page (.html)")
     files.add_argument("--overwrite", action="store_true", help="replace a page that exists")
     options = parser.parse_args(arguments)
     refuse_existing(options.output, options.overwrite)
-    write_report([Path(run) for run in options.runs], Path(options.output))
+    write_report([Path(run) for run in options.runs], Path(options.output), options.results)
     print(options.output)

@@ -61,12 +61,14 @@ def _weights(n: int) -> np.ndarray:
     return np.array(rows, dtype=np.float64).reshape(n, n)
 
 
-def best_of_n_curve(scores: Sequence[Values], values: Sequence[Values], seed: int) -> list[dict[str, Any]]:
+def best_of_n_curve(
+    scores: Sequence[Values], values: Sequence[Values], seed: int, samples: int = 10_000
+) -> list[dict[str, Any]]:
     """The value of the best of m samples as a function of m, with its 95 % bootstrap interval over prompts.
 
     Args:
         scores, values: of every prompt's samples; see ``values_of_best``.
-        seed: of the bootstrap.
+        seed, samples: of the bootstrap.
 
     Returns:
         A line for each m: ``n`` (m), ``mean``, ``low``, ``high``, ``prompts`` (those with at least m samples that are
@@ -76,5 +78,5 @@ def best_of_n_curve(scores: Sequence[Values], values: Sequence[Values], seed: in
     curve = []
     for m in range(1, max(map(len, of_prompts), default=0) + 1):
         means = [float(found[m - 1]) for found in of_prompts if len(found) >= m]
-        curve.append({"n": m, **paired_bootstrap(means, seed), "prompts": len(means), "kl_bound": kl_bound(m)})
+        curve.append({"n": m, **paired_bootstrap(means, seed, samples), "prompts": len(means), "kl_bound": kl_bound(m)})
     return curve

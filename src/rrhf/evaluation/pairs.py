@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rrhf.common.errors import UserError
 from rrhf.common.presentation import describe_counts
@@ -52,6 +52,16 @@ class Verdict:
     best: float
     every: float
     ties: int
+
+
+class Violation(NamedTuple):
+    """The most violated pair of a query; see ``most_violated``. ``better`` and ``worse`` are places of responses."""
+
+    better: int
+    worse: int
+    margin: float
+    violated: int
+    pairs: int
 
 
 def verdict(preferred: Sequence[float | None], scores: Sequence[float | None]) -> Verdict | None:
@@ -150,8 +160,69 @@ def evaluate_pairs(
     Raises:
         UserError: nothing is preferred in the data, or a model or reward cannot be used.
     """
+    counts: Counter[str] = Counter()
+    records = _preferring(load_dataset_records(pairs, counts=counts), counts)
+    if not records:
+        raise UserError(f"{pairs}: no record prefers a response to another: give scores, or pairs in a known format")
+    if counts:
+        log.info(f"{pairs}: left out: {describe_counts(counts)}")
+    return {"file": str(pairs), **_judge(records, output, models, rewards, context)}
+
+
+def rank_samples(
+    samples: Path, output: Path, models: Mapping[str, ModelSettings], context: RewardContext, most: int
+) -> dict[str, Any] | None:
+    """As ``evaluate_pairs``, without rewards, of training samples: whether ρ and π order them as their scores do.
+
+    Args:
+        samples: scored records; of those that have a pair, ``most`` are taken, evenly spread over the file.
+        most: how many.
+
+    Returns:
+        None where no record has a pair.
+    """
+    records = _preferring(read_records(samples, require="scores"), Counter())
+    if not records or most < 1:
+        return None
+    step = max(1.0, len(records) / most)
+    kept = [records[int(number * step)] for number in range(min(most, len(records)))]
+    return {"file": samples.name, "of": len(records), **_judge(kept, output, models, [], context)}
+
+
+def most_violated(scores: Sequence[float | None], logprobs: Sequence[float | None]) -> Violation | None:
+    """The pair (better, worse) by ``scores`` whose worse response has the most log-probability above the better one's.
+
+    Args:
+        scores: r_i of a query's responses; None takes part in nothing.
+        logprobs: p_i (Eq. 1), likewise.
+
+    Returns:
+        None where no pair has both. ``margin`` is p_worse − p_better in nats a token: what the hinge of Eq. 2 makes the
+        policy pay, and at most 0 where no pair is violated; ``violated`` of ``pairs`` are above 0.
+    """
+    known = [i for i, (r, p) in enumerate(zip(scores, logprobs, strict=True)) if r is not None and p is not None]
+    levels = dict(zip(known, score_levels(r for i in known if (r := scores[i]) is not None), strict=True))
+    margins = {
+        (i, j): p_worse - p_better
+        for i, j in product(known, repeat=2)
+        if levels[i] > levels[j] and (p_worse := logprobs[j]) is not None and (p_better := logprobs[i]) is not None
+    }
+    if not margins:
+        return None
+    better, worse = max(margins, key=lambda pair: margins[pair])
+    violated = sum(margin > 0 for margin in margins.values())
+    return Violation(better, worse, margins[better, worse], violated, len(margins))
+
+
+def _judge(
+    records: list[Record],
+    output: Path,
+    models: Mapping[str, ModelSettings],
+    rewards: Sequence[str],
+    context: RewardContext,
+) -> dict[str, Any]:
+    """The accuracies on ``records``, whose scores by each judge are kept beside ``output``."""
     place = output.with_name(f"{output.stem}.pairs.jsonl")
-    records = _preferring(pairs)
     context = replace(context, journals=place.with_name(f"{place.name}.parts"))
     columns = {
         name: reference_sums_name(model.model, context.text, context.max_length) for name, model in models.items()
@@ -174,23 +245,18 @@ def evaluate_pairs(
         if asked is not None:
             asked.close()
     judges = _judges(columns, rewards)
-    return {"file": str(pairs), **accuracies(list(read_records(place)), judges, context.seed)}
+    return accuracies(list(read_records(place)), judges, context.seed)
 
 
-def _preferring(pairs: str | Path) -> list[Record]:
-    """The records that prefer a response to another; how many do not is said."""
-    counts: Counter[str] = Counter()
-    records = []
-    for record in load_dataset_records(pairs, counts=counts):
+def _preferring(records: Iterable[Record], counts: Counter[str]) -> list[Record]:
+    """The records that prefer a response to another; ``counts`` is told how many do not."""
+    kept = []
+    for record in records:
         if record.scores and verdict(record.scores, record.scores) is not None:
-            records.append(record)
+            kept.append(record)
         else:
             counts["no response preferred to another"] += 1
-    if not records:
-        raise UserError(f"{pairs}: no record prefers a response to another: give scores, or pairs in a known format")
-    if counts:
-        log.info(f"{pairs}: left out: {describe_counts(counts)}")
-    return records
+    return kept
 
 
 def _model(model: ModelSettings, context: RewardContext) -> LogprobModel:

@@ -48,14 +48,17 @@ def nll_under(
             for record, (t, f) in zip(records, texts, strict=True)
         ]
         fitting, queries_cut = fit_context(encoded, context, tokenizer.bos_token_id)
-        nll, tokens = 0.0, 0
+        place = {id(record): index for index, record in enumerate(fitting)}  # forwards take them in an order of theirs
+        of_text: list[tuple[float, int]] = [(0.0, 0)] * len(fitting)
         passes = run_forwards(
             model, fitting, SCORING_TOKENS, path, lambda forward: response_logprobs(model, forward.records, path)
         )
-        for _, logprobs in progress(passes, "perplexity", unit="batches") if show else passes:
-            nll -= float(logprobs.sums.double().sum())
-            tokens += int(logprobs.lengths.sum())
-        return Likelihood(nll, tokens, queries_cut)
+        for forward, logprobs in progress(passes, "perplexity", unit="batches") if show else passes:
+            both = zip(logprobs.sums.double().tolist(), logprobs.lengths.tolist(), strict=True)
+            for record, (logprob, length) in zip(forward.records, both, strict=True):
+                of_text[place[id(record)]] = (-logprob, int(length))
+        nll, tokens = sum(nll for nll, _ in of_text), sum(tokens for _, tokens in of_text)
+        return Likelihood(nll, tokens, queries_cut, of_text)
 
     return measure
 

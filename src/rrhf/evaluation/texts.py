@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
 
-from rrhf.evaluation.metrics import TURN_MARKERS, corpus_perplexity, cut_at_turn, distinct_n, paired_bootstrap
+from rrhf.evaluation.metrics import (
+    TURN_MARKERS,
+    corpus_perplexity,
+    cut_at_turn,
+    distinct_n,
+    paired_bootstrap,
+    ratio_bootstrap,
+)
 from rrhf.records.record import Query, Record
 from rrhf.rewards.functions import RewardFunction
 from rrhf.rewards.kind import RewardContext
@@ -22,11 +30,13 @@ class Likelihood(NamedTuple):
     """What one fixed model says of texts given their queries.
 
     ``nll``: −Σ log P over all their ``tokens``, in nats. ``queries_cut``: queries that were cut to fit its context.
+    ``of_text``: both numbers of each text, in order, where they are known.
     """
 
     nll: float
     tokens: int
     queries_cut: int = 0
+    of_text: Sequence[tuple[float, int]] = ()
 
 
 Perplexity = Callable[[Sequence[Record], Sequence[Text]], Likelihood]
@@ -91,7 +101,7 @@ def evaluate_texts(
         names = list(judges.scorers)
         models = {name: _generations(records, texts[name], judges, cut_markers) for name in texts}
         result: dict[str, Any] = {
-            name: _model_numbers(records, model, judges, perplexity) for name, model in models.items()
+            name: _model_numbers(records, model, judges, perplexity, seed) for name, model in models.items()
         }
     by_reward = {reward: _of_reward(reward, models, seed) for reward in names}
     if len(models) == 2:
@@ -121,20 +131,22 @@ def _model_numbers(
     model: _Generations,
     judges: Rewards,
     perplexity: Perplexity,
+    seed: int,
 ) -> dict[str, Any]:
     """One model's block in ``evaluation.json``.
 
     ``reward_mean`` and ``reward_std`` (of the main reward, over prompts, the standard deviation with n in the
     denominator), ``reward_mean_uncut`` (of the texts as written), ``perplexity`` (None where no token was written) with
-    ``perplexity_queries_cut``, ``length_mean`` (tokens under the perplexity model, the end token of a text that ended
-    included), ``distinct_2`` (of white-space tokens), ``n`` prompts and ``n_unscored`` of them to which the reward gave
-    None: they are in no mean, and in the gain a prompt counts only where both texts have a score.
+    its 95 % bootstrap interval over texts, ``perplexity_interval``, and ``perplexity_queries_cut``, ``length_mean``
+    (tokens under the perplexity model, the end token of a text that ended included), ``distinct_2`` (of white-space
+    tokens), ``n`` prompts and ``n_unscored`` of them to which the reward gave None: they are in no mean, and in the
+    gain a prompt counts only where both texts have a score.
     """
     values = model.values[next(iter(judges.scorers))]
     return {
         **_moments(values, "reward_"),
         "reward_mean_uncut": _uncut_mean(records, model, judges),
-        **_text_numbers(records, model.cut, perplexity),
+        **_text_numbers(records, model.cut, perplexity, seed),
         "n": len(records),
         "n_unscored": values.count(None),
     }
@@ -184,7 +196,9 @@ def _moments(values: Values, prefix: str = "") -> dict[str, float | None]:
     }
 
 
-def _text_numbers(records: Sequence[Record], texts: Sequence[Text], perplexity: Perplexity) -> dict[str, float | None]:
+def _text_numbers(
+    records: Sequence[Record], texts: Sequence[Text], perplexity: Perplexity, seed: int
+) -> dict[str, Any]:
     # A text without a token, nothing written before the cut, has no likelihood; an empty one that ended has its end.
     some = [index for index, (text, finish) in enumerate(texts) if text or finish == "stop"]
     likelihood = Likelihood(0.0, 0)
@@ -192,10 +206,20 @@ def _text_numbers(records: Sequence[Record], texts: Sequence[Text], perplexity: 
         likelihood = perplexity([records[i] for i in some], [texts[i] for i in some])
     return {
         "perplexity": corpus_perplexity(likelihood.nll, likelihood.tokens) if likelihood.tokens else None,
+        "perplexity_interval": _perplexity_interval(likelihood, seed),
         "perplexity_queries_cut": likelihood.queries_cut,
         "length_mean": likelihood.tokens / len(texts),
         "distinct_2": distinct_n([text.split() for text, _ in texts], 2),
     }
+
+
+def _perplexity_interval(likelihood: Likelihood, seed: int) -> dict[str, float] | None:
+    """exp of the interval of nats a token; None where the texts' own numbers are not known."""
+    known = [(nll, tokens) for nll, tokens in likelihood.of_text if tokens]
+    if not known:
+        return None
+    nats = ratio_bootstrap([nll for nll, _ in known], [float(tokens) for _, tokens in known], seed)
+    return {name: math.exp(nats[name]) for name in ("low", "high")}
 
 
 def _gain(rho: Values, pi: Values, seed: int) -> dict[str, float | None]:

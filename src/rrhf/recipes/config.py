@@ -77,6 +77,21 @@ class RoundSettings:
 
 
 @dataclass(frozen=True)
+class RankedSettings:
+    """On what the order that a trained model gives its training samples is measured."""
+
+    ranked_samples: int = field(
+        default=100,
+        metadata={"help": "training samples on which is measured, after training, whether ρ and π order responses as "
+                          "their scores do: for accuracy and the most violated pairs of the report; 0: none"},
+    )  # fmt: skip
+
+    def __post_init__(self) -> None:
+        if self.ranked_samples < 0:
+            raise UserError(f"--ranked_samples {self.ranked_samples}: must be at least 0")
+
+
+@dataclass(frozen=True)
 class RunConfig:
     """The parsed sections; ``sample`` is ``None`` where only provided responses are ranked (setting P).
 
@@ -100,6 +115,7 @@ class RunConfig:
     evaluate_sampling: SamplingSettings
     evaluate: EvaluationSettings
     evaluate_remote: EndpointLimits
+    evaluate_ranked: RankedSettings
     cluster: ClusterSettings = field(default_factory=ClusterSettings)
 
 
@@ -231,7 +247,7 @@ def sections() -> dict[str, Section]:
         "train": {"adapter": AdapterSettings, "train": RRHFConfig, "watch": WatchSettings},
         "evaluate": {
             "evaluate_rewards": RewardSettings, "evaluate_sampling": SamplingSettings, "evaluate": EvaluationSettings,
-            "evaluate_remote": EndpointLimits,
+            "evaluate_remote": EndpointLimits, "evaluate_ranked": RankedSettings,
         },
     }  # fmt: skip
     return {name: Section(name, classes) for name, classes in fields.items()}

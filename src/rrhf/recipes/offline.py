@@ -29,6 +29,7 @@ from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.stage import rewards_digests, score_file
 from rrhf.sampling.sources.parsing import parse_source
 from rrhf.training.folder import is_trained, last_checkpoint
+from rrhf.training.windows import last_window
 
 if TYPE_CHECKING:
     from rrhf.training.online import Online
@@ -110,6 +111,7 @@ def carry_out(stages: Sequence[Stage], run: RunFolder, *clocks: RunFolder) -> No
         log.info(f"{stage.name}: begins")
         with ExitStack() as timed:
             for folder in (run, *clocks):
+                folder.remember_environment(stage.name)
                 timed.enter_context(folder.timed(stage.name))
             stage.work()
         push_finished(run.folder)
@@ -189,6 +191,7 @@ def evaluate_stage(at: Pass, held_out: Path | None = None) -> Stage:
             config.evaluate,
             context=context,
             policies=at.policies,
+            more=_ranking(at),
         )
 
     return Stage(
@@ -202,6 +205,21 @@ def evaluate_stage(at: Pass, held_out: Path | None = None) -> Stage:
         },
         work,
     )
+
+
+def _ranking(at: Pass) -> dict[str, Any]:
+    """How ρ and π order what π was trained on, as ``evaluation.json`` has it; nothing where there are no samples."""
+    from rrhf.evaluation.pairs import rank_samples
+
+    config, samples = at.config, last_window(at.run.model) or at.run.scored
+    if not config.evaluate_ranked.ranked_samples or not samples.exists():
+        return {}
+    at.policies.release()
+    # Cut as training cut them, so that p_i is what it was there.
+    context = replace(_evaluation_context(config), text=config.train.text, max_length=config.train.max_length)
+    most = config.evaluate_ranked.ranked_samples
+    found = rank_samples(samples, at.run.evaluation, at.evaluated, context, most)
+    return {} if found is None else {"ranking": found}
 
 
 def _files(*paths: Path) -> dict[str, str]:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.endpoint_settings import EndpointLimits
+from rrhf.common.environment import environment
 from rrhf.common.errors import UserError
 from rrhf.common.files import read_object, write_text
 from rrhf.common.launch import rank_and_world
@@ -44,6 +45,7 @@ class RunFolder:
         self.report = folder / "report.html"
         self.timings = folder / "timings.json"
         self.made_of = folder / "made-of.json"
+        self.environment = folder / "environment.json"
         self.log = folder / "log.txt"
         self.rounds = folder / "rounds"
 
@@ -117,6 +119,17 @@ class RunFolder:
         if changed or before is None:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.made_of, json.dumps({**noted, stage: inputs}, indent=1) + "\n")
+
+    def remember_environment(self, stage: str) -> None:
+        """Note on what a stage is done: ``environments``, each with its stages; a run may go on on another machine."""
+        here = environment()
+        noted = read_object(self.environment).get("environments", [])
+        if not noted or {name: noted[-1].get(name) for name in here} != here:
+            noted.append({**here, "stages": []})
+        if stage not in noted[-1]["stages"]:
+            noted[-1]["stages"].append(stage)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_text(self.environment, json.dumps({"environments": noted}, indent=1) + "\n")
 
     def split_time(self, stage: str, parts: Mapping[str, float]) -> None:
         """Count ``parts``, seconds by stage, as theirs and no more as those of ``stage``, in which they passed."""

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import html
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.presentation import clean, finite
-from rrhf.report.samples import Samples, measure_samples
+from rrhf.evaluation.held_out import HeldOut
+from rrhf.evaluation.pairs import MEAN, Violation, most_violated
+from rrhf.evaluation.samples import Samples, measure_records, measure_samples
+from rrhf.records.files import read_records
+from rrhf.report.choice import choose
+from rrhf.training.folder import SETTINGS, TRAINED
+from rrhf.training.windows import FOLDER, Windows
 
 RUN_FILES = (
     "config.yaml",
@@ -21,12 +29,19 @@ RUN_FILES = (
     "evaluation.json",
     "timings.json",
 )
+MODEL_FILES = ("trainer_state.json", TRAINED, SETTINGS)  # of a folder that a training alone wrote
+
+TEXT_LENGTH = 2_000  # characters of a text on the page: a row is no longer than a sheet of paper
 
 
 @dataclass(frozen=True)
 class Generation:
-    """What ρ and π wrote for one held-out prompt. ``query`` is a list of (role, text); plain text has the role ""."""
+    """What ρ and π wrote for one held-out prompt. ``query`` is a list of (role, text); plain text has the role "".
 
+    ``number`` is its line in the file. A model that was not evaluated wrote "" and has no rewards.
+    """
+
+    number: int
     query: tuple[tuple[str, str], ...]
     rho: str
     pi: str
@@ -37,18 +52,49 @@ class Generation:
 
 
 @dataclass(frozen=True)
+class RankedPair:
+    """The most violated pair of a training sample: the response that scores higher, and the one that π likes better.
+
+    ``better`` and ``worse`` are (text, source, score r, p under π, p under ρ or None); ``violation`` has the margin.
+    """
+
+    query: tuple[tuple[str, str], ...]
+    better: tuple[str, str, float, float, float | None]
+    worse: tuple[str, str, float, float, float | None]
+    violation: Violation
+
+
+@dataclass(frozen=True)
+class Window:
+    """The samples of one window of a training that samples as it goes (OP-k)."""
+
+    step: int
+    samples: Samples
+
+
+@dataclass(frozen=True)
 class Run:
-    """One run folder, read. Empty values stand for missing files; ``missing`` says which and why."""
+    """One run folder, read. Empty values stand for missing files; ``missing`` says which and why.
+
+    ``settings`` are the configuration's, ``training`` what ``model/training.json`` says, ``environments`` on what its
+    stages were done, ``fingerprints`` (stage, input, digest).
+    """
 
     name: str
     settings: dict[str, str]
+    training: dict[str, Any]
+    environments: list[dict[str, Any]]
+    fingerprints: list[tuple[str, str, str]]
     evaluation: dict[str, Any]
     rewards: dict[str, dict[str, Any]]
-    generations: list[Generation]
-    generations_total: int
-    values: dict[str, dict[str, list[float]]]  # reward name → "rho" | "pi" → one number a held-out prompt
+    held: HeldOut
+    generations: list[Generation]  # those on the page
+    generations_file: str
+    ranked: list[RankedPair]
+    ranked_file: str
     history: list[dict[str, float]]
     samples: Samples | None
+    windows: list[Window]
     timings: dict[str, float]
     missing: dict[str, str] = field(default_factory=dict)
 
@@ -56,6 +102,11 @@ class Run:
     def main_reward(self) -> str | None:
         """The name of the reward that the gain is measured with: the first one of ``evaluation.json``."""
         return next(iter(self.rewards), None)
+
+    @property
+    def seed(self) -> int:
+        """Of the bootstraps: the evaluation's."""
+        return int(finite(self.evaluation.get("seed")) or 0)
 
 
 def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
@@ -134,27 +185,48 @@ def _messages(query: Any) -> tuple[tuple[str, str], ...]:
     return (("", clean(str(query))),)
 
 
-def _read_generations(path: Path) -> Iterator[Generation]:
+def _rows(path: Path) -> Iterator[dict[str, Any]]:
+    """The rows of a generations' file, each with its line as ``number``."""
     with path.open(encoding="utf-8") as file:
         for number, line in enumerate(file, 1):
-            if not line.strip():
-                continue
-            try:
-                row = json.loads(line)
-                yield Generation(
-                    query=_messages(row["query"]),
-                    rho=clean(row["rho"]),
-                    pi=clean(row["pi"]),
-                    rho_rewards={name: finite(value) for name, value in (row.get("rho_rewards") or {}).items()},
-                    pi_rewards={name: finite(value) for name, value in (row.get("pi_rewards") or {}).items()},
-                    rho_finish=str(row.get("rho_finish", "stop")),
-                    pi_finish=str(row.get("pi_finish", "stop")),
-                )
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
-                raise UserError(
-                    f"{path}, line {number}: no generation with query, rho and pi ({type(error).__name__}: {error}). "
-                    "Remove the file and evaluation.json and run the evaluation again."
-                ) from error
+            if line.strip():
+                try:
+                    yield {**json.loads(line), "number": number}
+                except (ValueError, TypeError) as error:
+                    raise _no_generation(path, number, error) from error
+
+
+def _no_generation(path: Path, number: int, error: Exception) -> UserError:
+    return UserError(
+        f"{path}, line {number}: no generation with query, rho and pi ({type(error).__name__}: {error}). "
+        "Remove the file and evaluation.json and run the evaluation again."
+    )
+
+
+def _generation(row: Mapping[str, Any]) -> Generation:
+    return Generation(
+        number=row["number"],
+        query=tuple((role, _cut(text)) for role, text in _messages(row["query"])),
+        rho=_cut(clean(row.get("rho", ""))),
+        pi=_cut(clean(row["pi"])),
+        rho_rewards={name: finite(value) for name, value in (row.get("rho_rewards") or {}).items()},
+        pi_rewards={name: finite(value) for name, value in (row.get("pi_rewards") or {}).items()},
+        rho_finish=str(row.get("rho_finish", "stop")),
+        pi_finish=str(row.get("pi_finish", "stop")),
+    )
+
+
+def _cut(text: str) -> str:
+    """The text as the page shows it."""
+    if len(text) <= TEXT_LENGTH:
+        return text
+    return f"{text[:TEXT_LENGTH]} … ({len(text) - TEXT_LENGTH:,} more characters in the file)"
+
+
+def _size(texts: Generation) -> int:
+    """Bytes on the page, about."""
+    shown = (*(text for _, text in texts.query), texts.rho, texts.pi)
+    return 700 + sum(len(html.escape(text).encode()) for text in shown)
 
 
 def _rewards(evaluation: Mapping[str, Any], settings: Mapping[str, str]) -> dict[str, dict[str, Any]]:
@@ -176,6 +248,9 @@ class _Folder:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.missing: dict[str, str] = {}
+        inner = folder / "model"
+        # `rrhf train` and the baselines write a model's folder alone; what belongs to a run is then missing.
+        self.model = folder if not inner.exists() and any((folder / file).exists() for file in MODEL_FILES) else inner
 
     def small(self, file: str, part: str, parse: Callable[[str], Any] = json.loads) -> dict[str, Any]:
         """The mapping in a small file; empty where the file is missing."""
@@ -184,14 +259,54 @@ class _Folder:
         self.missing[part] = f"{file} is missing"
         return {}
 
+    def of_model(self, file: str) -> dict[str, Any]:
+        """The mapping in a small file of the model's folder; empty where there is none."""
+        path = self.model / file
+        return _mapping(path, json.loads) if path.is_file() else {}
+
     def settings(self) -> dict[str, str]:
-        tree = self.small("config.yaml", "settings", _yaml)
+        if self.model == self.folder and not (self.folder / "config.yaml").exists():
+            tree = self.of_model(SETTINGS) or self.of_model(TRAINED).get("settings") or {}
+        else:
+            tree = self.small("config.yaml", "settings", _yaml)
         return flatten(tree) if tree else {}
 
     def evaluation(self) -> dict[str, Any]:
         evaluation = self.small("evaluation.json", "evaluation")
         _check_evaluation(self.folder / "evaluation.json", evaluation)
         return evaluation
+
+    def environments(self, training: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """On what the stages were done; of a training alone, on what it ended."""
+        path = self.folder / "environment.json"
+        noted = (_mapping(path, json.loads).get("environments") or []) if path.is_file() else []
+        found = [one for one in noted if isinstance(one, dict)]
+        if not found and isinstance(training.get("environment"), dict):
+            found = [{**training["environment"], "stages": ["train"]}]
+        if not found:
+            self.missing["environment"] = "environment.json is missing"
+        return found
+
+    def fingerprints(self, training: Mapping[str, Any]) -> list[tuple[str, str, str]]:
+        """(stage, input, digest) of all that the stages were made of."""
+        path = self.folder / "made-of.json"
+        noted: dict[str, Any] = _mapping(path, json.loads) if path.is_file() else {}
+        if not noted:
+            settings = training.get("settings") or self.of_model(SETTINGS)
+            names = {"data": "data_checksum", "model": "model_digest", "eval_data": "eval_data_checksum"}
+            noted = {
+                "train": {Path(str(settings[n])).name: settings[key] for n, key in names.items() if settings.get(key)}
+            }
+        rows = [
+            (clean(stage), clean(_inside(str(name))), clean(str(digest)))
+            for stage, inputs in noted.items()
+            if isinstance(inputs, dict)
+            for name, digest in inputs.items()
+            if digest
+        ]
+        if not rows:
+            self.missing["fingerprints"] = "made-of.json is missing"
+        return rows
 
     def timings(self) -> dict[str, float]:
         return _finite_only(self.small("timings.json", "timings"))
@@ -203,81 +318,156 @@ class _Folder:
             number = path.parent.name.rpartition("-")[2]
             return int(number) if number.isdigit() else -1
 
-        model = self.folder / "model"
-        checkpoints = sorted(model.glob("checkpoint-*/trainer_state.json"), key=step, reverse=True)
-        state = next((path for path in (model / "trainer_state.json", *checkpoints) if path.is_file()), None)
+        checkpoints = sorted(self.model.glob("checkpoint-*/trainer_state.json"), key=step, reverse=True)
+        state = next((path for path in (self.model / "trainer_state.json", *checkpoints) if path.is_file()), None)
         log = (_mapping(state, json.loads).get("log_history") or []) if state else []
         rows = [_finite_only(row) for row in log if isinstance(row, dict)]
         if not rows:
             self.missing["training"] = "nothing was logged yet" if state else "model/trainer_state.json is missing"
         return rows
 
-    def samples(self, reward: str | None) -> Samples | None:
+    def samples(self, reward: str | None, settings: Mapping[str, str], seed: int) -> Samples | None:
         """The rewards of the training samples, by ``reward`` where they were scored by it."""
+        windows = self._windows()
+        if windows:
+            records = [path for _, path in windows]
+            for name in dict.fromkeys((reward, None)):
+                try:
+                    every = chain.from_iterable(read_records(path, require="scores") for path in records)
+                    return measure_records(every, name, seed)
+                except KeyError:
+                    continue
         path = self.folder / "scored.jsonl"
-        samples = measure_samples(path, reward) if path.is_file() else None
+        if not path.is_file() and self.model == self.folder and settings.get("data"):
+            path = Path(settings["data"])  # of a training alone: what it was trained on, where it still stands
+        try:
+            samples = measure_samples(path, reward, seed) if path.is_file() else None
+        except UserError:
+            if path.name == "scored.jsonl":
+                raise
+            samples = None  # queries without scores, as PPO takes them
         if samples is None:
-            self.missing["samples"] = f"scored.jsonl {'has no scored response' if path.is_file() else 'is missing'}"
+            what = "has no scored response" if path.is_file() else "is missing"
+            self.missing["samples"] = f"{path.name} {what}"
         return samples
 
-    def generations(self, file: str, most: int) -> tuple[list[Generation], int, dict[str, dict[str, list[float]]]]:
-        """The first ``most`` generations, the number of all, and the rewards of all (as ``Run.values``)."""
-        kept: list[Generation] = []
-        total = 0
-        values: dict[str, dict[str, list[float]]] = {}
+    def _windows(self) -> list[tuple[int, Path]]:
+        windows = Windows(self.model / FOLDER)
+        return [(n, windows.records(n)) for n in windows.numbers() if windows.records(n).is_file()]
+
+    def windows(self, seed: int) -> list[Window]:
+        """The samples of each window, by the scores that training used; its step stands behind the records' ids."""
+        found = []
+        for _, path in self._windows():
+            first = next(read_records(path, require="scores"), None)
+            samples = measure_samples(path, None, seed)
+            step = (first.id.rpartition("@")[2] if first else "") or "0"
+            if samples is not None and step.isdigit():
+                found.append(Window(int(step), samples))
+        return found
+
+    def generations(self, file: str, reward: str | None, most: int, budget: int) -> tuple[HeldOut, list[Generation]]:
+        """The numbers of all generations, and those that stand on the page: ``choose`` by their gain."""
+        held, sizes = HeldOut(), []
         path = self.folder / file
-        for generation in _read_generations(path) if path.is_file() else ():
-            total += 1
-            if len(kept) < most:
-                kept.append(generation)
-            for side, rewards in (("rho", generation.rho_rewards), ("pi", generation.pi_rewards)):
-                for reward, value in rewards.items():
-                    if value is not None:
-                        values.setdefault(reward, {"rho": [], "pi": []})[side].append(value)
-        if not kept:
+        for row in _rows(path) if path.is_file() else ():
+            try:
+                held.add(row)
+                sizes.append(_size(_generation(row)))
+            except (KeyError, TypeError, AttributeError) as error:
+                raise _no_generation(path, row["number"], error) from error
+        if not sizes:
             self.missing["generations"] = f"{file} is {'empty' if path.is_file() else 'missing'}"
-        return kept, total, values
+            return held, []
+        gains = held.gains(reward) if reward else [None] * len(sizes)
+        chosen = set(choose(gains, sizes, most, budget))
+        return held, [_generation(row) for place, row in enumerate(_rows(path)) if place in chosen]
+
+    def ranked(self, file: str, most: int) -> list[RankedPair]:
+        """The most violated pairs of the training samples that the evaluation looked at, the worst first."""
+        path = self.folder / file
+        pairs = []
+        for record in read_records(path) if path.is_file() else ():
+            logprobs = record.rewards.get(f"{MEAN} pi") or []
+            found = most_violated(record.scores, logprobs) if logprobs and record.scores else None
+            if found is None:
+                continue
+            before = record.rewards.get(f"{MEAN} rho") or [None] * len(record.responses)
+
+            def side(index: int, record: Any = record, now: Any = logprobs, rho: Any = before) -> Any:
+                text, source = _cut(clean(record.responses[index])), clean(record.sources[index])
+                return text, source, record.scores[index], now[index], rho[index]
+
+            query = tuple((role, _cut(text)) for role, text in _messages(record.query))
+            pairs.append(RankedPair(query, side(found.better), side(found.worse), found))
+        if not pairs:
+            self.missing["ranked"] = f"{file} is missing"
+        return sorted(pairs, key=lambda pair: -pair.violation.margin)[:most]
+
+
+def _inside(name: str) -> str:
+    """A name without the folders of an absolute path: where something lies on a machine is nobody's business."""
+    return Path(name).name if name.startswith("/") else name
 
 
 def _finite_only(row: Mapping[str, Any]) -> dict[str, float]:
     return {name: number for name, value in row.items() if (number := finite(value)) is not None}
 
 
-def load_run(folder: str | Path, name: str | None = None, max_generations: int = 500) -> Run:
-    """Read a run folder.
+def load_run(folder: str | Path, name: str | None = None, most: int = 500, budget: int = 3_000_000) -> Run:
+    """Read a run folder, or the folder of a model that a training alone wrote.
 
     Args:
-        folder: a folder written by ``rrhf run``, finished or not.
+        folder: a folder written by ``rrhf run``, ``rrhf train`` or ``rrhf baseline``, finished or not.
         name: what to call it; the folder's own name by default.
-        max_generations: how many before/after texts to keep; the numbers are taken from all of them.
+        most: how many before/after texts to keep; the numbers are taken from all of them.
+        budget: how many bytes these may take on a page.
 
     Raises:
         UserError: the folder holds none of a run's files, or one of them cannot be read.
     """
     folder = Path(folder)
-    if not folder.is_dir() or not any((folder / file).exists() for file in (*RUN_FILES, "model")):
+    if not folder.is_dir() or not any((folder / file).exists() for file in (*RUN_FILES, *MODEL_FILES, "model")):
         what = "holds none of a run's files" if folder.is_dir() else "is no folder"
         raise UserError(
             f"{folder}: {what}; expected a run folder written by `rrhf run CONFIG.yaml --output RUN`, with at least "
-            f"one of {', '.join(RUN_FILES)}"
+            f"one of {', '.join(RUN_FILES)}, or a model's folder written by `rrhf train` or `rrhf baseline`"
         )
     files = _Folder(folder)
-    settings, evaluation = files.settings(), files.evaluation()
+    settings, evaluation, training = files.settings(), files.evaluation(), files.of_model(TRAINED)
     rewards = _rewards(evaluation, settings)
-    kept, total, values = files.generations(str(evaluation.get("generations") or "generations.jsonl"), max_generations)
+    main, seed = next(iter(rewards), None), int(finite(evaluation.get("seed")) or 0)
+    generations = Path(str(evaluation.get("generations") or "generations.jsonl")).name
+    held, kept = files.generations(generations, main, most, budget)
+    ranked = "evaluation.pairs.jsonl"
     return Run(
         name=clean(name or folder.resolve().name),
         settings=settings,
+        training=training,
+        environments=files.environments(training),
+        fingerprints=files.fingerprints(training),
         evaluation=evaluation,
         rewards=rewards,
         history=files.history(),
-        samples=files.samples(next(iter(rewards), None)),
+        samples=files.samples(main, settings, seed),
+        windows=files.windows(seed),
         timings=files.timings(),
+        held=held,
         generations=kept,
-        generations_total=total,
-        values=values,
+        generations_file=generations,
+        ranked=files.ranked(ranked, most // 2),
+        ranked_file=ranked,
         missing=files.missing,
     )
+
+
+def with_rounds(folders: Sequence[Path]) -> list[Path]:
+    """The folders, and in the place of a run in rounds those of its rounds, in order."""
+    found: list[Path] = []
+    for folder in folders:
+        rounds = [path for path in (folder / "rounds").glob("*") if path.name.isdigit() and path.is_dir()]
+        found += sorted(rounds, key=lambda path: int(path.name)) or [folder]
+    return found
 
 
 def run_names(folders: Sequence[Path]) -> list[str]:

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 # Mid-tones of the Okabe-Ito palette: told apart by colour-blind readers, legible on white and on near-black.
 RHO_COLOUR = "#c97b0a"
 PI_COLOUR = "#2f86c9"
+BEST_COLOUR = "#1d9e77"
 RUN_COLOURS = ("#2f86c9", "#c97b0a", "#1d9e77", "#c765a3", "#7f74d6", "#8a8a8a")
 RUN_DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1.5, 1.5)), (0, (6, 2, 1.5, 2)))
 
@@ -32,6 +33,14 @@ METRICS: dict[str, tuple[str, str]] = {
     "tokens_per_second": ("Speed", "tokens a second"),
     "learning_rate": ("Learning rate", "learning rate"),
     "grad_norm": ("Gradient norm", "norm"),
+    # of PPO and NLPO, a rollout each
+    "reward_mean": ("Mean reward of the rollouts", "reward"),
+    "kl": ("KL(π, ρ) of the rollouts", "nats a response"),
+    "entropy": ("Entropy of the policy", "nats a token"),
+    "length_mean": ("Length of the rollouts", "tokens"),
+    "value_loss": ("Loss of the value function", "loss"),
+    "explained_variance": ("Variance that the value function explains", "share"),
+    "clip_fraction": ("Clipped tokens", "share of tokens"),
     "eval_loss": ("Loss on held-out records", "loss"),
     "eval_rank_accuracy": ("Held-out pairs ranked rightly", "share of pairs"),
     "eval_reward_mean": ("Mean reward on held-out prompts", "reward"),
@@ -99,12 +108,21 @@ def draw_curves(axes: Axes, lines: Sequence[Series], name: str, colours: Sequenc
     _grid(axes)
 
 
-def draw_histograms(axes: Axes, rho: Sequence[float], pi: Sequence[float], bins: int = 24) -> None:
+def bin_edges(rho: Sequence[float], pi: Sequence[float]) -> list[float]:
+    """The limits of the bins in which the rewards of ρ and π are counted: fewer where there are few."""
+    import numpy as np
+
+    bins = max(8, min(24, int(2 * max(len(rho), len(pi)) ** 0.5)))
+    edges: list[float] = np.histogram_bin_edges([*rho, *pi], bins=bins).tolist()
+    return edges
+
+
+def draw_histograms(axes: Axes, rho: Sequence[float], pi: Sequence[float]) -> None:
     """Draw the rewards of ρ and π over the same bins, with their means as dashed lines."""
     import numpy as np
     from matplotlib.ticker import MaxNLocator
 
-    edges = np.histogram_bin_edges([*rho, *pi], bins=bins).tolist()
+    edges = bin_edges(rho, pi)
     for name, values, colour in (("ρ before", rho, RHO_COLOUR), ("π after", pi, PI_COLOUR)):
         if not values:
             continue
@@ -113,6 +131,7 @@ def draw_histograms(axes: Axes, rho: Sequence[float], pi: Sequence[float], bins:
         axes.axvline(float(np.mean(values)), color=colour, linestyle=(0, (4, 2)), linewidth=1.3)
     axes.set_xlabel("reward")
     axes.set_ylabel("held-out prompts")
+    axes.xaxis.set_major_locator(MaxNLocator(6))
     axes.yaxis.set_major_locator(MaxNLocator(6, integer=True))
     # Above the axes, so that no bar can hide it.
     axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.4)
@@ -134,24 +153,122 @@ def draw_best_of_n(
 ) -> None:
     """Draw the training samples' mean ± std and mean of maxima beside ρ's and π's mean reward."""
     rows: list[tuple[str, float, str, float | None]] = [
-        ("training samples, mean ± std", mean, "#8a8a8a", std),
-        (f"best of {best_n}, mean of maxima", mean_max, "#1d9e77", None),
+        ("training samples\nmean ± std", mean, "#8a8a8a", std),
+        (f"best of {best_n}\nmean of maxima", mean_max, BEST_COLOUR, None),
     ]
-    rows += [("ρ, held-out prompts", rho, RHO_COLOUR, None)] if rho is not None else []
-    rows += [("π, held-out prompts", pi, PI_COLOUR, None)] if pi is not None else []
+    rows += [("ρ, held out", rho, RHO_COLOUR, None)] if rho is not None else []
+    rows += [("π, held out", pi, PI_COLOUR, None)] if pi is not None else []
     for height, (_, value, colour, spread) in enumerate(reversed(rows)):
         axes.errorbar([value], [height], xerr=spread, fmt="o", color=colour, markersize=7, capsize=4, linewidth=1.5)
         axes.annotate(
             f"{value:.3f}", (value, height), (0, 7), textcoords="offset points", ha="center", fontsize=8, color=INK
         )
     dashes = (0, (4, 2))  # from its point down, past ρ and π, so that it crosses no number
-    axes.vlines(mean_max, -0.5, len(rows) - 2, color="#1d9e77", linestyle=dashes, linewidth=1, zorder=0)
+    axes.vlines(mean_max, -0.5, len(rows) - 2, color=BEST_COLOUR, linestyle=dashes, linewidth=1, zorder=0)
     axes.set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
     axes.set_ylim(-0.5, len(rows) - 0.3)
     axes.tick_params(axis="y", length=0)
     axes.spines["left"].set_visible(False)
     axes.set_xlabel("reward")
     _grid(axes, "x")
+
+
+Line = tuple[str, str, Sequence[Mapping[str, Any]]]  # name, colour, points with n, mean, low and high
+
+
+def draw_best_curves(axes: Axes, lines: Sequence[Line], levels: Mapping[str, tuple[float, str]]) -> None:
+    """Draw the reward of the best of n as a function of n with its interval, and ``levels`` to hold it against.
+
+    Args:
+        lines: what ``evaluation.best_of_n`` gives, each with its name and colour.
+        levels: name → a reward and its colour, a dashed line each.
+    """
+    from matplotlib.ticker import MaxNLocator
+
+    longest = max((len(points) for _, _, points in lines), default=1)
+    for name, colour, points in lines:
+        n = [point["n"] for point in points]
+        axes.fill_between(n, [p["low"] for p in points], [p["high"] for p in points], color=colour, alpha=0.2, lw=0)
+        axes.plot(n, [p["mean"] for p in points], color=colour, marker="o", markersize=3, label=name)
+    for name, (value, colour) in levels.items():
+        axes.axhline(value, color=colour, linestyle=(0, (4, 2)), linewidth=1.2, label=name)
+    axes.set_xlabel("n, responses of a query")
+    axes.set_ylabel("reward of the best")
+    if longest > 8:
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter("{x:g}")
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(0, 1), ncols=3, borderaxespad=0.2, handlelength=1.4, columnspacing=1.2
+    )
+    _grid(axes)
+
+
+def draw_by_length(axes: Axes, bins: Sequence[Mapping[str, Any]]) -> None:
+    """Draw the mean rewards of ρ and π among texts of about the same length, with intervals."""
+    from matplotlib.ticker import MaxNLocator
+
+    for shift, (model, name, colour) in zip(
+        (-0.09, 0.09), (("rho", "ρ before", RHO_COLOUR), ("pi", "π after", PI_COLOUR))
+    ):
+        at = [(place, found) for place, line in enumerate(bins) if (found := line["models"][model]["reward"])]
+        means = [found["mean"] for _, found in at]
+        # A resampled mean never lies beyond the interval by more than its rounding.
+        spread = [
+            [max(0.0, m - found["low"]) for m, (_, found) in zip(means, at)],
+            [max(0.0, found["high"] - m) for m, (_, found) in zip(means, at)],
+        ]
+        x = [place + shift for place, _ in at]
+        axes.errorbar(x, means, yerr=spread, fmt="o-", color=colour, markersize=4, capsize=2.5, lw=1.2, label=name)
+    axes.set_xticks(range(len(bins)), [length_range(line) for line in bins])
+    axes.set_xlabel("length in characters")
+    axes.set_ylabel("mean reward")
+    axes.yaxis.set_major_locator(MaxNLocator(6))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.8)
+    _grid(axes)
+
+
+def length_range(line: Mapping[str, Any]) -> str:
+    """``12–40``: the shortest and the longest text of a bin."""
+    low, high = round(line["low"]), round(line["high"])
+    return f"{low}" if low == high else f"{low}–{high}"
+
+
+def draw_sources(figure: Figure, rows: Sequence[tuple[str, Mapping[str, float], Mapping[str, float]]]) -> None:
+    """Draw mean reward and mean length by source side by side, with intervals: (source, reward, length) a row."""
+    from matplotlib.ticker import MaxNLocator
+
+    panels = figure.subplots(1, 2, sharey=True)
+    rewards, lengths = [reward for _, reward, _ in rows], [length for _, _, length in rows]
+    for panel, values, label in ((panels[0], rewards[::-1], "mean reward"), (panels[1], lengths[::-1], "characters")):
+        means = [value["mean"] for value in values]
+        ends = [
+            [max(0.0, mean - value["low"]) for mean, value in zip(means, values)],
+            [max(0.0, value["high"] - mean) for mean, value in zip(means, values)],
+        ]
+        panel.errorbar(means, range(len(rows)), xerr=ends, fmt="o", color=PI_COLOUR, markersize=4, capsize=2.5, lw=1.2)
+        panel.set_xlabel(label)
+        panel.xaxis.set_major_locator(MaxNLocator(4))
+        panel.set_ylim(-0.6, len(rows) - 0.4)
+        _grid(panel, "x")
+    panels[0].set_yticks(range(len(rows)), [name for name, *_ in reversed(rows)])
+    for panel in panels:
+        panel.tick_params(axis="y", length=0)
+
+
+def draw_windows(axes: Axes, steps: Sequence[int], means: Sequence[float], maxima: Sequence[float]) -> None:
+    """Draw the mean reward of each window's samples, and the mean of their queries' best, over the steps."""
+    from matplotlib.ticker import MaxNLocator
+
+    axes.plot(steps, maxima, color=BEST_COLOUR, marker="o", markersize=3, label="mean of maxima")
+    axes.plot(steps, means, color="#8a8a8a", marker="o", markersize=3, label="mean")
+    axes.set_xlabel("optimiser step")
+    axes.set_ylabel("reward of the samples")
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.legend(loc="lower left", bbox_to_anchor=(0, 1), ncols=2, borderaxespad=0.2, handlelength=1.8)
+    _grid(axes)
 
 
 def gain_figure(
@@ -201,8 +318,9 @@ def save_picture(run_folder: str | Path, path: str | Path) -> None:
     if path.suffix not in (".png", ".svg"):
         raise UserError(f"{path}: give a name that ends in .png or .svg")
     run = load_run(run_folder)
-    values = run.values.get(run.main_reward or "") or next(iter(run.values.values()), None)
-    if values is None:
+    reward = run.main_reward if run.main_reward in run.held.rewards else next(iter(run.held.rewards), None)
+    values = None if reward is None else {model: run.held.values(reward, model) for model in ("rho", "pi")}
+    if values is None or not values["pi"]:
         raise UserError(f"{run_folder}: no rewards to draw: {run.missing.get('generations', 'no generation has one')}")
     gain = run.rewards[run.main_reward].get("gain") if run.main_reward else None
     figure = gain_figure(values["rho"], values["pi"], run.history, gain)

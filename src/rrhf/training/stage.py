@@ -14,6 +14,7 @@ from typing import Any
 
 from transformers import IntervalStrategy, PrinterCallback, ProgressCallback, TrainerCallback
 
+from rrhf.common.environment import environment
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.common.imports import code_digest
@@ -287,6 +288,7 @@ def _save(
         "steps": trainer.state.global_step,
         "train_loss": train_loss,
         "window_seconds": window_seconds(folder),
+        "environment": environment(),
     }
     if trainer.is_world_process_zero():
         trainer.save_state()

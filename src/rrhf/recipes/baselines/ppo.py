@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.environment import environment
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.common.launch import launched_processes
@@ -212,6 +213,7 @@ def _save(job: Job, ppo: PPO, settings: dict[str, Any], history: list[dict[str, 
         "seconds": round(sum(line["seconds"] for line in history), 1),
         "models_resident": ppo.models_resident,
         "peak_memory_bytes": peak_memory(job.model.device),
+        "environment": environment(),
     }
     write_text(job.folder / "trainer_state.json", json.dumps(state(ppo, history), indent=1) + "\n")
     write_text(job.folder / TRAINED, json.dumps(summary, indent=2) + "\n")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import subprocess
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
@@ -115,20 +114,6 @@ def peak_memory(device: str) -> int:
             status = Path("/proc/self/status").read_text()
             return next(int(line.split()[1]) * 1024 for line in status.splitlines() if line.startswith("VmHWM"))
     return ppo.peak_memory(device)
-
-
-def commit() -> str:
-    """What ``git describe`` says of this code; the package's version where it stands in no repository."""
-    from rrhf import __version__
-
-    here = Path(__file__).parent
-    try:
-        told = subprocess.run(
-            ["git", "-C", str(here), "describe", "--always", "--dirty"], capture_output=True, text=True, check=True
-        )
-    except (OSError, subprocess.CalledProcessError):
-        return __version__
-    return told.stdout.strip() or __version__
 
 
 def load() -> float | None:

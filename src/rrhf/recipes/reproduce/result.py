@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.environment import commit
 from rrhf.common.files import read_object
 from rrhf.evaluation.best_of_n import kl_bound
 from rrhf.evaluation.pairs import evaluate_pairs, verdict
@@ -59,7 +60,7 @@ def result_of(work: Work) -> dict[str, Any]:
         "seconds": measure.seconds(run.timings),
         "load": measure.load(),
         "processors": os.cpu_count(),
-        "commit": measure.commit(),
+        "commit": commit(),
         "config": work.noted,
         "asked": list(work.scale.asked),
     }
