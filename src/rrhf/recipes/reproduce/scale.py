@@ -57,7 +57,8 @@ class Scale:
     def configuration(self, arm: Arm, seed: int, rate: float | None) -> dict[str, Any]:
         """The run's configuration of an arm from a seed."""
         train: dict[str, Any] = {} if rate is None else {"learning_rate": rate}
-        over: dict[str, Any] = {"seed": seed, "train": train}
+        # The accuracy of p_i is measured on the same samples of ρ for all arms, not on each arm's own.
+        over: dict[str, Any] = {"seed": seed, "train": train, "evaluate": {"ranked_samples": 0}}
         if arm.kind == RUN:
             if arm.rounds > 1:
                 over["iterations"] = arm.rounds
