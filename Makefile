@@ -50,7 +50,7 @@ test-latest: browser
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/pip $(PIP_FLAGS) install --upgrade --upgrade-strategy eager '$(TORCH)' -e '.[dev]'
 	.venv-latest/bin/pip $(PIP_FLAGS) install --upgrade --no-deps $(CARRIED)
-	.venv-latest/bin/python -m pytest -q $(ARGS)
+	.venv-latest/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 # The lower bounds of pyproject.toml: the same tests with the oldest it allows of everything but torch.
 test-lowest: browser .venv-lock/bin/uv
@@ -60,7 +60,7 @@ test-lowest: browser .venv-lock/bin/uv
 	grep -vE '$(CUDA)' .venv-lowest/lowest.txt > .venv-lowest/requirements.txt
 	.venv-lowest/bin/pip $(PIP_FLAGS) install '$(TORCH)'
 	.venv-lowest/bin/pip $(PIP_FLAGS) install --no-deps -r .venv-lowest/requirements.txt $(CARRIED) -e .
-	.venv-lowest/bin/python -m pytest -q $(ARGS)
+	.venv-lowest/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 test-long: setup browser
 	RRHF_LONG=1 $(BIN)/python -m pytest -q tests tests/long $(ARGS)

@@ -179,7 +179,9 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.write_model(tmp_path_factory.mktemp("stand-ins") / "model")
 
 
-@pytest.mark.parametrize("page", sorted({block.page for block in BLOCKS if block.language == "python"}), ids=str)
+@pytest.mark.parametrize(
+    "page", sorted({block.page for block in BLOCKS if block.language == "python"}), ids=lambda page: page.name
+)
 def test_python_blocks_run(page: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A page's blocks one after another, with what a reader has: a model, its tokenizer, scored records, a run."""
     from rrhf.models.load import ModelSettings, load_policy

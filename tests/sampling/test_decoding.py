@@ -398,10 +398,10 @@ def test_short_and_single_responses_with_columns_of_their_own(
 
 
 def test_the_work_of_a_slot_does_not_grow_with_the_number_of_responses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Multiplications in all attention products of eight responses of 200 tokens, beside the shared columns'."""
+    """Multiplications in all attention products of eight responses of 120 tokens, beside the shared columns'."""
     model, queries = lively("llama", 21, -60.0), [[5, 6, 7]]
-    options: dict[str, Any] = {"num_responses": 8, "max_new_tokens": 200, "policy": "top-p"}
-    monkeypatch.setattr(slot_columns, "BLOCK", 25)
+    options: dict[str, Any] = {"num_responses": 8, "max_new_tokens": 120, "policy": "top-p"}
+    monkeypatch.setattr(slot_columns, "BLOCK", 15)
     monkeypatch.setattr(cpu, "products_beat_fused", lambda dtype: True)  # products are what can be counted
 
     def products() -> int:
@@ -411,7 +411,7 @@ def test_the_work_of_a_slot_does_not_grow_with_the_number_of_responses(monkeypat
         return sum(count for kind, count in by_kind.items() if "bmm" in str(kind))
 
     shared = products()
-    monkeypatch.setattr(decoding_module, "LONG", 200)
+    monkeypatch.setattr(decoding_module, "LONG", 120)
     assert 0 < products() < shared / 6
 
 

@@ -74,10 +74,13 @@ def _key(action: Action, field: Field[Any]) -> dict[str, Any]:
 def _value(action: Action) -> dict[str, Any]:
     if action.choices is not None:
         return {"enum": list(action.choices)}
-    if action.type in (int, float, str):
-        return {int: {"type": "integer"}, float: NUMBER, str: {"type": "string"}}[action.type]
-    name = getattr(action.type, "__name__", "")
-    return {"type": "boolean"} if name == "string_to_bool" else {"type": ["string", "number", "boolean"]}
+    named = {
+        "int": {"type": "integer"},
+        "float": NUMBER,
+        "str": {"type": "string"},
+        "string_to_bool": {"type": "boolean"},
+    }
+    return named.get(getattr(action.type, "__name__", ""), {"type": ["string", "number", "boolean"]})
 
 
 if __name__ == "__main__":

@@ -218,34 +218,33 @@ def naive(one: AttentionCall, seen: Tensor) -> tuple[Tensor, Tensor]:
     return (torch.softmax(scores, dim=-1) @ value).transpose(1, 2), scores.logsumexp(dim=-1).transpose(1, 2)
 
 
-@pytest.mark.parametrize("trees", [FORESTS[0], forest((100, (60, 20, 60)), (1, ()), (40, (0, 0, 30)))])
-@pytest.mark.parametrize("window", [None, 30])
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize(
-    ("heads", "sizes"),
-    [((4, 4), (8, 8)), ((6, 2), (8, 8)), ((4, 4), (24, 16))],
-    ids=["plain", "grouped queries", "values of another size (MLA)"],
-)
-def test_it_equals_naive_attention(
-    trees: list[Tree], window: int | None, softcap: float | None, heads: tuple[int, int], sizes: tuple[int, int]
-) -> None:
+SMALL, LARGE = FORESTS[0], forest((100, (60, 20, 60)), (1, ()), (40, (0, 0, 30)))
+HEADS = {"plain": ((4, 4), (8, 8)), "grouped": ((6, 2), (8, 8)), "MLA": ((4, 4), (24, 16))}  # values of another size
+
+
+@pytest.mark.parametrize(  # every two of the four meet; uncompiled, each takes a while
+    ("heads", "trees", "window", "softcap"),
+    [
+        ("plain", LARGE, None, None), ("plain", LARGE, 30, 2.0), ("plain", SMALL, None, 2.0),
+        ("plain", SMALL, 30, None),
+        ("grouped", LARGE, None, 2.0), ("grouped", LARGE, 30, None), ("grouped", SMALL, None, None),
+        ("MLA", LARGE, None, None), ("MLA", LARGE, 30, 2.0), ("MLA", SMALL, None, 2.0), ("MLA", SMALL, 30, None),
+    ],
+    ids=lambda value: None if not isinstance(value, list) else f"{sum(tree.size for tree in value)} tokens",
+)  # fmt: skip
+def test_it_equals_naive_attention(heads: str, trees: list[Tree], window: int | None, softcap: float | None) -> None:
+    heads_of, sizes = HEADS[heads]
     ends = torch.tensor(column_ends(trees))
-    one = call(len(ends), torch.float32, heads, sizes, window=window, softcap=softcap)
+    one = call(len(ends), torch.float32, heads_of, sizes, window=window, softcap=softcap)
     output, lse = naive(one, visible(ends, places(trees), window))
     attention = flex(trees)
     found, partition = attention.with_lse(one)
-    assert found.shape == (1, len(ends), heads[0], sizes[1])
+    assert found.shape == (1, len(ends), heads_of[0], sizes[1])
     assert float((found - output).abs().max()) < 1e-5
     assert float((partition - lse).abs().max()) < 1e-5
     assert torch.equal(attention(one), found)
-    assert (
-        float(
-            (attention(call(len(ends), torch.bfloat16, heads, sizes, window=window, softcap=softcap)) - output)
-            .abs()
-            .max()
-        )
-        < 0.05
-    )
+    half = call(len(ends), torch.bfloat16, heads_of, sizes, window=window, softcap=softcap)
+    assert float((attention(half) - output).abs().max()) < 0.05
     if window is None and softcap is None:
         branched = branch_attention(one.query, one.key, one.value, one.scaling, branches(trees))
         assert float((found - branched).abs().max()) < 1e-5
