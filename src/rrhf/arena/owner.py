@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import importlib
-import importlib.util
 import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from typing import Any
 
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -18,20 +14,18 @@ from starlette.responses import RedirectResponse, Response
 from starlette.routing import Route
 
 from rrhf.arena.access import OWNER
-from rrhf.arena.store import Progress, Study, new_link, progress, rankings, revoke_link, votes
+from rrhf.arena.store import Progress, Study, new_link, progress, revoke_link, votes
 from rrhf.arena.urls import link
-from rrhf.arena.votes import Vote
 from rrhf.arena.web import Door, Visitor, page
-from rrhf.common.presentation import number, percent
-
-Table = tuple[str, list[str], list[list[str]]]  # title, header, rows
+from rrhf.common.presentation import percent
 
 
 class Owner:
     """The routes of the owner. ``door`` has the study."""
 
     def __init__(self, door: Door) -> None:
-        self.door, self.study, self.live = door, door.study, Live(door.study)
+        self.door, self.study = door, door.study
+        self.turn, self.made = threading.Lock(), -math.inf
 
     def routes(self) -> list[Route]:
         return [
@@ -52,8 +46,15 @@ class Owner:
             "owner.html.j2", self.study,
             mark=visitor.mark, fresh=fresh, raters=raters, last={row.rater.id: _ago(row) for row in raters},
             done=sum(row.answered for row in raters), count=sum(row.assigned for row in raters),
-            tables=self.live.tables(),
+            tables=self._tables(),
         )  # fmt: skip
+
+    def _tables(self) -> object:
+        """The results, at most 15 seconds old: raters do not wait for an owner's bootstraps."""
+        with self.turn:
+            if time.monotonic() - self.made > 15:
+                self.tables, self.made = tables(self.study), time.monotonic()
+            return self.tables
 
     async def links(self, request: Request) -> Response:
         """Revoke a rater's link, or make a new one, which is shown this once."""
@@ -81,76 +82,20 @@ def _ago(row: Progress) -> str:
     return f"{minutes // 60} h ago" if minutes < 48 * 60 else f"{minutes // (24 * 60)} days ago"
 
 
-# --- results so far ------------------------------------------------------------------------------------------------
-
-
-class Live:
-    """The tables of results, at most ``FRESH`` seconds old: raters do not wait for an owner's bootstraps."""
-
-    FRESH = 15.0
-
-    def __init__(self, study: Study) -> None:
-        self._study, self._lock = study, threading.Lock()
-        self._tables: list[Table] = []
-        self._made = -math.inf
-
-    def tables(self) -> list[Table]:
-        with self._lock:
-            if time.monotonic() - self._made > self.FRESH:
-                self._tables, self._made = live_tables(self._study), time.monotonic()
-            return self._tables
-
-
-def live_tables(study: Study) -> list[Table]:
-    """What the votes say so far; attention checks and skipped pairs do not count.
-
-    With intervals where the libraries of results are there, else as counts.
-    """
-    told, ranked = votes(study), rankings(study)
-    if not ranked and not any(vote.choice != "skip" and vote.spoilt is None for vote in told):
-        return []
-    if importlib.util.find_spec("rrhf.arena.results") and importlib.util.find_spec("choix"):
-        found = importlib.import_module("rrhf.arena.results").live_results(told, ranked, systems=study.systems)
-        return [_compared(found["comparisons"]), _strengths(found["strengths"])]
-    return [counts(told)] if told else []
-
-
-def _compared(found: Sequence[Mapping[str, Any]]) -> Table:
-    header = ["comparison", "queries", "win", "tie", "lose", "win rate, a tie is half"]
-    return "Comparisons", header, [
-        [
-            f"{one['a']} against {one['b']}", str(one["queries"]),
-            *(_share(one[f"{name}_share"]) for name in ("win", "tie", "lose")), _share(one["win_rate"]),
-        ]
-        for one in found
-    ]  # fmt: skip
-
-
-def _share(one: Mapping[str, float]) -> str:
-    return f"{percent(one['mean'])} ({100 * one['low']:.0f}–{100 * one['high']:.0f})"
-
-
-def _strengths(found: Mapping[str, Mapping[str, float]]) -> Table:
-    rows = [
-        [name, *(number(one[end], 2, sign=True) for end in ("mean", "low", "high"))]
-        for name, one in sorted(found.items(), key=lambda item: -item[1]["mean"])
-    ]
-    return "Bradley–Terry strengths", ["system", "strength", "95 % from", "to"], rows
-
-
-def counts(told: Sequence[Vote]) -> Table:
-    """Win, tie and lose of each comparison, without intervals."""
-    said: dict[tuple[str, str], Counter[str]] = {}
-    for vote in told:
+def tables(study: Study) -> list[tuple[str, list[str], list[list[str]]]]:
+    """Title, header and rows of what the votes say so far; attention checks and skipped pairs do not count."""
+    counts: dict[tuple[str, str], Counter[str]] = {}
+    for task in study.tasks.values():
+        if task.spoilt is None and study.settings.mode == "pairs":
+            counts.setdefault((task.systems[0], task.systems[1]), Counter())
+    for vote in votes(study):
         if vote.spoilt is None and vote.choice != "skip":
-            a, b = sorted((vote.left, vote.right))
+            pair = (vote.left, vote.right) if (vote.left, vote.right) in counts else (vote.right, vote.left)
             better = {"left": vote.left, "right": vote.right}.get(vote.choice)
-            said.setdefault((a, b), Counter())["tie" if better is None else "win" if better == a else "lose"] += 1
-    rows = [
-        [
-            f"{a} against {b}", str(one.total()),
-            *(f"{one[name]} ({percent(one[name] / one.total())})" for name in ("win", "tie", "lose")),
-        ]
-        for (a, b), one in sorted(said.items())
-    ]  # fmt: skip
-    return "Votes by comparison", ["comparison", "votes", "win", "tie", "lose"], rows
+            counts[pair]["tie" if better is None else "win" if better == pair[0] else "lose"] += 1
+    rows = []
+    for (a, b), said in counts.items():
+        total = said.total()
+        shares = [f"{said[name]} ({percent(said[name] / total if total else None)})" for name in ("win", "tie", "lose")]
+        rows.append([f"{a} against {b}", str(total), *shares])
+    return [("Votes by comparison", ["comparison", "votes", "win", "tie", "lose"], rows)] if rows else []
