@@ -111,9 +111,7 @@ class Rating:
         choice, why = fields.get("choice", ""), fields.get("why", "").replace("\r\n", "\n").strip()
         why = why.replace("\0", "\ufffd")  # PostgreSQL's texts have none
         if len(why) > LONGEST_REMARK:
-            return Answer(
-                ""
-            ), f"The remark has {len(why)} characters; {LONGEST_REMARK} are the most. Nothing was stored."
+            return Answer(""), f"The remark has {len(why)} of at most {LONGEST_REMARK} characters: nothing was stored."
         if self.study.settings.mode == "pairs":
             return Answer(choice, why), "" if choice in CHOICES else "Choose one of the answers."
         if choice == "skip":
