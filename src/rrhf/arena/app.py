@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import socket
+from collections.abc import AsyncIterator
 
+from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
@@ -20,12 +23,21 @@ from rrhf.arena.urls import LOOPBACK, host_of
 from rrhf.arena.web import PAGES, Door, SafeHeaders, fault_page
 from rrhf.common.errors import UserError
 
+THREADS = 100  # votes wait for the disk in them; pages are not to wait for votes
+
 
 def application(study: Study, limits: LimitSettings) -> Starlette:
     """The pages of an open study. Requests for another host than the study's are refused (DNS rebinding)."""
     door = Door(study, Limiter(limits))
     told = fault_page(study)
+
+    @contextlib.asynccontextmanager
+    async def with_threads(app: Starlette) -> AsyncIterator[None]:
+        to_thread.current_default_thread_limiter().total_tokens = THREADS
+        yield
+
     return Starlette(
+        lifespan=with_threads,
         routes=[
             *Rating(door).routes(),
             *Owner(door).routes(),
@@ -47,7 +59,10 @@ def listen(host: str, port: int) -> socket.socket:
     """
     try:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        return socket.create_server((host, port), family=family, backlog=512)
+        place = socket.create_server((host, port), family=family, backlog=512)
+        # Inherited by each connection: without it a page's body waits 40 ms until its head was acknowledged.
+        place.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        return place
     except (OSError, OverflowError) as error:
         raise UserError(f"--host {host} --port {port}: cannot listen there ({error}): choose another") from error
 

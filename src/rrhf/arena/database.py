@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import sqlalchemy as sa
 
 from rrhf.common.errors import UserError
+
+T = TypeVar("T")
 
 TABLES = sa.MetaData()
 
@@ -73,20 +76,29 @@ ANSWER = sa.Table(
 )  # fmt: skip
 
 
+@dataclass
+class _Work:
+    work: Callable[[sa.Connection], Any]
+    result: Any = None
+    fault: BaseException | None = None
+    done: bool = False
+
+
 class Database:
-    """A connection pool with two ways in: ``reading()``, and ``writing()``, which has kept all once it is left."""
+    """A connection pool: ``reading()``, and ``writing()`` and ``write()``, which have kept all once they are left."""
 
     def __init__(self, place: str) -> None:
         self._sqlite = "://" not in place
-        self._turn = threading.Lock()
+        self._turn, self._queue = threading.Lock(), threading.Lock()
+        self._waiting: list[_Work] = []
         if self._sqlite:
             url = sa.URL.create("sqlite", database=place)
             # The turns of this process's writers are the lock's; the time is for those of another process.
-            self.engine = sa.create_engine(url, connect_args={"timeout": 30}, pool_size=10, max_overflow=30)
+            self.engine = sa.create_engine(url, connect_args={"timeout": 30}, pool_size=20, max_overflow=100)
             sa.event.listen(self.engine, "connect", _set_up_sqlite)
             sa.event.listen(self.engine, "begin", _begin_sqlite)
         else:
-            self.engine = sa.create_engine(_server(place), pool_size=10, max_overflow=30, pool_pre_ping=True)
+            self.engine = sa.create_engine(_server(place), pool_size=20, max_overflow=100, pool_pre_ping=True)
         self._reader = self.engine.execution_options(reading=True)
 
     @contextmanager
@@ -96,13 +108,47 @@ class Database:
 
     @contextmanager
     def writing(self) -> Iterator[sa.Connection]:
-        """One transaction. SQLite lets one write at a time, and who waits in its own queue sleeps too long."""
-        if self._sqlite:
-            with self._turn, self.engine.begin() as connection:
-                yield connection
-        else:
+        """One transaction; SQLite lets one write at a time."""
+        with self._turn, self.engine.begin() as connection:
+            yield connection
+
+    def write(self, work: Callable[[sa.Connection], T]) -> T:
+        """What ``work`` returns, once all that it wrote is on the disk.
+
+        To SQLite the works that came while the disk was busy go in one transaction, which waits for it once: 50 raters
+        do not stand in a queue of 50 waits. A work that fails takes nothing else with it. PostgreSQL does so itself.
+        """
+        if not self._sqlite:
             with self.engine.begin() as connection:
-                yield connection
+                return work(connection)
+        mine = _Work(work)
+        with self._queue:
+            self._waiting.append(mine)
+        with self._turn:
+            if not mine.done:  # else who had the turn before has done it too
+                with self._queue:
+                    works, self._waiting = self._waiting, []
+                self._do(works)
+        if mine.fault is not None:
+            raise mine.fault
+        return mine.result
+
+    def _do(self, works: list[_Work]) -> None:
+        try:
+            with self.engine.begin() as connection:
+                for one in works:
+                    try:
+                        with connection.begin_nested():
+                            one.result = one.work(connection)
+                    except Exception as fault:
+                        one.fault = fault
+        except BaseException as fault:  # nothing of it is kept
+            for one in works:
+                one.fault = fault
+            raise
+        finally:
+            for one in works:
+                one.done = True
 
     def close(self) -> None:
         self.engine.dispose()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, cast
 
@@ -342,7 +342,8 @@ def save_answer(study: Study, rater: Rater, task: Task, answer: Answer, seen: in
         "choice": answer.choice, "ranks": answer.ranks, "why": answer.why, "at": time.time(), "revision": seen + 1,
     }  # fmt: skip
     mine = sa.and_(ANSWER.c.rater == rater.id, ANSWER.c.task == task.id)
-    with suppress(sa.exc.IntegrityError), study.database.writing() as connection:
+
+    def work(connection: sa.Connection) -> bool:
         row = connection.execute(sa.select(ANSWER).where(mine)).one_or_none()
         if row is not None and answer.says_as(Answer(row.choice, row.why, row.ranks)):
             return True
@@ -351,10 +352,13 @@ def save_answer(study: Study, rater: Rater, task: Task, answer: Answer, seen: in
             return True
         changed = connection.execute(ANSWER.update().where(mine, ANSWER.c.revision == seen).values(**values))
         return changed.rowcount == 1
-    # Another connection to PostgreSQL was first. What it kept can be the same.
-    with study.database.reading() as connection:
-        row = connection.execute(sa.select(ANSWER).where(mine)).one()
-    return answer.says_as(Answer(row.choice, row.why, row.ranks))
+
+    try:
+        return study.database.write(work)
+    except sa.exc.IntegrityError:  # another connection to PostgreSQL was first; what it kept can be the same
+        with study.database.reading() as connection:
+            row = connection.execute(sa.select(ANSWER).where(mine)).one()
+        return answer.says_as(Answer(row.choice, row.why, row.ranks))
 
 
 # --- what is read of it -------------------------------------------------------------------------------------------
