@@ -51,7 +51,10 @@ class Rater(threading.Thread):
     def _rate(self) -> None:
         rng = random.Random(self.token)
         connection = http.client.HTTPConnection(*self.place, timeout=60)
-        headers = {"Cookie": f"rater={self.token}"}
+        connection.request("GET", f"/r/{self.token}")
+        entered = connection.getresponse()
+        entered.read()
+        headers = {"Cookie": str(entered.getheader("set-cookie")).partition(";")[0]}
 
         def ask(method: str, path: str, body: str | None = None) -> tuple[int, str, float]:
             more = {"Content-Type": "application/x-www-form-urlencoded"} if body else {}

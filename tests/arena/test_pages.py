@@ -195,6 +195,19 @@ def test_limits_hold_for_a_link_and_for_strangers(made: tuple[Study, dict[str, s
     enter(other, tokens, "ben")
 
 
+def test_studies_on_one_host_do_not_share_their_cookies(made: tuple[Study, dict[str, str]], tmp_path: Path) -> None:
+    study, tokens = made
+    queries: Any = {"q": "x"}
+    both = Systems(queries, {"a": {"q": "1"}, "b": {"q": "2"}})
+    others = create_study(str(tmp_path / "2.db"), both, [("a", "b")], ["zoe"], StudySettings(checks=0), URL)
+    with open_study(str(tmp_path / "2.db")) as second:
+        one, two = client(study), client(second)
+        two.cookies = one.cookies
+        enter(one, tokens, "anna")
+        enter(two, others, "zoe")
+        assert "of 43" in one.get("/rate").text and "of 1" in two.get("/rate").text
+
+
 def test_serve_stays_on_this_machine_unless_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     study = str(tmp_path / "s.db")
     create([study, *plain_systems(tmp_path, "ab", 3), "--raters", "2"], capsys)
@@ -212,6 +225,7 @@ def test_serve_stays_on_this_machine_unless_told(tmp_path: Path, capsys: pytest.
         (["--raters", "anna", "anna"], "'anna'"),
         (["--raters", "owner", "x"], "the owner's"),
         (["--raters", "0"], "--raters 0"),
+        (["--raters", "an\tna", "x"], "cannot be printed"),
         (["--common", "9", "--per-rater", "3"], "--per_rater is 3"),
         (["--compare", "a:c"], "--compare a:c"),
         (["--mode", "list"], "--mode 'list'"),

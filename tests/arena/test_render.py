@@ -6,7 +6,7 @@ import re
 from html.parser import HTMLParser
 
 import pytest
-from hypothesis import example, given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from rrhf.arena.render import query_turns, text_html
@@ -60,6 +60,7 @@ def test_no_attack_becomes_an_element(name: str) -> None:
 MARKUP = st.text(alphabet=st.sampled_from(list("<>\"'&/=!-[](){}*_`#|~:\\ \n\tabhijrst1.")), max_size=80)
 
 
+@settings(deadline=None)
 @given(MARKUP | st.text(max_size=60))
 @example("a\n:-:|-\n|\n1")
 def test_no_text_becomes_an_element(text: str) -> None:

@@ -15,7 +15,7 @@ from rrhf.arena.render import query_turns, text_html
 from rrhf.arena.store import Answer, Assigned, Rater, answered, assigned, save_answer
 from rrhf.arena.web import Door, Visitor, page
 
-RATER = "rater"  # the cookie's name
+RATER = "rater"  # what kind of link and cookie
 CHOICES = {"left": "Left", "tie": "Tie", "right": "Right", "skip": "Skip"}
 KEYS = {"left": "1", "tie": "2", "right": "3", "skip": "s"}
 LONGEST_REMARK = 2000

@@ -287,10 +287,13 @@ def add_rater(study: Study, name: str) -> str:
 
 
 def check_names(names: Sequence[str]) -> None:
-    """Raises UserError: a name is empty, taken twice, or the owner's."""
+    """Raises UserError: a name is empty, taken twice, the owner's, or cannot be printed in a line."""
     for place, name in enumerate(names):
-        if not name.strip() or name == OWNER or name in names[:place]:
-            raise UserError(f"--raters: {name!r} is empty, stands there twice, or is the owner's: choose another name")
+        if not name.strip() or name == OWNER or name in names[:place] or not name.isprintable():
+            raise UserError(
+                f"--raters: {name!r} is empty, stands there twice, is the owner's or holds what cannot be printed: "
+                "choose another name"
+            )
 
 
 # --- what raters see and say --------------------------------------------------------------------------------------

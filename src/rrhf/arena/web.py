@@ -79,6 +79,11 @@ class Door:
 
     def __init__(self, study: Study, limiter: Limiter) -> None:
         self.study, self.limiter = study, limiter
+        self._suffix = form_mark(study.key, "cookie")[:8]
+
+    def cookie(self, kind: str) -> str:
+        """The cookie's name: browsers share cookies between the ports of a host, where several studies can stand."""
+        return f"{kind}-{self._suffix}"
 
     def enter(self, request: Request, kind: str) -> Response:
         """Follow a personal link: set the cookie and leave the link, so that no page's address has the secret.
@@ -91,7 +96,7 @@ class Door:
         answer = RedirectResponse("/owner" if kind == OWNER else "/rate", 303)
         secure = urlsplit(self.study.url).scheme == "https"
         # Lax: links in mail and chats come from another site.
-        answer.set_cookie(kind, token, max_age=26 * WEEKS, httponly=True, samesite="lax", secure=secure)
+        answer.set_cookie(self.cookie(kind), token, max_age=26 * WEEKS, httponly=True, samesite="lax", secure=secure)
         return answer
 
     def visitor(self, request: Request, kind: str, token: str | None = None) -> Visitor:
@@ -100,7 +105,7 @@ class Door:
         Raises:
             HTTPException: nobody with a valid link (403), or too many requests (429).
         """
-        token = request.cookies.get(kind, "") if token is None else token
+        token = request.cookies.get(self.cookie(kind), "") if token is None else token
         rater = find_rater(self.study, token) if kind != OWNER else None
         if rater is None and not (kind == OWNER and is_owner(self.study, token)):
             address = request.client.host if request.client else ""
@@ -131,7 +136,7 @@ class Door:
         except ValueError as error:
             raise HTTPException(400, FOREIGN) from error
         fields = {name: values[-1] for name, values in parsed.items()}
-        if not mark_fits(fields.get("mark", ""), self.study.key, request.cookies.get(kind, "")):
+        if not mark_fits(fields.get("mark", ""), self.study.key, request.cookies.get(self.cookie(kind), "")):
             raise HTTPException(403, FOREIGN)
         return visitor, fields
 
