@@ -79,7 +79,9 @@ def test_a_ranking_counts_as_its_pairs() -> None:
     said = {(c["a"], c["b"]): (c["win"], c["tie"], c["lose"]) for c in found["comparisons"]}
     assert said == {("a", "b"): (1, 0, 1), ("a", "c"): (1, 0, 1), ("b", "c"): (0, 1, 1)}
     assert (found["rankings"], found["votes"], found["agreement"]["raters"]["n"]) == (2, 0, 3)
-    assert "2 rankings on 1 queries by 2 raters" in format_results(found)
+    assert "2 rankings on 1 queries by 2 raters; 0 skipped" in format_results(found)
+    more = study_results([], rankings, skipped={"r": 3, "s": 1, "t": 1}, without=["s"], samples=5)
+    assert (more["skipped"], more["raters"]["r"]["skipped"]) == (4, 3)
 
 
 def test_whose_word_does_not_count() -> None:

@@ -48,7 +48,7 @@ def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_results_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = ["arena", "results", "study.db", "--samples", "9", "--scores", "long.jsonl", "short.jsonl"]
-    assert main([*command, "--output", "out.json", "--markdown", "out.md"]) == 0
+    assert main([*command, "--output", "out.json", "--markdown", "out.md", "--votes", "votes.jsonl"]) == 0
     found = json.loads((folder / "out.json").read_text())
     (one,) = found["comparisons"]
     assert (one["a"], one["b"], one["win"], one["tie"], one["lose"]) == ("long", "short", 15, 1, 0)
@@ -59,6 +59,9 @@ def test_results_of_a_study(folder: Path, capsys: pytest.CaptureFixture[str]) ->
     for words in ("long against short", "Bradley–Terry", "anna / ben", "scores and all raters", "passed: 2 of 2"):
         assert words in printed
     assert "| long against short | 8 |" in (folder / "out.md").read_text()
+    votes = tiny.read_rows(folder / "votes.jsonl")
+    assert len(votes) == 18 and sum(vote["spoilt"] is not None for vote in votes) == 2
+    assert {vote["choice"] for vote in votes if vote["rater"] == "ben" and vote["query"] == "3"} >= {"tie"}
     assert main([*command, "--output", "out.json"]) == 2  # it is there
     assert main([*command, "--without", "bob"]) == 2
     assert "--without bob: the study's raters are anna, ben" in capsys.readouterr().err

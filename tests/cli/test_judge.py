@@ -114,6 +114,27 @@ def test_questions_as_fastchat_has_them(folder: Path) -> None:
             ]
             tiny.write_rows(folder / name, answers)
             assert list(answers_to(questions, folder / name).values()) == [f"to {text}" for text in texts]
+        assert main(["convert", "question.jsonl", "--output", "queries.jsonl", "--overwrite"]) == 0
+        assert [record.id for record in read_records("queries.jsonl")] == [question.id for question in questions]
+
+
+def test_the_judge_of_the_example_sums_as_table_9_does(folder: Path, server: bad.Misbehaving) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "judging.md").read_text(encoding="utf-8")
+    example = page[page.index("### Vicuna") :].partition("```yaml\n")[2].partition("```")[0]
+    url = "http://localhost:8000/v1"
+    assert url in example
+
+    def behave(handler: bad.Handler, body: dict[str, Any]) -> None:
+        asked = body["messages"][-1]["content"]
+        texts = re.findall(r"Response (\d+):\n<<begin .*>>\n(.*)\n<<end", asked)
+        lines = [f"Response {n}: Quality: {9 if text == 'xxxx' else 6.5}" for n, text in texts]
+        handler.send_json(bad.answer(body, ["\n".join(lines) if "from 1 to 10" in asked else "what?"]))
+
+    server.default = behave
+    (folder / "vicuna.yaml").write_text(example.replace(url, server.url) + "json: never\n", encoding="utf-8")
+    assert main([*JUDGE, "--judge", "vicuna.yaml"]) == 0
+    sums = json.loads((folder / "out.json").read_text())["judges"]["vicuna.yaml"]["summed_scores"]
+    assert (sums["a"], sums["b"]) == (36.0, 26.0)
 
 
 def test_judging_that_is_killed_asks_only_for_the_rest(folder: Path, server: bad.Misbehaving) -> None:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from itertools import permutations
 from typing import Any
 
 import numpy as np
@@ -100,10 +100,9 @@ def agreement_with_others(
 
 def _agreements(values: Sequence[float]) -> list[float]:
     """Of each label of a thing: its mean agreement 1 − |v − v'| with the others."""
-    total = dict.fromkeys(range(len(values)), 0.0)
-    for one, other in permutations(total, 2):
-        total[one] += 1 - abs(values[one] - values[other])
-    return [score / (len(values) - 1) for score in total.values()]
+    counts = Counter(values)
+    with_all = {one: sum(count * (1 - abs(one - other)) for other, count in counts.items()) for one in counts}
+    return [(with_all[value] - 1) / (len(values) - 1) for value in values]  # without itself
 
 
 def side_bias(votes: Sequence[Vote]) -> dict[str, Any]:

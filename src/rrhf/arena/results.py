@@ -19,6 +19,8 @@ from rrhf.evaluation.agreement import OUTCOMES, agreement, outcome_alpha, shares
 from rrhf.evaluation.bradley_terry import Game, bradley_terry, unlinked
 from rrhf.evaluation.metrics import paired_bootstrap
 
+PAIR_SAMPLES = 2_000  # of the bootstrap of each two raters, who can be many
+
 Judges = Mapping[str, Mapping[Unit, str]]  # reward model or judge → what it says of a against b
 
 
@@ -29,6 +31,7 @@ def study_results(
     systems: Sequence[str] | None = None,
     judges: Judges | None = None,
     without: Sequence[str] = (),
+    skipped: Mapping[str, int] | None = None,
     seed: int = 0,
     samples: int = 200,
 ) -> dict[str, Any]:
@@ -39,6 +42,7 @@ def study_results(
         systems: in the study's order; default: by name.
         judges: machines to hold people against (``rrhf.arena.machines``).
         without: raters whose word does not count; they are examined all the same.
+        skipped: rater → how much was skipped; default: of the votes, since rankings do not tell.
         seed, samples: of the bootstraps; ``samples`` is of the strengths, which are fitted anew each time.
 
     Returns:
@@ -55,18 +59,20 @@ def study_results(
     told = outcomes(votes, rankings, names)
     counted = [outcome for outcome in told if outcome.rater not in without]
     units, kept = by_unit(counted), [vote for vote in votes if vote.rater not in without]
-    raters = _raters(votes, rankings, by_unit(told), seed)
+    skips = Counter(vote.rater for vote in votes if vote.choice == "skip") if skipped is None else Counter(skipped)
+    raters = _raters(votes, rankings, skips, by_unit(told), seed)
+    pairs = _by_pair(units, seed)
     return {
         "systems": names,
         "votes": sum(vote.choice != "skip" and vote.spoilt is None for vote in kept),
         "rankings": sum(one.rater not in without for one in rankings),
-        "skipped": sum(vote.choice == "skip" for vote in kept),
+        "skipped": sum(number for rater, number in skips.items() if rater not in without),
         "queries": len({outcome.query for outcome in counted}),
         "comparisons": compared(counted, seed),
         "strengths": bradley_terry(_games(counted), seed, samples),
         "agreement": {
-            "raters": between_raters(units, seed),
-            "pairs": _by_pair(units, seed),
+            "raters": between_raters(units, pairs, seed),
+            "pairs": pairs,
             "judges": {name: _with_judge(said, counted, seed) for name, said in (judges or {}).items()},
         },
         "sides": side_bias(kept),
@@ -142,8 +148,15 @@ def _games(counted: Sequence[Outcome]) -> dict[str, list[Game]]:
 # --- raters ------------------------------------------------------------------------------------------------------
 
 
-def between_raters(units: Mapping[Unit, Mapping[str, str]], seed: int = 0) -> dict[str, Any]:
+def between_raters(
+    units: Mapping[Unit, Mapping[str, str]], pairs: Mapping[str, Mapping[str, Any]], seed: int = 0
+) -> dict[str, Any]:
     """How far raters agree on what at least two of them judged.
+
+    Args:
+        units: what was judged → rater → label.
+        pairs: of raters → how far they agree.
+        seed: of the bootstrap.
 
     Returns:
         n (things judged), same and not_contradicting (of two raters, as in Appendix D of the paper, with intervals),
@@ -154,7 +167,7 @@ def between_raters(units: Mapping[Unit, Mapping[str, str]], seed: int = 0) -> di
     labels = [(unit[0], one, other) for unit, said in met.items() for one, other in combinations(said.values(), 2)]
     if not labels:
         return {"n": 0, "same": None, "not_contradicting": None, "kappa": None, "krippendorff": None}
-    kappas = [found["kappa"] for found in _by_pair(met, seed).values() if found["kappa"] is not None]
+    kappas = [found["kappa"] for found in pairs.values() if found["kappa"] is not None]
     return {
         "n": len(met),
         **shares(labels, seed),
@@ -168,7 +181,7 @@ def _by_pair(units: Mapping[Unit, Mapping[str, str]], seed: int) -> dict[str, An
     for (query, _, _), said in units.items():
         for one, other in combinations(sorted(said), 2):
             labels.setdefault((one, other), []).append((query, said[one], said[other]))
-    return {f"{one} / {other}": agreement(labels[one, other], seed) for one, other in sorted(labels)}
+    return {f"{one} / {other}": agreement(labels[one, other], seed, PAIR_SAMPLES) for one, other in sorted(labels)}
 
 
 def _with_judge(judge: Mapping[Unit, str], counted: Sequence[Outcome], seed: int) -> dict[str, Any]:
@@ -182,12 +195,15 @@ def _with_judge(judge: Mapping[Unit, str], counted: Sequence[Outcome], seed: int
 
 
 def _raters(
-    votes: Sequence[Vote], rankings: Sequence[Ranking], units: Mapping[Unit, Mapping[str, str]], seed: int
+    votes: Sequence[Vote],
+    rankings: Sequence[Ranking],
+    skips: Mapping[str, int],
+    units: Mapping[Unit, Mapping[str, str]],
+    seed: int,
 ) -> dict[str, Any]:
     voted = Counter(vote.rater for vote in votes if vote.choice != "skip" and vote.spoilt is None)
-    skipped = Counter(vote.rater for vote in votes if vote.choice == "skip")
     ranked = Counter(one.rater for one in rankings)
     return {
-        name: {"votes": voted[name], "rankings": ranked[name], "skipped": skipped[name], **found}
+        name: {"votes": voted[name], "rankings": ranked[name], "skipped": skips.get(name, 0), **found}
         for name, found in rater_checks(votes, units, seed).items()
     }

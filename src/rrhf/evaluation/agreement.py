@@ -30,8 +30,12 @@ def value_of(outcome: str) -> float:
     return OUTCOMES.index(outcome) / 2
 
 
-def agreement(labels: Sequence[Label], seed: int = 0) -> dict[str, Any]:
+def agreement(labels: Sequence[Label], seed: int = 0, samples: int = 10_000) -> dict[str, Any]:
     """How far two agree.
+
+    Args:
+        labels: of what both have judged.
+        seed, samples: of the bootstrap.
 
     Returns:
         n; same (share of equal outcomes) and not_contradicting (share without a win against a loss), means over queries
@@ -43,10 +47,11 @@ def agreement(labels: Sequence[Label], seed: int = 0) -> dict[str, Any]:
     """
     if not labels:
         return {"n": 0, "same": None, "not_contradicting": None, "kappa": None}
-    return {"n": len(labels), **shares(labels, seed), "kappa": cohen_kappa([(one, other) for _, one, other in labels])}
+    kappa = cohen_kappa([(one, other) for _, one, other in labels])
+    return {"n": len(labels), **shares(labels, seed, samples), "kappa": kappa}
 
 
-def shares(labels: Sequence[Label], seed: int = 0) -> dict[str, dict[str, float]]:
+def shares(labels: Sequence[Label], seed: int = 0, samples: int = 10_000) -> dict[str, dict[str, float]]:
     """``same`` and ``not_contradicting`` of at least one label, each query with equal weight."""
     same: dict[str, list[float]] = {}
     harmless: dict[str, list[float]] = {}
@@ -54,7 +59,7 @@ def shares(labels: Sequence[Label], seed: int = 0) -> dict[str, dict[str, float]
         same.setdefault(query, []).append(one == other)
         harmless.setdefault(query, []).append({one, other} != {"win", "lose"})
     return {
-        name: paired_bootstrap([sum(values) / len(values) for values in by_query.values()], seed)
+        name: paired_bootstrap([sum(values) / len(values) for values in by_query.values()], seed, samples)
         for name, by_query in (("same", same), ("not_contradicting", harmless))
     }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 
 from rrhf.cli.parser import PlainParser
 from rrhf.common.errors import UserError
@@ -11,40 +12,43 @@ from rrhf.common.files import refuse_existing, write_text
 
 def main(arguments: list[str], name: str) -> None:
     options = _parser(name).parse_args(arguments)
-    outputs = [path for path in (options.output, options.markdown, options.export) if path]
+    outputs = [path for path in (options.output, options.markdown, options.votes, options.export) if path]
     for path in outputs:
         refuse_existing(path, options.overwrite)
     if options.samples < 1:
         raise UserError(f"--samples {options.samples}: must be at least 1")
     if options.to and not options.export:
         raise UserError(f"--to {options.to}: give --export, the file for the rows")
+    from rrhf.arena.database import name_of
     from rrhf.arena.machines import machine_labels, study_records
     from rrhf.arena.results import study_results
     from rrhf.arena.results_text import format_results, markdown_results
     from rrhf.arena.store import open_study, progress, rankings, votes
+    from rrhf.records.files import write_records, write_rows
 
     with open_study(options.study) as study:
         systems, told, ranked = study.systems, votes(study), rankings(study)
-        raters = [person.rater.name for person in progress(study)]
+        skipped = {person.rater.name: person.skipped for person in progress(study)}
         texts = {query: (one.query, one.responses) for query, one in study.texts.items()}
-    strangers = [person for person in options.without if person not in raters]
+    strangers = [person for person in options.without if person not in skipped]
     if strangers:
-        raise UserError(f"--without {' '.join(strangers)}: the study's raters are {', '.join(raters)}")
+        raise UserError(f"--without {' '.join(strangers)}: the study's raters are {', '.join(skipped)}")
     records = study_records(texts, systems)
     results = study_results(
         told, ranked, systems=systems, judges=machine_labels(records, options.scores), without=options.without,
-        seed=options.seed, samples=options.samples,
+        skipped=skipped, seed=options.seed, samples=options.samples,
     )  # fmt: skip
     print(format_results(results))
     if options.output:
-        whole = {"study": options.study, "seed": options.seed, **results}
+        whole = {"study": name_of(options.study), "seed": options.seed, **results}
         write_text(options.output, json.dumps(whole, ensure_ascii=False, indent=2) + "\n")
     if options.markdown:
         write_text(options.markdown, markdown_results(results) + "\n")
+    if options.votes:
+        write_rows(options.votes, [*map(asdict, told), *map(asdict, ranked)], options.overwrite)
     if options.export:
         from rrhf.arena.export import voted_records
         from rrhf.records.export import exported
-        from rrhf.records.files import write_records, write_rows
 
         voted = voted_records(records, told, ranked, aggregate=options.aggregate, without=options.without)
         if options.to:
@@ -63,6 +67,7 @@ def _parser(name: str) -> PlainParser:
     files.add_argument("study", help="the study's file, or postgresql://USER@HOST/DATABASE")
     files.add_argument("--output", metavar="F.json", help="all numbers")
     files.add_argument("--markdown", metavar="F.md", help="the tables")
+    files.add_argument("--votes", metavar="F.jsonl", help="every vote or ranking as it was given, with its remark")
     files.add_argument("--overwrite", action="store_true", help="replace outputs that exist")
     numbers = parser.add_argument_group("numbers")
     numbers.add_argument(
