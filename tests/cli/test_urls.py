@@ -182,6 +182,10 @@ def test_a_run_on_s3_is_killed_and_goes_on_with_an_empty_disk(s3: Any, tmp_path:
     done = run(folder, "s3://bucket/run", "third", tiny.count("rrhf.recipes.offline:_train", asked)).done()
     assert not asked.exists()  # what was up was made once
     assert "finished files were there already" in done.err and "report: " in done.out
+    s3.invalidate_cache()
+    assert {p.removeprefix("bucket/whole/") for p in s3.find("bucket/whole")} == {
+        p.removeprefix("bucket/run/") for p in s3.find("bucket/run")
+    }, done
     for name in ("queries.jsonl", "responses.jsonl", "scored.jsonl", "model/model.safetensors",
                  "evaluation.generations.jsonl"):  # fmt: skip
         assert s3.cat(f"bucket/run/{name}") == s3.cat(f"bucket/whole/{name}"), name

@@ -280,6 +280,18 @@ def test_an_input_that_is_not_known_now_is_no_other_input(tmp_path: Path) -> Non
     run.remember_inputs("train", run.model, {"hub/name": "another"}, kept=True)
 
 
+def test_a_runs_own_files_move_with_its_folder(tmp_path: Path) -> None:
+    def made_of(run: RunFolder, digest: str, kept: bool) -> None:
+        last = run.round(2)
+        last.remember_inputs("train", last.model, {str(run.round(1).model): digest}, kept=kept)
+
+    made_of(RunFolder(tmp_path / "here"), "x", kept=False)
+    (tmp_path / "here").rename(tmp_path / "there")
+    made_of(RunFolder(tmp_path / "there"), "x", kept=True)
+    with pytest.raises(UserError, match="was made before rounds/1/model changed"):
+        made_of(RunFolder(tmp_path / "there"), "y", kept=True)
+
+
 def test_checkpoints_of_other_data_are_not_gone_on_from(model: Path, tmp_path: Path) -> None:
     folder = tiny.workplace(tmp_path, tiny.config(model))
     assert command(*RUN, cwd=folder, faults=[die(STEP, 6)]).code == -signal.SIGKILL

@@ -17,13 +17,31 @@ def main(arguments: list[str]) -> int:
         "config",
         help="a YAML file, or the name of a shipped configuration; NAME+ABLATION lays an ablation over it",
     )
-    files.add_argument("--output", required=True, help="the run folder")
+    files.add_argument("--output", help="the run folder; --dry_run needs none")
     add_flags(parser.add_argument_group("on a cluster"), ClusterSettings)
     settings = parser.add_argument_group("settings")
     settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the configuration")
+    settings.add_argument(
+        "--dry_run", "--dry-run", action="store_true",
+        help="print each stage's tokens, bytes, requests and machine hours, and do nothing",
+    )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
+    if options.dry_run:
+        return show_estimate(options.config, options.overrides)
+    if not options.output:
+        parser.error("the following arguments are required: --output")
     cluster = ClusterSettings(**{field.name: getattr(options, field.name) for field in fields(ClusterSettings)})
     return execute(options.config, options.overrides, Path(options.output), cluster)
+
+
+def show_estimate(config: str, overrides: list[str]) -> int:
+    """Print what a run will come to."""
+    from rrhf.recipes.config import override, parse_config, read_config
+    from rrhf.recipes.estimate import estimate_run
+
+    values = override(read_config(config), overrides)
+    print(estimate_run(parse_config(values, Path("model"))).table())
+    return 0
 
 
 def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSettings | None = None) -> int:

@@ -47,6 +47,8 @@ def with_urls(command: str, arguments: list[str], work: Callable[[list[str]], in
             local[index] = prefix + str(outputs[-1].place)
         else:
             local[index] = prefix + str(fetched(value, skip=WEIGHTS if command == "report" else ()))
+    if {"--dry_run", "--dry-run"} & set(arguments):
+        return work(local)  # nothing is written
     for output in outputs:
         if output.sent_what_was_left():
             return 0

@@ -44,6 +44,13 @@ def _read(source: str, settings: DataSettings, limit: int | None, counts: Counte
     return load_dataset_records(source, settings.format, settings.split, limit, counts)
 
 
+def training_records(settings: DataSettings) -> Iterator[Record]:
+    """The records that ``write_queries`` takes queries from, in a stream; those held out are among them."""
+    counts: Counter[str] = Counter()
+    records = _read(settings.source, settings, settings.limit, counts)
+    return records if settings.provided else (record.without_responses() for record in records)
+
+
 def write_queries(settings: DataSettings, queries: Path, held_out_file: Path) -> None:
     """Write the records to train on to ``queries`` and then the held-out ones; no query stands in both.
 

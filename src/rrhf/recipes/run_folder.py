@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -34,7 +35,7 @@ class RunFolder:
     """The files of a run; they mirror the data flow."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder = folder
+        self.folder = self.root = folder
         self.config = folder / "config.yaml"
         self.queries = folder / "queries.jsonl"
         self.held_out = folder / "held_out.jsonl"
@@ -52,7 +53,7 @@ class RunFolder:
     def round(self, number: int) -> RunFolder:
         """The folder of a round; queries and held-out prompts are the run's."""
         inner = RunFolder(self.rounds / str(number))
-        inner.queries, inner.held_out = self.queries, self.held_out
+        inner.root, inner.queries, inner.held_out = self.root, self.queries, self.held_out
         return inner
 
     def alone(self) -> AbstractContextManager[None]:
@@ -108,8 +109,11 @@ class RunFolder:
         Raises:
             UserError: an input has changed since the stage began; the message names it.
         """
-        noted = read_object(self.made_of)
+        noted, inside = read_object(self.made_of), f"{self.root}{os.sep}"  # the run's own files move with its folder
+        inputs = {name.removeprefix(inside): digest for name, digest in inputs.items()}
         before = noted.get(stage)
+        if before is not None:
+            before = {name.removeprefix(inside): digest for name, digest in before.items()}
         changed = [name for name in differences(before or {}, inputs) if inputs.get(name)]  # of the others nobody knows
         if kept and before is not None and changed:
             raise UserError(

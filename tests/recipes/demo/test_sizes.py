@@ -9,10 +9,10 @@ import pytest
 import yaml
 
 from rrhf.cli import demo
-from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import parse_config, read_config
 from rrhf.recipes.demo import sizes
-from rrhf.recipes.demo.sizes import PATIENCE, SIZES, Speed, choose_size, measure_machine, minutes
+from rrhf.recipes.demo.sizes import PATIENCE, SIZES, choose_size, minutes
+from rrhf.recipes.speed import Speed
 
 
 def test_the_largest_size_that_a_person_waits_for() -> None:
@@ -42,13 +42,6 @@ def test_minutes_follow_the_configuration() -> None:
     }
     seconds = sizes.FIXED_SECONDS + 60 * 0.8 + 120 * 1.8 + 16 * 0.5
     assert minutes(config, slow) == pytest.approx(seconds / 60)
-
-
-def test_a_machine_is_measured_with_the_models_own_work(tmp_path: Path) -> None:
-    from support import tiny
-
-    speed = measure_machine(ModelSettings(model=str(tiny.write_model(tmp_path / "model")), device="cpu"))
-    assert speed.sampled > 0 and speed.trained > 0 and speed.optimised > 0
 
 
 def test_what_was_chosen_stands_and_is_not_chosen_again(
