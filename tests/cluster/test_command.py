@@ -55,9 +55,9 @@ def test_an_address_where_nobody_answers() -> None:
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))  # nobody listens
         address = f"127.0.0.1:{taken.getsockname()[1]}"
-        with pytest.raises(UserError, match=f"{address}: nobody answers there.*ray start --head"):
-            with connected(ClusterSettings(address)):
-                pass
+        refused = pytest.raises(UserError, match=f"{address}: nobody answers there.*ray start --head")
+        with refused, connected(ClusterSettings(address)):
+            pass
 
 
 def test_the_flags_of_run(tmp_path: Path) -> None:

@@ -88,3 +88,15 @@ def test_a_node_dies_while_two_train(nodes: Nodes, tmp_path: Path, monkeypatch: 
     train(tmp_path, "alone")
     assert weights(tmp_path / "disturbed") == weights(tmp_path / "undisturbed")
     assert curve(tmp_path / "disturbed") == pytest.approx(curve(tmp_path / "alone"), abs=1e-4)
+
+
+@pytest.mark.skipif(not tiny.LONG, reason="a whole run on a cluster, and one without: RRHF_LONG=1")
+def test_a_whole_run(nodes: Nodes, tmp_path: Path) -> None:
+    """``rrhf run --cluster`` as a user gives it: every record, weight and number is that of a run without."""
+    nodes.have(2)
+    settings = tiny.config(tiny.write_model(tmp_path / "model"))
+    for name, flags in (("alone", []), ("cluster", ["--cluster", nodes.cluster.address, "--cluster_workers", "1"])):
+        place = tiny.workplace(tmp_path / name, settings)
+        tiny.cold("run", "config.yaml", "--output", "run", *flags, cwd=place).done()
+    for name in ("responses.jsonl", "scored.jsonl", "model/model.safetensors", "evaluation.json"):
+        assert (tmp_path / "cluster/run" / name).read_bytes() == (tmp_path / "alone/run" / name).read_bytes(), name
