@@ -12,7 +12,15 @@ import pytest
 from rrhf.cluster.settings import ClusterSettings
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
-QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 1000, "health_check_failure_threshold": 5}
+# A killed node refuses each check at once and is given up after five seconds; one that is merely slow has 10 s a check.
+QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
+# A busy machine is given time: nothing here depends on how long things take.
+PATIENT = {
+    "RAY_raylet_start_wait_time_s": "300",
+    "RAY_worker_register_timeout_seconds": "300",
+    "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
+    "RAY_USAGE_STATS_ENABLED": "0",
+}
 
 
 class Nodes:
@@ -42,8 +50,8 @@ class Nodes:
 
 @pytest.fixture(scope="package")
 def nodes() -> Iterator[Nodes]:
+    os.environ.update(PATIENT)  # read when Ray is imported
     pytest.importorskip("ray")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
     os.environ["OMP_NUM_THREADS"] = "1"  # as the processes of the other tests: the same sums
     paths = [str(Path(path)) for path in sys.path if path.endswith("src")]  # nodes find the package as this process
     os.environ["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
