@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,21 @@ NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": F
 QUICK = {"health_check_initial_delay_ms": 0, "health_check_period_ms": 500, "health_check_failure_threshold": 10}
 # A busy machine is given time: nothing here depends on how long things take.
 PATIENT = {
-    "RAY_raylet_start_wait_time_s": "300",
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_USAGE_STATS_ENABLED": "0",
 }
+
+
+def patiently(start: Callable[[], Any]) -> Any:
+    """Start a node, three times at most: Ray gives one no more than 30 s to begin, however busy the machine is."""
+    for _ in range(2):
+        try:
+            return start()
+        except Exception as error:
+            if "timed out during startup" not in str(error):
+                raise
+    return start()
 
 
 class Nodes:
@@ -30,7 +41,7 @@ class Nodes:
         from ray.cluster_utils import Cluster
 
         head = {**NODE, "num_cpus": 0, "_system_config": QUICK}
-        self.cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.cluster = patiently(lambda: Cluster(initialize_head=True, head_node_args=head))
         self.working: list = []
         self.have(working)
 
@@ -38,7 +49,7 @@ class Nodes:
         """So many nodes that work."""
         self.working = [node for node in self.working if node.live_processes()]
         while len(self.working) < working:
-            self.working.append(self.cluster.add_node(**NODE))
+            self.working.append(patiently(lambda: self.cluster.add_node(**NODE)))
 
     def kill(self) -> None:
         """A node, with all that runs on it, as if its machine had been switched off."""
