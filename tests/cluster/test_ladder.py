@@ -130,7 +130,8 @@ def test_what_trying_again_cannot_mend_is_refused() -> None:
 
 def test_records_travel_unchanged() -> None:
     odd = Record(query=[{"role": "user", "content": "a\u2028b\n\x85\ud7ff🙂"}], responses=["\r\n", "é"], id="x",
-                 scores=[None, 0.1 + 0.2], rewards={"r": [1e-300, None]}, extra={"n": {"deep": [1, "\x00"]}})  # fmt: skip
+                 scores=[None, 0.1 + 0.2], rewards={"r": [1e-300, None]},
+                 extra={"n": {"deep": [1, "\x00"]}})  # fmt: skip
     (row,) = unit_table(Unit(3, 1, 0), [odd, record(0)]).to_pylist()
     assert unit_of(row) == (3, 1, 0) and records_of(row) == [odd, record(0)]
     outcome = Outcome({0: odd}, {1: "why"}, Counter(cut=2))

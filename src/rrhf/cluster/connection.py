@@ -9,7 +9,9 @@ import importlib.util
 import logging
 import math
 import os
+import signal
 import socket
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -54,14 +56,27 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
     address = str(settings.cluster)
     if address not in ("auto", "local"):
         _knock(address)
+    dashboard = False if address == "local" else None  # of a cluster that runs it is not ours to say
     try:
-        ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, include_dashboard=None)
+        with _own_signals():
+            ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, include_dashboard=dashboard)
     except (ConnectionError, RuntimeError, ValueError) as error:
         raise UserError(f"--cluster {address}: {_first_line(error)}: {CURE}") from error
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _own_signals() -> Iterator[None]:
+    """Keep what SIGTERM does in a command, for which Ray puts in something of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 CURE = (
