@@ -27,6 +27,8 @@ from rrhf.report.terminal import format_evaluation
 from support.browser import NO_CHROMIUM, chromium, chromium_path
 from support.tiny import write_model
 
+PATIENCE = 180_000  # milliseconds for a browser on a busy machine
+
 MAIN = "rrhf.demo:positive"
 SECOND = "rrhf.demo:positive_by_words"
 
@@ -220,6 +222,7 @@ def opened(browser: Any) -> Iterator[Any]:
 
     def open_page(path: Path) -> tuple[Any, list[str], list[str]]:
         context = browser.new_context(viewport={"width": 1200, "height": 900})
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         requests: list[str] = []
@@ -597,7 +600,7 @@ def test_results_of_judges_people_and_pairs(tmp_path: Path) -> None:
     write_report([run], tmp_path / "page.html", write_results(tmp_path))
     page = (tmp_path / "page.html").read_text(encoding="utf-8")
     text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
-    judges = text[text.index("a against b, from judge.json") : text.index("People")]
+    judges = text[text.index("a against b, from judge.json") : text.index("390 votes")]
     assert "80 questions" in judges and "616.0 – 567.0" in judges and "60.0 50.0 to 70.0" in judges
     assert "84.4 80.0 to 90.0" in judges and "0.41" in judges
     people = text[text.index("390 votes of 3 raters") :]
@@ -823,6 +826,7 @@ def test_dark_mode_is_legible(run_a: Path, tmp_path: Path, browser: Any) -> None
     papers = []
     for scheme in ("light", "dark"):
         context = browser.new_context(color_scheme=scheme)
+        context.set_default_timeout(PATIENCE)
         page = context.new_page()
         page.goto((tmp_path / "page.html").as_uri())
         paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
