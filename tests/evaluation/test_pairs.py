@@ -12,7 +12,7 @@ import torch
 from oracles.logprobs import response_sum
 from rrhf.cli.evaluate import main
 from rrhf.common.errors import UserError
-from rrhf.evaluation.pairs import accuracies, verdict
+from rrhf.evaluation.pairs import Violation, accuracies, most_violated, verdict
 from rrhf.models.load import ModelSettings, load_policy
 from rrhf.models.tokenization import TextFormat
 from rrhf.records.formats import load_dataset_records
@@ -45,6 +45,22 @@ def test_what_scores_make_of_a_record(
 ) -> None:
     found = verdict(preferred, scores)
     assert (found and (found.pairs, found.best, found.every, found.ties)) == expected
+
+
+@pytest.mark.parametrize(
+    ("scores", "logprobs", "expected"),
+    [
+        ([1, 0], [-1.0, -3.0], Violation(0, 1, -2.0, 0, 1)),  # none is violated: the nearest to it
+        ([1, 0, 0.5], [-3.0, -1.0, -2.5], Violation(0, 1, 2.0, 3, 3)),
+        ([0.1 + 0.2, 0.3, 0], [-9.0, -1.0, -2.0], Violation(0, 2, 7.0, 1, 2)),  # equal scores are no pair
+        ([1, None, 0], [-2.0, -1.0, None], None),
+        ([0.5, 0.5], [-2.0, -1.0], None),
+    ],
+)
+def test_the_most_violated_pair(
+    scores: list[float | None], logprobs: list[float | None], expected: Violation | None
+) -> None:
+    assert most_violated(scores, logprobs) == expected
 
 
 def test_subsets_and_the_gain_of_pi() -> None:

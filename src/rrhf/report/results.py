@@ -82,12 +82,14 @@ class Accuracy:
     best: dict[str, float] | None
 
 
-def accuracies(block: Mapping[str, Any], source: str, preferences: str) -> list[Accuracy]:
-    """The judges of what ``evaluate_pairs`` gives, each with its subsets behind it."""
+def accuracies(
+    block: Mapping[str, Any], source: str, preferences: str, without: Sequence[str] = ("gain",)
+) -> list[Accuracy]:
+    """The judges of what ``evaluate_pairs`` gives but for ``without``, each with its subsets behind it."""
     names = {"rho": "ρ before", "pi": "π after", "pi - rho": "π − ρ (DPO’s implicit reward)"}
     rows = []
     for judge, numbers in block.items():
-        if not isinstance(numbers, Mapping) or judge == "gain":
+        if not isinstance(numbers, Mapping) or judge in without:
             continue
         subsets = numbers.get("subsets") or {}
         for subset, values in {"": numbers, **subsets}.items():

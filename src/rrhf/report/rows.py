@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from rrhf.common.presentation import NONE, clean, finite, short_name, typeset_number
 from rrhf.evaluation.held_out import matched_length, mean_of, paired_with, rewards_agree
+from rrhf.evaluation.pairs import IMPLICIT
 from rrhf.report.charts import Chart, by_length
 from rrhf.report.load import Run, setting
 from rrhf.report.results import Accuracy, Results, accuracies, accuracies_of_file, interval
@@ -42,6 +44,9 @@ def setting_name(run: Run) -> str:
         return baseline.upper()
     loss = setting(settings, "ranking_loss")
     method = "SFT" if loss == "none" else "RRHF"
+    folder, _, number_of_round = run.name.rpartition("/")
+    if folder.rpartition("/")[2] == "rounds" and number_of_round.isdigit():
+        method += f" IP-{number_of_round}"
     if settings.get("sample") == "null":
         return f"{method} · provided responses"
     drawn = settings.get("sample.source") or settings.get("sample.policy") or settings.get("sample.method")
@@ -253,13 +258,11 @@ def accuracy_rows(runs: Sequence[Run], results: Results) -> list[Accuracy]:
     """Table 5, and how π orders its training samples: of the runs, and of files that were given beside them."""
     rows: list[Accuracy] = []
     for run in runs:
-        for key, preferences in (("ranking", "training samples, by their scores"), ("accuracy", "pairs")):
-            block = run.evaluation.get(key)
-            if isinstance(block, Mapping):
-                named = (
-                    clean(str(block.get("file", preferences)).rpartition("/")[2]) if key == "accuracy" else preferences
-                )
-                rows += accuracies(block, run.name, named)
+        ranking, accuracy = (run.evaluation.get(key) for key in ("ranking", "accuracy"))
+        if isinstance(ranking, Mapping):
+            rows += accuracies(ranking, run.name, "training samples, by their scores", ("gain", IMPLICIT))
+        if isinstance(accuracy, Mapping):
+            rows += accuracies(accuracy, run.name, clean(Path(str(accuracy.get("file", "pairs"))).name))
     for name, value in results.accuracy:
         rows += accuracies_of_file(name, value)
     return rows
