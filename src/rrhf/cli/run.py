@@ -47,7 +47,7 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
         try:
             evaluation = run_recipe(run, settings)
         except Stopped as stopped:
-            print("rrhf run: stopped, what is finished is kept; the same command goes on from there", file=sys.stderr)
+            print(f"rrhf run: {stopped}", file=sys.stderr)
             return stopped.code
     generations = (output / evaluation["generations"]).read_text(encoding="utf-8").splitlines()
     print()

@@ -113,7 +113,7 @@ def read_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}): write or fetch it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold a JSON object")

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.flags import Flags, as_arguments
+from rrhf.common.yaml_text import load_yaml, read_yaml
 from rrhf.evaluation.stage import EvaluationSettings
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
@@ -139,12 +140,7 @@ def read_config(name: str) -> dict[str, Any]:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
-    try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping with the sections {', '.join(SECTIONS)}")
     return values
@@ -165,15 +161,13 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     Raises:
         UserError: not an assignment, or a value that is no YAML.
     """
-    import yaml
-
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
             raise UserError(f"{assignment!r}: give section.key=value, for example train.learning_rate=1e-5")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = load_yaml(text)
+        except ValueError as error:
             raise UserError(f"{assignment!r}: the value is not valid YAML: {error}") from error
         section, dot, key = name.partition(".")
         config = merge(config, {section: {key: value}} if dot else {name: value})
