@@ -26,6 +26,7 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
     """Run a configuration in a folder and print what it came to."""
     import json
 
+    from rrhf.common.files import inside
     from rrhf.common.logging import set_up_logging
     from rrhf.recipes.config import override, parse_config, read_config
     from rrhf.recipes.recipe import run_recipe
@@ -49,7 +50,7 @@ def execute(config: str, overrides: list[str], output: Path) -> int:
         except Stopped as stopped:
             print(f"rrhf run: {stopped}", file=sys.stderr)
             return stopped.code
-    generations = (output / evaluation["generations"]).read_text(encoding="utf-8").splitlines()
+    generations = inside(output, evaluation["generations"]).read_text(encoding="utf-8").splitlines()
     print()
     print(format_evaluation(evaluation))
     print(format_timings(json.loads(run.timings.read_text(encoding="utf-8"))))

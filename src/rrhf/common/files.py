@@ -120,6 +120,22 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def inside(folder: Path, name: str) -> Path:
+    """The file ``name`` of ``folder``, where a file says so that somebody else may have written.
+
+    Raises:
+        UserError: the name leads out of the folder.
+    """
+    try:
+        place = (folder / name).resolve()
+        held = name != "" and place != folder.resolve() and place.is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # a character that no name has
+        held = False
+    if not held:
+        raise UserError(f"{folder}: a file in it names {name!r}, which leads out of that folder: it is not read")
+    return folder / name
+
+
 @contextlib.contextmanager
 def claimed_place(file: IO[bytes], place: int, wait: bool = False) -> Iterator[bool]:
     """Hold ``place``, if no other process does: the system's lock on one byte of ``file``, which a dying process drops.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
+from rrhf.common.files import inside
 from rrhf.common.presentation import clean, finite
 from rrhf.report.samples import Samples, measure_samples
 
@@ -225,7 +226,7 @@ class _Folder:
         kept: list[Generation] = []
         total = 0
         values: dict[str, dict[str, list[float]]] = {}
-        path = self.folder / file
+        path = inside(self.folder, file)
         for generation in _read_generations(path) if path.is_file() else ():
             total += 1
             if len(kept) < most:
