@@ -24,7 +24,7 @@ FORBIDDEN = {
     "eval", "exec", "__import__", "os.system", "os.popen", "yaml.load", "yaml.unsafe_load", "yaml.full_load",
     "yaml.load_all", "pickle.load", "pickle.loads", "marshal.load", "marshal.loads", "shelve.open", "joblib.load",
     "dill.load", "cloudpickle.load", "pandas.read_pickle", "tempfile.mktemp", "shutil.unpack_archive",
-    "getattr(tarfile).extractall",
+    "csv.writer", "csv.DictWriter",  # a text that begins with = would be a formula for whoever opens it
 }  # fmt: skip
 UNPICKLERS = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 NO_TRUST = {"trust_remote_code": True, "shell": True, "allow_pickle": True, "use_safetensors": False, "verify": False}
@@ -72,7 +72,8 @@ def test_nothing_forbidden_stands_in_the_code() -> None:
         "eval(x)", "exec(x)", "os.system(x)", "subprocess.run(x, shell=True)", "torch.load(f)", "import pickle",
         "torch.load(f, weights_only=False)", "from dill import load", "yaml.load(x, L)",
         "np.load(f, allow_pickle=True)",
-        "AutoModel.from_pretrained(x, trust_remote_code=True)", "tar.extractall(path)", "get(url, verify=False)",
+        "AutoModel.from_pretrained(x, trust_remote_code=True)", "tar.extractall(path)", "csv.writer(f)",
+        "get(url, verify=False)",
     ],
 )  # fmt: skip
 def test_the_search_finds_it(line: str) -> None:

@@ -117,26 +117,36 @@ def _folder() -> Path:
     return Path(str(resources.files("rrhf"))) / "recipes" / "configs"
 
 
-def read_config(name: str) -> dict[str, Any]:
+def read_config(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a configuration: a file, or the name of one that is shipped. ``extends: NAME`` lays it over another.
 
-    ``NAME+ABLATION`` is a configuration with an ablation laid over it, or with several.
+    ``NAME+ABLATION`` is a configuration with an ablation laid over it, or with several. ``above`` names those that
+    extend it.
 
     Raises:
-        UserError: no such file or ablation, no valid YAML, or not a mapping.
+        UserError: no such file or ablation, no valid YAML, not a mapping, or one that extends itself.
     """
-    base, *overlays = [name] if Path(name).exists() else name.split("+")
+    if not isinstance(name, str) or name in above:
+        raise UserError(f"{' extends '.join([*above, str(name)])}: extends names another configuration, as text")
+    base, *overlays = [name] if _exists(Path(name)) else name.split("+")
     path = shipped().get(base, Path(base))
-    if not path.exists():
+    if not _exists(path):
         raise UserError(f"{base}: no such configuration file; shipped ones: {', '.join(shipped())}")
     config = _read_yaml(path)
     below = config.pop("extends", None)
-    config = merge(read_config(below), config) if below else config
+    config = merge(read_config(below, (*above, name)), config) if below else config
     for overlay in overlays:
         if overlay not in ablations():
             raise UserError(f"{name}: no ablation {overlay!r}: {nearest(overlay, ablations())}")
         config = merge(config, ablations()[overlay])
     return config
+
+
+def _exists(path: Path) -> bool:
+    try:
+        return path.exists()
+    except (OSError, ValueError):  # too long for a name, or with a character that no name has
+        return False
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
