@@ -75,8 +75,30 @@ test-long: setup browser postgresql
 test-wheel: setup
 	RRHF_LONG=1 $(BIN)/python -m pytest -q tests/test_wheel.py $(ARGS)
 
+# Faults in every stage, many times (docs/faults.md); ARGS='--stages train --faults kill' takes some of them.
 test-faults: setup
-	$(BIN)/python tests/faults/kill_runs.py
+	$(BIN)/python tests/faults/run_faults.py $(ARGS)
+
+# Does the suite see it where the code that recovers is broken? (docs/faults.md)
+.PHONY: test-mutations
+test-mutations: setup
+	$(BIN)/python tests/faults/mutations.py $(ARGS)
+
+# 100,000 cases of bad input a property, new ones at every run.
+.PHONY: test-fuzz
+test-fuzz: setup
+	RRHF_FUZZ=$(or $(CASES),100000) $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
+
+# Known holes in what is installed, and suspicious places in our code (docs/security.md). RELEASE=1 fails where the
+# source of advisories cannot be reached.
+.PHONY: audit
+.venv-audit/.setup: Makefile
+	test -x .venv-audit/bin/python || $(PYTHON) -m venv .venv-audit
+	.venv-audit/bin/pip $(PIP_FLAGS) install 'bandit>=1.8' 'pip-audit>=2.9'
+	touch $@
+audit: setup .venv-audit/.setup
+	.venv-audit/bin/bandit -q -c pyproject.toml -r src
+	.venv-audit/bin/python tests/security/audit.py constraints.txt
 
 # 8-bit Adam, which runs on CPUs too: bitsandbytes beside the environment, not in it (docs/dependencies.md).
 .PHONY: test-8bit
@@ -126,7 +148,7 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/help_time.py
 
 clean:
-	rm -rf $(VENV) .venv-8bit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist site
+	rm -rf $(VENV) .venv-8bit .venv-audit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist site
 
 # --- engines: each in an environment of its own, since their requirements do not fit together or with the lock ---------
 

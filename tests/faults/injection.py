@@ -16,7 +16,7 @@ from support import misbehaving as bad
 from support import tiny
 from support.tiny import Result, at_moment
 
-MOST_KILLS = 4  # of one folder, one after the other
+MOST_KILLS, FEW_KILLS = 4, 2  # of one folder, one after the other; where the moments are not counted
 COMPLETE = ("exists already", "holds a finished model")  # what a finished command is told when it is given again
 GONE_ON = "same command"
 
@@ -47,6 +47,7 @@ class Case:
         self.world, self.stage, self.seed = world, stage, seed
         self.draw = random.Random(f"{fault} {stage} {seed}")
         self.moments = moments or world.moments(stage)
+        self.most_kills = FEW_KILLS if moments else MOST_KILLS
         self.folder = world.folder(f"{stage}-{fault}-{seed}", stage)
         self.output = self.folder / STAGES[stage].output
         self.wrong: list[str] = []
@@ -83,7 +84,7 @@ class Case:
 def killed(case: Case) -> Outcome:
     """SIGKILL, again and again."""
     at = []
-    for _ in range(MOST_KILLS):
+    for _ in range(case.most_kills):
         at.append(case.moment())
         ended = case.run(at_moment(at[-1]))
         if ended.code != -signal.SIGKILL:

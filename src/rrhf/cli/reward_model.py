@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -59,5 +60,6 @@ def main(arguments: list[str]) -> int:
     try:
         train_reward_model(Path(files.data), model, config, eval_data=eval_data, overwrite=files.overwrite)
     except Stopped as stopped:
+        print(f"rrhf reward-model: {stopped}", file=sys.stderr)
         return stopped.code
     return 0

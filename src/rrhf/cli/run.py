@@ -49,6 +49,7 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
     import json
     from dataclasses import replace
 
+    from rrhf.common.files import inside
     from rrhf.common.logging import set_up_logging
     from rrhf.recipes.config import override, parse_config, read_config
     from rrhf.recipes.recipe import run_recipe
@@ -70,9 +71,9 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
         try:
             evaluation = run_recipe(run, settings)
         except Stopped as stopped:
-            print("rrhf run: stopped, what is finished is kept; the same command goes on from there", file=sys.stderr)
+            print(f"rrhf run: {stopped}", file=sys.stderr)
             return stopped.code
-    generations = (output / evaluation["generations"]).read_text(encoding="utf-8").splitlines()
+    generations = inside(output, evaluation["generations"]).read_text(encoding="utf-8").splitlines()
     print()
     print(format_evaluation(evaluation))
     print(format_timings(json.loads(run.timings.read_text(encoding="utf-8"))))

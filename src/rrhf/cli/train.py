@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
@@ -196,6 +197,7 @@ def carry_out(
             saved=partial(card_of_training, token=config.hub_token),
         )
     except Stopped as stopped:
+        print(f"rrhf train: {stopped}", file=sys.stderr)
         return stopped.code
     return 0
 

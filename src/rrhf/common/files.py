@@ -125,11 +125,27 @@ def read_object(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path}: not valid JSON ({error}): write or fetch it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{path}: must hold a JSON object")
     return found
+
+
+def inside(folder: Path, name: str) -> Path:
+    """The file ``name`` of ``folder``, where a file says so that somebody else may have written.
+
+    Raises:
+        UserError: the name leads out of the folder.
+    """
+    try:
+        place = (folder / name).resolve()
+        held = name != "" and place != folder.resolve() and place.is_relative_to(folder.resolve())
+    except (OSError, ValueError):  # a character that no name has
+        held = False
+    if not held:
+        raise UserError(f"{folder}: a file in it names {name!r}, which leads out of that folder: it is not read")
+    return folder / name
 
 
 @contextlib.contextmanager

@@ -93,7 +93,7 @@ def _run(statement: ast.stmt, names: dict[str, Any], module: str) -> None:
     elif _needs_no_import(statement):
         code = compile(ast.Module([statement], []), module, "exec", __future__.annotations.compiler_flag)
         with contextlib.suppress(NameError):  # it stands on an import that was left out
-            exec(code, names)
+            exec(code, names)  # nosec B102 # a statement of our own source
 
 
 @functools.cache
@@ -118,7 +118,7 @@ def _fields(declaration: ast.ClassDef, names: dict[str, Any]) -> Iterator[tuple[
         if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
             default: Any = dataclasses.field()
             if statement.value is not None:
-                default = eval(compile(ast.Expression(statement.value), "<field>", "eval"), names)
+                default = eval(compile(ast.Expression(statement.value), "<field>", "eval"), names)  # nosec B307 # the same
             yield statement.target.id, ast.unparse(statement.annotation), default
 
 

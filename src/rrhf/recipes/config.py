@@ -13,6 +13,7 @@ from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.flags import Flags, as_arguments
+from rrhf.common.yaml_text import load_yaml, read_yaml
 from rrhf.evaluation.stage import EvaluationSettings
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
@@ -137,21 +138,24 @@ def _folder() -> Path:
     return Path(str(resources.files("rrhf"))) / "recipes" / "configs"
 
 
-def read_config(name: str) -> dict[str, Any]:
+def read_config(name: str, above: tuple[str, ...] = ()) -> dict[str, Any]:
     """Read a configuration: a file, or the name of one that is shipped. ``extends: NAME`` lays it over another.
 
-    ``NAME+ABLATION`` is a configuration with an ablation laid over it, or with several.
+    ``NAME+ABLATION`` is a configuration with an ablation laid over it, or with several. ``above`` names those that
+    extend it.
 
     Raises:
-        UserError: no such file or ablation, no valid YAML, or not a mapping.
+        UserError: no such file or ablation, no valid YAML, not a mapping, or one that extends itself.
     """
-    base, *overlays = [name] if Path(name).exists() else name.split("+")
+    if not isinstance(name, str) or name in above:
+        raise UserError(f"{' extends '.join([*above, str(name)])}: extends names another configuration, as text")
+    base, *overlays = [name] if _exists(Path(name)) else name.split("+")
     path = shipped().get(base, Path(base))
-    if not path.exists():
+    if not _exists(path):
         raise UserError(f"{base}: no such configuration file; shipped ones: {', '.join(shipped())}")
     config = _read_yaml(path)
     below = config.pop("extends", None)
-    config = merge(read_config(below), config) if below else config
+    config = merge(read_config(below, (*above, name)), config) if below else config
     for overlay in overlays:
         if overlay not in ablations():
             raise UserError(f"{name}: no ablation {overlay!r}: {nearest(overlay, ablations())}")
@@ -159,13 +163,15 @@ def read_config(name: str) -> dict[str, Any]:
     return config
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    import yaml
-
+def _exists(path: Path) -> bool:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {error}") from error
+        return path.exists()
+    except (OSError, ValueError):  # too long for a name, or with a character that no name has
+        return False
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise UserError(f"{path}: a configuration is a mapping with the sections {', '.join(SECTIONS)}")
     return values
@@ -186,15 +192,13 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
     Raises:
         UserError: not an assignment, or a value that is no YAML.
     """
-    import yaml
-
     for assignment in assignments:
         name, equals, text = assignment.partition("=")
         if not equals or not name:
             raise UserError(f"{assignment!r}: give section.key=value, for example train.learning_rate=1e-5")
         try:
-            value = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            value = load_yaml(text)
+        except ValueError as error:
             raise UserError(f"{assignment!r}: the value is not valid YAML: {error}") from error
         section, dot, key = name.partition(".")
         config = merge(config, {section: {key: value}} if dot else {name: value})

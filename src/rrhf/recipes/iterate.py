@@ -17,6 +17,7 @@ from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
+from rrhf.common.yaml_text import read_yaml
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import RunConfig, SourceSettings
@@ -125,7 +126,7 @@ def _write_config(run: RunFolder, at: Pass, number: int) -> None:
     """Note what the round is, as the configuration of a run of its own."""
     import yaml
 
-    values = yaml.safe_load(run.config.read_text(encoding="utf-8")) if run.config.exists() else {}
+    values = read_yaml(run.config) if run.config.exists() else {}
     for name in ("iterations", "evaluate_rounds"):
         values.pop(name, None)
     assert at.config.sample is not None

@@ -18,6 +18,7 @@ from rrhf.common.files import read_object, write_text
 from rrhf.common.launch import rank_and_world
 from rrhf.common.locks import only_process
 from rrhf.common.settings import differences, refuse_other_settings
+from rrhf.common.yaml_text import read_yaml
 from rrhf.training.folder import FREE as TRAINING_FREE
 
 # What these set changes no result: a run may go on with others. Those that end in "_" are beginnings of names.
@@ -88,7 +89,7 @@ class RunFolder:
         import yaml
 
         if self.config.exists():
-            before, now = _flat(yaml.safe_load(self.config.read_text(encoding="utf-8"))), _flat(config)
+            before, now = _flat(read_yaml(self.config)), _flat(config)
             refuse_other_settings(
                 _bound(before),
                 _bound(now),

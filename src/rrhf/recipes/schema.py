@@ -74,7 +74,7 @@ def _key(action: Action, field: Field[Any]) -> dict[str, Any]:
 def _value(action: Action) -> dict[str, Any]:
     if action.choices is not None:
         return {"enum": list(action.choices)}
-    named = {
+    named: dict[str, dict[str, Any]] = {
         "int": {"type": "integer"},
         "float": NUMBER,
         "str": {"type": "string"},

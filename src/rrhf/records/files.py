@@ -286,8 +286,13 @@ def _json_rows(path: Path) -> Iterator[Row]:
         ) from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 (byte {error.start + 1}): save the file as UTF-8") from error
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits; lists in lists
+        raise UserError(f"{path}: not JSON ({error}): mend it, or use one row a line") from error
     for number, row in enumerate(rows, 1):
-        yield row, f"{path}, row {number}", number
+        where = f"{path}, row {number}"
+        if not writable(row) and not (writable(row, allow_nan=True) and _bad_scores(row)):
+            raise RowError(where, "holds NaN, an infinity or half of a surrogate pair", "write null, or mend the text")
+        yield row, where, number
 
 
 READERS: dict[str, Callable[[Path], Iterator[Row]]] = {

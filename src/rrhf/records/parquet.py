@@ -35,7 +35,9 @@ def read_parquet(path: Path) -> Iterator[Row]:
                 for cells in batch.to_pylist(maps_as_pydicts="lossy"):
                     number += 1
                     yield _row_from_cells(cells, marks), f"{path}, row {number}", number
-    except (pa.ArrowInvalid, OSError) as error:
+    except UserError:
+        raise
+    except (pa.ArrowException, OSError, ValueError, LookupError, TypeError, OverflowError) as error:
         raise UserError(f"{path}: not a whole Parquet file ({error}): write or fetch it again") from error
 
 

@@ -141,6 +141,8 @@ class PartsFolder:
             return json.loads(self.settings.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return None
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"{self.settings}: damaged ({error}): remove {self.folder} to begin anew") from error
 
     def _was_removed(self) -> bool:
         """Whether the folder was removed after its lock was opened."""
@@ -272,11 +274,12 @@ class PartsFolder:
                     if not line.endswith(b"\n"):  # being written, or left so by a dying process
                         break
                     self.read[manifest] += len(line)
-                    with contextlib.suppress(ValueError):  # a torn line that another process has closed
+                    # A torn line that another process has closed, or one that the disk changed: its part is made again.
+                    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
                         entry = json.loads(line)
-                        self.entries[entry["step"], entry["part"]] = _Entry(
-                            entry["sha256"], entry["input"], entry["counts"]
-                        )
+                        place = int(entry["step"]), int(entry["part"])
+                        counts = {str(name): int(count) for name, count in dict(entry["counts"]).items()}
+                        self.entries[place] = _Entry(str(entry["sha256"]), str(entry["input"]), counts)
 
     def _write(self, step: int, number: int, origin: str, records: Iterable[Record]) -> str:
         """Write one part whole, then enter it in this process's manifest."""

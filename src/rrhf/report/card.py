@@ -108,9 +108,13 @@ def hub_id(value: Any) -> str | None:
 
 
 def public_name(value: Any) -> str:
-    """A model's or file's name without the folders it lies in; hub ids and package files as they are."""
+    """A model's or file's name without the folders it lies in; hub ids and package files as they are.
+
+    What Markdown or HTML would read as theirs is left out of it.
+    """
     text = str(value)
-    return text if hub_id(text) or text.startswith("package:") else Path(text).name
+    shown = text if hub_id(text) or text.startswith("package:") else Path(text).name
+    return re.sub(r"[<>\[\]`|\r\n]", "_", shown)
 
 
 def metadata_block(data: Any) -> str:

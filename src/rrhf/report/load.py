@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
+from rrhf.common.files import inside
 from rrhf.common.presentation import clean, finite
 from rrhf.evaluation.held_out import HeldOut
 from rrhf.evaluation.pairs import MEAN, Violation, most_violated
@@ -369,7 +370,7 @@ class _Folder:
     def generations(self, file: str, reward: str | None, most: int, budget: int) -> tuple[HeldOut, list[Generation]]:
         """The numbers of all generations, and those that stand on the page: ``choose`` by their gain."""
         held, sizes = HeldOut(), []
-        path = self.folder / file
+        path = inside(self.folder, file)
         for row in _rows(path) if path.is_file() else ():
             try:
                 held.add(row)
@@ -385,7 +386,7 @@ class _Folder:
 
     def ranked(self, file: str, most: int) -> list[RankedPair]:
         """The most violated pairs of the training samples that the evaluation looked at, the worst first."""
-        path = self.folder / file
+        path = inside(self.folder, file)
         pairs = []
         for record in read_records(path) if path.is_file() else ():
             logprobs = record.rewards.get(f"{MEAN} pi") or []

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -23,8 +23,21 @@ class Stopped(Exception):  # noqa: N818 - it is no error
     """A signal stopped the training after a checkpoint was written; ``code`` is the exit code."""
 
     def __init__(self, code: int) -> None:
-        super().__init__(code)
+        super().__init__("stopped, what is finished is kept; the same command goes on from there")
         self.code = code
+
+
+def mean_loss(history: Sequence[Mapping[str, Any]], otherwise: float) -> float:
+    """The mean loss over the steps that ``history`` has lines of: transformers' own begins anew where a run goes on.
+
+    ``otherwise``: where nothing was logged.
+    """
+    steps, total, before = 0, 0.0, 0
+    for line in history:
+        if "loss" in line:
+            total += float(line["loss"]) * (int(line["step"]) - before)
+            steps, before = steps + int(line["step"]) - before, int(line["step"])
+    return total / steps if steps else otherwise
 
 
 class StopOnSignal(TrainerCallback):

@@ -16,7 +16,7 @@ from transformers import IntervalStrategy, PrinterCallback, ProgressCallback, Tr
 
 from rrhf.common.environment import environment
 from rrhf.common.errors import UserError
-from rrhf.common.files import write_text
+from rrhf.common.files import read_object, write_text
 from rrhf.common.imports import code_digest
 from rrhf.common.launch import warn_of_whole_weights
 from rrhf.common.settings import refuse_other_settings
@@ -35,7 +35,7 @@ from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.records.sources import source_shares
-from rrhf.training.callbacks import Seal, ShowProgress, StopOnSignal, Stopped
+from rrhf.training.callbacks import Seal, ShowProgress, StopOnSignal, Stopped, mean_loss
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.folder import (
     BUDGET,
@@ -259,7 +259,7 @@ def _run(job: Job, training: Training) -> float:
         raise Stopped(128 + stop.agreed)
     if watch is not None and watch.stopped is not None:
         raise UserError(watch.stopped)
-    return float(result.training_loss)
+    return mean_loss(trainer.state.log_history, float(result.training_loss))
 
 
 def _save(
@@ -311,7 +311,7 @@ def _remember_settings(job: Job) -> dict[str, Any]:
     settings = {name: value for name, value in sorted(everything.items()) if name not in FREE and value is not None}
     place = job.folder / SETTINGS
     if place.exists():
-        before = json.loads(place.read_text(encoding="utf-8"))
+        before = read_object(place)
         budget = before.pop(BUDGET, None)
         if job.config.max_tokens_per_forward is None:
             job.config.max_tokens_per_forward = budget  # as it was chosen: the numbers go on bit for bit

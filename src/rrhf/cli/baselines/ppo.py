@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -51,5 +52,6 @@ def main(arguments: list[str], name: str) -> int:
     try:
         train_ppo(job, overwrite=files.overwrite)
     except Stopped as stopped:
+        print(f"rrhf baseline: {stopped}", file=sys.stderr)
         return stopped.code
     return 0

@@ -58,7 +58,7 @@ def judge_pair(
                 },
             },
             "strengths": strengths({("a", "b"): said[name], ("null_model", "b"): null}, seed, samples),
-            "replies": judge.summary(),
+            "replies": judge.summary(asked_for=False),
         }
     for one, other in combinations(said, 2):
         result["agreement"][f"{one} / {other}"] = agreement(said[one], said[other], seed)

@@ -14,7 +14,7 @@ from typing import Any
 
 from rrhf.common.environment import environment
 from rrhf.common.errors import UserError
-from rrhf.common.files import write_text
+from rrhf.common.files import read_object, write_text
 from rrhf.common.launch import launched_processes
 from rrhf.common.progress import Progress
 from rrhf.common.settings import refuse_other_settings
@@ -132,7 +132,7 @@ def _remember(job: Job) -> dict[str, Any]:
     }  # fmt: skip
     place = job.folder / SETTINGS
     if place.exists():
-        before = json.loads(place.read_text(encoding="utf-8"))
+        before = read_object(place)
         same = {name for name in NAMED if before.get(name) and settings.get(name)}
         free = FREE | {name for name in same if f"{name}_digest" in settings or f"{name}_checksum" in settings}
         refuse_other_settings(

@@ -251,12 +251,13 @@ class Judge:
         cost = None if price is None else (prompt * price[0] + replies * price[1]) / 1e6
         return {"calls": number, "cached": cached, "prompt_tokens": prompt, "reply_tokens": replies, "cost": cost}
 
-    def summary(self) -> str:
-        """What happened, in a sentence."""
+    def summary(self, asked_for: bool = True) -> str:
+        """What happened, in a sentence; without ``asked_for`` it is the same for a call that went on from a journal."""
         counts = self.counts
         asked, calls = counts["replies asked for"], counts["calls"]
         read = counts["replies read"]
-        words = f"{read} of {calls} calls scored ({asked} replies asked for, {counts['replies refused']} refused"
+        words = f"{read} of {calls} calls scored (" + (f"{asked} replies asked for, " if asked_for else "")
+        words += f"{counts['replies refused']} {'' if asked_for else 'replies '}refused"
         reasons = ", ".join(f"{number} {reason}" for reason, number in self.refusals.most_common(5))
         return f"{words}{': ' + reasons if reasons else ''})"
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from rrhf.common.endpoint_settings import KINDS, EndpointLimits, EndpointSettings
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.yaml_text import read_yaml
 from rrhf.rewards.judges.framing import frame_mark, framed
 from rrhf.rewards.judges.replies.scale import LABELS, TOTALS, Scale, fold
 
@@ -117,12 +118,7 @@ def read_template(path: Path) -> JudgeTemplate:
 
 
 def _mapping(path: Path) -> dict[Any, Any]:
-    import yaml
-
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"judge {path}: not valid YAML: {error}") from error
+    content = read_yaml(path, "judge ")
     if not isinstance(content, dict):
         raise UserError(f"judge {path}: must be a mapping with at least the key url")
     return content

@@ -91,7 +91,7 @@ def read_raw(file: Path) -> dict[str, Tensor]:
     Raises:
         UserError: the file is no checkpoint of tensors alone.
     """
-    import pickle
+    import pickle  # nosec B403 # for the name of an error
     import zipfile
 
     import torch

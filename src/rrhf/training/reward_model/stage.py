@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer, Prin
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import write_text
+from rrhf.common.files import read_object, write_text
 from rrhf.common.settings import refuse_other_settings
 from rrhf.common.svg import INK, inline_svg
 from rrhf.evaluation.ranking import ranking_report
@@ -28,7 +28,7 @@ from rrhf.records.record import Record
 from rrhf.rewards.reward_models.load import FAILURES, quiet
 from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward, Head, RewardModel
 from rrhf.rewards.reward_models.reading import CausalReader, PairReader
-from rrhf.training.callbacks import Seal, ShowProgress, StopOnSignal, Stopped
+from rrhf.training.callbacks import Seal, ShowProgress, StopOnSignal, Stopped, mean_loss
 from rrhf.training.folder import FREE, SETTINGS, TRAINED, claimed, is_trained, last_checkpoint, naming_full_disk
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.data import RankedRecords
@@ -171,7 +171,7 @@ def _run(job: Job, trainer: RewardTrainer) -> float:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if stop.agreed is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(128 + stop.agreed)
-    return float(result.training_loss)
+    return mean_loss(trainer.state.log_history, float(result.training_loss))
 
 
 def _save(job: Job, trainer: RewardTrainer, loss: float) -> dict[str, Any]:
@@ -258,7 +258,7 @@ def _remember_settings(job: Job) -> None:
     place, settings = job.folder / SETTINGS, _settings(job)
     if place.exists():
         refuse_other_settings(
-            json.loads(place.read_text(encoding="utf-8")),
+            read_object(place),
             settings,
             f"{job.folder} holds a training run with other settings",
             "run with those to go on, or give --overwrite to train anew",

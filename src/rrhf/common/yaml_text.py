@@ -1,0 +1,64 @@
+"""YAML as settings are written in it: plain values alone, and no key twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from rrhf.common.errors import UserError
+
+LONGEST = 1 << 20  # characters; with many aliases a short text would be a large value all the same
+MOST_ALIASES = 20
+
+
+def load_yaml(text: str) -> Any:
+    """The value of a YAML text, of plain types alone.
+
+    Raises:
+        ValueError: it is no YAML, has a key twice, which would drop a value without a word, or is too large.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        aliases = 0
+
+        def compose_node(self, parent: Any, index: Any) -> Any:
+            self.aliases += self.check_event(yaml.AliasEvent)
+            if self.aliases > MOST_ALIASES:
+                raise ValueError(f"more than {MOST_ALIASES} aliases")
+            return super().compose_node(parent, index)
+
+        def construct_mapping(self, node: Any, deep: bool = False) -> Any:
+            seen = set()
+            for key_node, _ in node.value:
+                key = self.construct_object(key_node, deep=True)
+                if isinstance(key, str) and key != "<<":
+                    if key in seen:
+                        raise ValueError(f"the key {key!r} stands twice (line {key_node.start_mark.line + 1})")
+                    seen.add(key)
+            return super().construct_mapping(node, deep)
+
+    if len(text) > LONGEST:
+        raise ValueError(f"longer than {LONGEST} characters")
+    try:
+        return yaml.load(text, Loader)  # nosec B506 # a SafeLoader, with more refused
+    except ValueError:
+        raise
+    except RecursionError as error:
+        raise ValueError("nested too deeply") from error
+    except (yaml.YAMLError, TypeError, AttributeError, LookupError) as error:  # !!timestamp x is an AttributeError
+        raise ValueError(str(error) or type(error).__name__) from error
+
+
+def read_yaml(path: Path, what: str = "") -> Any:
+    """The value of a YAML file; ``what`` stands before its path in messages.
+
+    Raises:
+        UserError: it cannot be read, or is no YAML.
+    """
+    try:
+        return load_yaml(path.read_text(encoding="utf-8"))
+    except ValueError as error:  # also of bytes that are no UTF-8
+        raise UserError(f"{what}{path}: not valid YAML: {error}") from error
+    except OSError as error:
+        raise UserError(f"{what}{path}: cannot read: {error.strerror or error}") from error
