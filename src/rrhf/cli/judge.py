@@ -57,14 +57,14 @@ def main(arguments: list[str]) -> None:
     from rrhf.records.files import write_records
     from rrhf.rewards.judges.reward import open_judge
 
-    each = Path(settings.output).with_suffix(".comparisons.jsonl")
-    refuse_existing(each, settings.overwrite)
     questions = read_questions(Path(settings.questions))
     a, b = (answers_to(questions, Path(path)) for path in (settings.a, settings.b))
     judges = {name: open_judge(name, limits, settings.seed) for name in settings.judge}
     result = {"a": settings.a, "b": settings.b, "seed": settings.seed}
     numbers, said = judge_pair(judges, questions, a, b, seed=settings.seed, samples=settings.samples)
     result |= numbers
+    # One that stands there is of a command that was stopped here: the numbers, which are refused above, come last.
+    each = Path(settings.output).with_suffix(".comparisons.jsonl")
     write_records(each, comparison_records(questions, a, b, said), overwrite=True)
     write_text(settings.output, json.dumps(result, ensure_ascii=False, indent=2) + "\n")
     print(format_result(result))
