@@ -8,7 +8,7 @@ from pathlib import Path
 from rrhf.cli.parser import show_help
 from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.endpoint_settings import EndpointLimits
-from rrhf.common.flag_help import Groups, flags_of, without
+from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.load import ModelSettings
@@ -38,7 +38,7 @@ def short_help() -> Groups:
         "sampling": flags_of(SamplingSettings),
         "text": flags_of(TextSettings),
         "other sources, and what servers may cost": [*flags_of(SourceSettings), *flags_of(EndpointLimits)],
-        "on a cluster": without(flags_of(ClusterSettings), ["cluster_restarts"]),
+        "on a cluster": flags_of(ClusterSettings),
     }
 
 

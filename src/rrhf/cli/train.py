@@ -100,7 +100,7 @@ def short_help() -> Groups:
         "training": [*without(own, (*TEXT, *SETTLED)), *COMMON],
         "with --resample_steps, how responses are sampled and scored": online_help(),
         "watching the training": flags_of(WatchSettings),
-        "on a cluster": without(flags_of(ClusterSettings), ["cluster_failures"]),
+        "on a cluster": flags_of(ClusterSettings),
     }
 
 

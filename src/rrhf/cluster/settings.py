@@ -28,24 +28,21 @@ class ClusterSettings:
     )  # fmt: skip
     cluster_failures: int = field(
         default=100,
-        metadata={"help": "most responses or records that may fail again and again, each tried by itself at last: they "
-                  "are left null, or without a response, and counted; one more stops the work"},
+        metadata={"help": "sampling and scoring: most responses or records that may fail again and again, each tried "
+                  "by itself at last: they are left null, or without a response, and counted; one more stops the work"},
     )  # fmt: skip
     cluster_restarts: int = field(
-        default=10, metadata={"help": "how often training goes on from its last checkpoint after a process died"}
+        default=10, metadata={"help": "training: how often it goes on from its last checkpoint after a process died"}
     )
 
     def __post_init__(self) -> None:
         faults = [
-            f"--{name} {value}: must be {what}"
-            for name, value, fits, what in (
-                ("cluster_workers", self.cluster_workers, (self.cluster_workers or 1) >= 1, "at least 1"),
-                ("cluster_cpus", self.cluster_cpus, 0 < self.cluster_cpus < math.inf, "a number above 0"),
-                ("cluster_failures", self.cluster_failures, self.cluster_failures >= 0, "at least 0"),
-                ("cluster_restarts", self.cluster_restarts, self.cluster_restarts >= 0, "at least 0"),
-            )
-            if value is not None and not fits
+            f"--{name} {getattr(self, name)}: must be at least {least}"
+            for name, least in (("cluster_workers", 1), ("cluster_failures", 0), ("cluster_restarts", 0))
+            if getattr(self, name) is not None and getattr(self, name) < least
         ]
+        if not 0 < self.cluster_cpus < math.inf:
+            faults.append(f"--cluster_cpus {self.cluster_cpus}: must be a number above 0")
         gpus = self.cluster_gpus
         if gpus is not None and not (0 <= gpus < 1 or (gpus < math.inf and gpus == int(gpus))):
             faults.append(f"--cluster_gpus {gpus}: must be a share of one GPU, or a whole number of them")
