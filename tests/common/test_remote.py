@@ -100,7 +100,7 @@ def test_what_arrives_changed_is_sent_again_and_else_kept_here(
     place.rm("/out", recursive=True)
     attempts, bad = [], 9
     with pytest.raises(UserError, match=r"Nothing is lost: what was to go there lies whole at .*result"):
-        Store("memory://out/result").upload(folder / "result", checksum_of_file(folder / "result"))
+        Mirror("memory://out", folder, never).push()
     assert not place.exists("/out/result")  # nothing half-sent stands under its name
 
 
@@ -135,6 +135,23 @@ def test_an_unchanged_file_is_not_sent_again(place: Any, tmp_path: Path, monkeyp
     Mirror("memory://run", here, never).push()
     monkeypatch.setattr(Store, "upload", None)
     Mirror("memory://run", here, never).push()
+
+
+def test_a_log_may_grow_while_it_is_sent(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = local_folder(tmp_path, log="a line\n")
+    put_file = type(place).put_file
+
+    def grows(self: Any, source: str, target: str, **rest: Any) -> None:
+        with (here / "log").open("a") as log:
+            log.write("another\n")
+        put_file(self, source, target, **rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(place), "put_file", grows)
+        Mirror("memory://run", here, never).push()
+    assert place.cat("/run/log") == b"a line\n"
+    Mirror("memory://run", here, never).push()
+    assert place.cat("/run/log") == (here / "log").read_bytes() and {p.name for p in here.iterdir()} == {"log"}
 
 
 def test_names_from_elsewhere_do_not_leave_the_folder(place: Any, tmp_path: Path) -> None:

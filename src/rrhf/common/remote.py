@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import re
+import shutil
 import time
 from collections.abc import Callable, Collection, Iterable, Mapping
 from functools import lru_cache
@@ -32,6 +33,7 @@ SUMS = "SHA256SUMS"  # of a folder: a line a finished file
 LINKS = "links.json"  # of a folder: name → what it points at, in the folder
 PAUSES = (1.0, 4.0)  # seconds between two attempts
 BLOCK = 1 << 22
+COPIED = 1 << 26  # bytes; smaller files are copied before they are sent
 WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}  # seen when they are whole
 CREDENTIALS = "Credential|NoAuth|Unauthorized|InvalidAccessKey|SignatureDoesNotMatch|ProfileNotFound|Authentication"
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
@@ -204,10 +206,8 @@ class Mirror:
             here.add(name)
             digest = noted.get(name, {}).get("sha256", "")
             if noted.get(name) != _seen(place, digest) or sums.get(name) != digest:
-                digest = checksum_of_file(place)
-                if sums.get(name) != digest:
-                    self.store.inside(name).upload(place, digest)
-                sums[name], noted[name] = digest, _seen(place, digest)
+                noted[name] = self._send(name, place, sums.get(name))
+                sums[name] = noted[name]["sha256"]
                 write_text(self.noted, json.dumps(noted, indent=1))
         gone = sorted(set(sums) - here) if exact else []
         sums = {name: digest for name, digest in sums.items() if name not in gone}
@@ -216,6 +216,22 @@ class Mirror:
             self.sums.write_text(listed, self.folder)
         for name in gone:
             self.store.inside(name).remove()
+
+    def _send(self, name: str, place: Path, there: str | None) -> dict[str, Any]:
+        """Send a file, unless its checksum is that which is ``there``; what is noted of it.
+
+        A small one is copied first: a log may grow while it is sent.
+        """
+        seen = _seen(place, "")
+        copy = place.with_name(f".{place.name}.{os.getpid()}.up")
+        try:
+            sent = shutil.copyfile(place, copy) if seen["size"] < COPIED else place
+            digest = checksum_of_file(sent)
+            if digest != there:
+                self.store.inside(name).upload(sent, digest, kept=place)
+        finally:
+            copy.unlink(missing_ok=True)
+        return {**seen, "sha256": digest}
 
     def _finished(self, folder: Path) -> Iterable[Path]:
         for path in folder.iterdir():
@@ -319,7 +335,7 @@ class Store:
         place = scratch / f".{self.name}.{os.getpid()}.up"
         try:
             write_text(place, text)
-            self.upload(place, checksum_of_file(place), kept=False)
+            self.upload(place, checksum_of_file(place))
         finally:
             place.unlink(missing_ok=True)
 
@@ -336,8 +352,11 @@ class Store:
 
         self._try("read", bring)
 
-    def upload(self, place: Path, digest: str, kept: bool = True) -> None:
-        """Send a file whole, and read it back: its checksum there is ``digest``. ``kept``: it is worth a word."""
+    def upload(self, place: Path, digest: str, kept: Path | None = None) -> None:
+        """Send a file whole, and read it back: its checksum there is ``digest``.
+
+        ``kept``: where it lies, for the message that it could not be sent.
+        """
 
         def send() -> None:
             fs, whole = self._fresh(), self.protocol in WHOLE_PUTS
@@ -354,7 +373,7 @@ class Store:
                     fs.rm_file(self.path)
                 fs.mv(target, self.path)
 
-        self._try("written", send, f". Nothing is lost: what was to go there lies whole at {place}" if kept else "")
+        self._try("written", send, f". Nothing is lost: what was to go there lies whole at {kept}" if kept else "")
 
     def check_writable(self, scratch: Path) -> None:
         """Refuse, before any work, a place that cannot be written; an empty file is put there and taken away."""
@@ -363,7 +382,7 @@ class Store:
         place = scratch / ".probe"
         place.write_bytes(b"")
         try:
-            probe.upload(place, checksum_of_file(place), kept=False)
+            probe.upload(place, checksum_of_file(place))
         finally:
             place.unlink()
         self._try("written", lambda: self.fs.rm_file(probe.path))
