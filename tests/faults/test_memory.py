@@ -24,15 +24,16 @@ SCORE = ("score", "--data", "data.jsonl", "--reward", "logprob:../model", "--dev
 TRAIN = ("train", *MODEL, "--data", "data.jsonl", "--output", "out", "--bf16", "false", "--max_steps", "3",
          "--per_device_train_batch_size", "8", "--gradient_accumulation_steps", "1", "--learning_rate", "1e-3",
          "--max_length", "64", "--report_to", "none", "--save_strategy", "no")  # fmt: skip
+TRAIN_IN_PASSES = (*TRAIN, "--max_tokens_per_forward", "100")  # memory runs out when a part of the gradient is there
 REWARD = ("reward-model", *TRAIN[1:])
 PPO = ("baseline", "ppo", *MODEL, "--data", "data.jsonl", "--output", "out", "--reward", "tiny_rewards:vowels",
        "--rollout_queries", "4", "--num_responses", "2", "--max_new_tokens", "4", "--max_steps", "2",
-       "--per_device_train_batch_size", "4")  # fmt: skip
+       "--per_device_train_batch_size", "4", "--max_tokens_per_forward", "60")  # fmt: skip
 
 CASES = {  # the command, where memory runs out, what is said, the file to compare
     "sample": (SAMPLE, lack("rrhf.sampling.decoding:decode", 1, 2), "2 queries at a time", "out.jsonl"),
     "score": (SCORE, lack("rrhf.models.passes:response_logprobs", 1), "tokens a forward from here on", "out.jsonl"),
-    "train": (TRAIN, lack("rrhf.training.trainer:RRHFTrainer._one_pass", 2), "tokens a forward", "out"),
+    "train": (TRAIN_IN_PASSES, lack("rrhf.training.trainer:RRHFTrainer._one_pass", 2), "tokens a forward", "out"),
     "reward-model": (REWARD, lack("rrhf.training.reward_model.trainer:split_rewards", 2), "4 queries at a time", "out"),
     "ppo": (PPO, lack("rrhf.training.ppo:surrogate", 2), "tokens a forward from here on", "out"),
 }

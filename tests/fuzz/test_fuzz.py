@@ -781,10 +781,14 @@ def test_every_oddity_survives_the_exports(to: str, tmp_path: Path) -> None:
     """Out as another trainer's rows, and in again as ours."""
     records = [Record(f"q {odd} q", [f"a{odd}a", f"b{odd}b"], scores=[1.0, 0.5]) for odd in ODDITIES]
     write_rows(tmp_path / "rows.jsonl", exported(iter(records), to))
-    read = [str(record.responses) + str(record.query) for record in load_dataset_records(tmp_path / "rows.jsonl")]
+    read = [_as_json([r.query, r.responses]) for r in load_dataset_records(tmp_path / "rows.jsonl")]
     assert len(read) == len(records)
     for text, record in zip(read, records, strict=True):
-        assert repr(record.responses[0])[1:-1] in text and repr(record.query)[1:-1] in text
+        assert _as_json(record.responses[0]) in text and _as_json(record.query) in text
+
+
+def _as_json(value: Any) -> str:
+    return json.dumps(value, ensure_ascii=False)
 
 
 @pytest.mark.parametrize("suffix", sorted(WRITERS))

@@ -49,6 +49,9 @@ class Flags:
         Raises:
             UserError: an unknown flag, a missing one, or a value that does not fit.
         """
+        for argument in arguments:  # argparse takes the hyphens for no value at all
+            if argument == "--" or argument.endswith("=--"):
+                raise UserError(f"{argument}: two hyphens are no value; `{self.command} --help` lists the flags")
         namespace, rest = self.parser.parse_known_args(list(arguments))
         if rest:
             flag = rest[0].partition("=")[0]

@@ -31,11 +31,12 @@ def load_yaml(text: str) -> Any:
         def construct_mapping(self, node: Any, deep: bool = False) -> Any:
             seen = set()
             for key_node, _ in node.value:
-                key = self.construct_object(key_node, deep=True)
-                if isinstance(key, str) and key != "<<":
-                    if key in seen:
-                        raise ValueError(f"the key {key!r} stands twice (line {key_node.start_mark.line + 1})")
-                    seen.add(key)
+                if not isinstance(key_node, yaml.ScalarNode) or key_node.tag.endswith(":merge"):
+                    continue
+                key = self.construct_object(key_node)
+                if key in seen:
+                    raise ValueError(f"the key {key!r} stands twice (line {key_node.start_mark.line + 1})")
+                seen.add(key)
             return super().construct_mapping(node, deep)
 
     if len(text) > LONGEST:
