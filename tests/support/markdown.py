@@ -45,13 +45,18 @@ class Block:
         return named[1] if named else next(iter(self.info.split()[1:]), None)
 
     def commands(self) -> list[list[str]]:
-        """The words of each command, continued lines joined, comments and variables' assignments left out."""
-        lines = re.sub(r"\\\n\s*", "", self.text).splitlines()
-        found = [shlex.split(line, comments=True) for line in lines if line.strip()]
+        """The words of each command: continued lines joined; comments, words behind three spaces, and variables'
+        assignments left out, and the brackets around what may be left out."""
+        lines = [re.split(r"\s{3,}", line.strip())[0] for line in re.sub(r"\\\n\s*", "", self.text).splitlines()]
+        found = [[_bare(word) for word in shlex.split(line, comments=True)] for line in lines if line]
         without = [
             words[next((i for i, word in enumerate(words) if not _assigns(word)), len(words)) :] for words in found
         ]
         return [words for words in without if words]
+
+
+def _bare(word: str) -> str:
+    return word if "=" in word or "'" in word or re.match(r"\w+\[", word) else word.strip("[]") or word
 
 
 def _assigns(word: str) -> bool:
