@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 from collections.abc import Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -77,11 +78,11 @@ def _csp_hash(script: str) -> str:
     return "sha256-" + base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
 
 
-def render(runs: Sequence[Run], results: Results | None = None) -> str:
-    """Return the page as HTML. Everything that comes from a run is escaped."""
+@cache
+def _environment() -> Any:
+    """jinja2 with the page's filters; kept, because reading the templates takes as long as several charts."""
     import jinja2
 
-    results = results or Results()
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
@@ -91,18 +92,28 @@ def render(runs: Sequence[Run], results: Results | None = None) -> str:
     )
     environment.filters.update(number=typeset_number, csp_hash=_csp_hash, short_name=short_name, interval=interval)
     environment.tests["finite"] = lambda value: finite(value) is not None
-    return environment.get_template("page.html.j2").render(
-        title=f"RRHF run {runs[0].name}" if len(runs) == 1 else f"RRHF: {len(runs)} runs compared",
-        runs=runs,
-        several=len(runs) > 1,
-        models=MODELS,
-        measures=MEASURES,
-        missing=lambda *parts: _missing(runs, *parts),
-        results=results,
-        **_summary(runs),
-        **_numbers(runs, results),
-        **_charts(runs),
-        texts=_texts(runs),
+    return environment
+
+
+def render(runs: Sequence[Run], results: Results | None = None) -> str:
+    """Return the page as HTML. Everything that comes from a run is escaped."""
+    results = results or Results()
+    return (
+        _environment()
+        .get_template("page.html.j2")
+        .render(
+            title=f"RRHF run {runs[0].name}" if len(runs) == 1 else f"RRHF: {len(runs)} runs compared",
+            runs=runs,
+            several=len(runs) > 1,
+            models=MODELS,
+            measures=MEASURES,
+            missing=lambda *parts: _missing(runs, *parts),
+            results=results,
+            **_summary(runs),
+            **_numbers(runs, results),
+            **_charts(runs),
+            texts=_texts(runs),
+        )
     )
 
 
