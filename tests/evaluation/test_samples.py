@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from rrhf.common.errors import UserError
 from rrhf.evaluation.samples import measure_samples
 
 
@@ -56,3 +57,15 @@ def test_a_win_is_shared_by_those_who_tie(tmp_path: Path) -> None:
     samples = measure_samples(path, None)
     assert samples is not None and samples.no_pairs == 1 and samples.correlation is None
     assert [source.best for source in samples.by_source] == pytest.approx([2 / 3, 1 / 3])
+
+
+def test_an_empty_response_counts_and_a_record_without_scores_is_named(tmp_path: Path) -> None:
+    """A model may end at once: in best-of-n that is a draw like any other."""
+    path = tmp_path / "scored.jsonl"
+    row = {"query": "q", "responses": ["", "a"], "sources": ["x/0", "x/1"], "finish": ["stop", "stop"]}
+    path.write_text(json.dumps({**row, "scores": [0.2, 0.4]}) + "\n")
+    samples = measure_samples(path, None)
+    assert samples is not None and samples.mean["mean"] == pytest.approx(0.3)
+    path.write_text(json.dumps({**row, "id": "nameless"}) + "\n")
+    with pytest.raises(UserError, match="nameless"):
+        measure_samples(path, None)

@@ -4,11 +4,12 @@ lengths beside them, and what the best of n of them are worth. Read once; texts 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.errors import UserError
 from rrhf.common.presentation import clean
 from rrhf.common.scores import score_levels
 from rrhf.evaluation.best_of_n import best_of_n_curve
@@ -85,10 +86,18 @@ def measure_samples(path: Path, reward: str | None, seed: int = 0) -> Samples | 
     """
     if reward is not None:
         try:
-            return measure_records(read_records(path, require="scores"), reward, seed)
+            return measure_records(_scored(path), reward, seed)
         except KeyError:
             pass  # some record was not scored by this reward
-    return measure_records(read_records(path, require="scores"), None, seed)
+    return measure_records(_scored(path), None, seed)
+
+
+def _scored(path: Path) -> Iterator[Record]:
+    """The records of a file; empty responses are no fault here: best-of-n's draws of nothing are draws."""
+    for record in read_records(path):
+        if not record.scores:
+            raise UserError(f"{path}: record {record.id!r} has no scores: add them with `rrhf score`")
+        yield record
 
 
 def measure_records(records: Iterable[Record], reward: str | None, seed: int = 0) -> Samples | None:
