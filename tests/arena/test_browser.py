@@ -31,6 +31,7 @@ def visit(browser: Any) -> Iterator[Callable[..., Any]]:
 
     def open_page(url: str, size: dict[str, int] = DESK, **settings: Any) -> Any:
         contexts.append(browser.new_context(viewport=size, **settings))
+        contexts[-1].set_default_timeout(120_000)  # a busy machine is no fault
         page = contexts[-1].new_page()
         page.goto(url)
         return page

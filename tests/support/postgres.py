@@ -44,7 +44,7 @@ def postgres() -> Iterator[str]:
     data = str(folder / "data")
     run("initdb", "--auth=trust", "--username=rrhf", "--encoding=UTF8", "--locale=C", "--no-sync", data)
     options = f"-c listen_addresses='' -c unix_socket_directories='{folder}' -c fsync=off"
-    run("pg_ctl", "-D", data, "-w", "-l", str(folder / "log"), "-o", options, "start")
+    run("pg_ctl", "-D", data, "-w", "-t", "300", "-l", str(folder / "log"), "-o", options, "start")
     try:
         yield f"postgresql://rrhf@/postgres?host={folder}"
     finally:
