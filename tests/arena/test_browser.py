@@ -185,8 +185,7 @@ def test_no_text_acts_in_the_browser(
     }
     flags = []
     for system in ("a", "b"):
-        answers = {name: text.encode("utf-8", "replace").decode() for name, text in ATTACKS.items()}
-        flags += ["--data", str(write_system(tmp_path / f"{system}.jsonl", answers, queries))]
+        flags += ["--data", str(write_system(tmp_path / f"{system}.jsonl", ATTACKS, queries))]
     design = ["--checks", "0", "--title", ATTACKS["script"], "--question", ATTACKS["svg with a script"]]
     links = create([study, *flags, *design, "--instructions", ATTACKS["style"], "--raters", ATTACKS["body"]], capsys)
     with serving(study, "--requests_per_minute", "10000") as server:

@@ -153,6 +153,7 @@ def test_a_file_of_several_responses_is_as_many_systems(tmp_path: Path) -> None:
         ({"a": {"q": "1"}}, "a is not two systems"),
         ({"a": {"q": "1"}, "same/a": {"q": "2"}}, "NAME=FILE"),
         ({"a": {"q": "1"}, "b": {"q": ("2", "Another?")}}, "another query"),
+        ({"a": {"q\0": "1"}, "b": {"q\0": "2"}}, "half a surrogate"),
     ],
 )
 def test_what_cannot_be_compared_is_said(files: dict, words: str, tmp_path: Path) -> None:

@@ -143,6 +143,15 @@ def test_many_connections_at_once_keep_one_answer(place: str) -> None:
         )
 
 
+def test_any_text_is_kept(place: str) -> None:
+    strange = "a\0b\ud800c\udfffd 😀\u2028\x1b"
+    given = Systems({"q": [{"role": "user", "content": strange}]}, {"a": {"q": strange}, "b": {"q": "\\u0000"}})
+    create_study(place, given, [("a", "b")], RATERS, StudySettings(title=strange), "http://127.0.0.1:8000")
+    with open_study(place) as study:
+        assert (study.texts["q"].query, study.texts["q"].responses) == (given.queries["q"], given.of("q"))
+        assert study.settings.title == strange
+
+
 def test_rankings_are_kept_by_system(place: str) -> None:
     tokens = create(place, StudySettings(mode="ranking", per_comparison=3, common=1), "abc")
     with open_study(place) as study:

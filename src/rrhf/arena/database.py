@@ -17,6 +17,9 @@ from rrhf.common.errors import UserError
 T = TypeVar("T")
 
 TABLES = sa.MetaData()
+TEXT = (
+    sa.JSON
+)  # of models: in ASCII, so that half surrogates and U+0000 are kept where a database has no text with them
 
 STUDY = sa.Table(
     "study", TABLES,
@@ -38,7 +41,7 @@ RESPONSE = sa.Table(
     "response", TABLES,
     sa.Column("query", sa.ForeignKey("query.id"), primary_key=True),
     sa.Column("system", sa.Text, primary_key=True),
-    sa.Column("text", sa.Text, nullable=False),
+    sa.Column("text", TEXT, nullable=False),
 )  # fmt: skip
 TASK = sa.Table(
     "task", TABLES,
@@ -48,7 +51,7 @@ TASK = sa.Table(
     sa.Column("systems", sa.JSON, nullable=False),
     sa.Column("common", sa.Boolean, nullable=False),
     sa.Column("spoilt", sa.Integer),
-    sa.Column("spoilt_text", sa.Text, nullable=False),
+    sa.Column("spoilt_text", TEXT, nullable=False),
 )  # fmt: skip
 RATER = sa.Table(
     "rater", TABLES,

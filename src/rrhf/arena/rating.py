@@ -19,7 +19,7 @@ RATER = "rater"  # what kind of link and cookie
 CHOICES = {"left": "Left", "tie": "Tie", "right": "Right", "skip": "Skip"}
 KEYS = {"left": "1", "tie": "2", "right": "3", "skip": "s"}
 LONGEST_REMARK = 2000
-NEW_KEYS = "keys"  # the cookie that turns the keys off
+KEYS_COOKIE = "keys"  # turns the keys off
 
 
 class Rating:
@@ -74,7 +74,7 @@ class Rating:
         status: int = 200,
     ) -> Response:
         shown, said = assigned(self.study, _rater(visitor), place)
-        keys = request.cookies.get(NEW_KEYS) != "off"
+        keys = request.cookies.get(KEYS_COOKIE) != "off"
         return page(
             f"{self.study.settings.mode}.html.j2", self.study, status,
             place=place, done=done, count=count, mark=visitor.mark, warning=warning, task=shown.task.id,
@@ -111,9 +111,7 @@ class Rating:
         choice, why = fields.get("choice", ""), fields.get("why", "").replace("\r\n", "\n").strip()
         why = why.replace("\0", "\ufffd")  # PostgreSQL's texts have none
         if len(why) > LONGEST_REMARK:
-            return Answer(
-                ""
-            ), f"The remark has {len(why)} characters; {LONGEST_REMARK} are the most. Nothing was stored."
+            return Answer(""), f"The remark has {len(why)} of at most {LONGEST_REMARK} characters: nothing was stored."
         if self.study.settings.mode == "pairs":
             return Answer(choice, why), "" if choice in CHOICES else "Choose one of the answers."
         if choice == "skip":
@@ -129,9 +127,9 @@ class Rating:
         _, fields = await self.door.form(request, RATER)
         answer = RedirectResponse("/rate", 303)
         if fields.get("keys") == "off":
-            answer.set_cookie(NEW_KEYS, "off", httponly=True, samesite="lax")
+            answer.set_cookie(KEYS_COOKIE, "off", httponly=True, samesite="lax")
         else:
-            answer.delete_cookie(NEW_KEYS)
+            answer.delete_cookie(KEYS_COOKIE)
         return answer
 
 

@@ -53,40 +53,29 @@ def text_html(text: str) -> Markup:
     return Markup(_MARKDOWN.render(shown))  # escaped by the library: `html` is off
 
 
-def _plain_tokens(tokens: list[Token]) -> list[Token]:
-    """The tokens with nothing but elements of text, without attributes that a text has chosen."""
+def _plain(tokens: list[Token]) -> list[Token]:
+    """The tokens as elements of text, without attributes that a text has chosen; behind a link's text its address."""
     kept: list[Token] = []
+    address, start = "", 0
     for token in tokens:
+        token.children = _plain(token.children) if token.children else token.children
+        attributes: dict[str, str | int | float] = {}
         if token.type in ("heading_open", "heading_close"):
-            token.tag, token.attrs = "p", {"class": "heading"} if token.nesting == 1 else {}
+            token.tag, attributes = "p", {"class": "heading"} if token.nesting == 1 else {}
         elif token.type == "link_open":
-            token.attrs = {"class": "link", "data-to": str(token.attrs.get("href", ""))}
-            token.tag = "span"
+            address, start = str(token.attrs.get("href", "")), len(kept)
+            token.tag, attributes = "span", {"class": "link"}
         elif token.type == "link_close":
             token.tag = "span"
+            if address not in "".join(other.content for other in kept[start:]):
+                kept.append(Token("text", "", 0, content=f" ({address})"))
+        elif token.type == "ordered_list_open":
+            attributes = token.attrs  # the number it begins with
         elif token.type == "fence":
-            token.info = ""
-        elif token.type != "ordered_list_open":  # its number may stay
-            token.attrs = {}
-        if token.children:
-            token.children = _plain_tokens(token.children)
+            token.info = ""  # a language, which would become a class
+        token.attrs = attributes
         kept.append(token)
     return kept
-
-
-def _links_told(tokens: list[Token]) -> list[Token]:
-    """Behind a link's text its address, where the text is another."""
-    told: list[Token] = []
-    start, address = 0, ""
-    for token in tokens:
-        if token.children:
-            token.children = _links_told(token.children)
-        if token.type == "link_open":
-            address, start = str(token.attrs.pop("data-to")), len(told)
-        if token.type == "link_close" and address not in "".join(other.content for other in told[start:]):
-            told.append(Token("text", "", 0, content=f" ({address})"))
-        told.append(token)
-    return told
 
 
 def _table_open(renderer: Any, *_: Any) -> str:
@@ -99,8 +88,7 @@ def _table_close(renderer: Any, *_: Any) -> str:
 
 class _Markdown(MarkdownIt):
     def render(self, src: str, env: Any = None) -> str:
-        tokens = _links_told(_plain_tokens(self.parse(src, {})))
-        return str(self.renderer.render(tokens, self.options, {}))
+        return str(self.renderer.render(_plain(self.parse(src, {})), self.options, {}))
 
 
 def _markdown() -> MarkdownIt:

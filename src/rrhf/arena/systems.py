@@ -52,12 +52,20 @@ def read_systems(data: Sequence[str]) -> Systems:
                         "name the systems apart with --data NAME=FILE"
                     )
                 texts[query] = text
+                _check_names(path, record.id, system)
     if len(systems.responses) < 2:
         raise UserError(
             f"--data: {', '.join(systems.responses) or 'nothing'} is not two systems: "
             "give a file each, or one with several responses a record"
         )
     return systems
+
+
+def _check_names(path: Path, *names: str) -> None:
+    """Raises UserError: a name has characters that no database keeps."""
+    for name in names:
+        if "\0" in name or name != name.encode("utf-8", "replace").decode():
+            raise UserError(f"{path}: {name!r}: an id or a system's name has U+0000 or half a surrogate: mend it")
 
 
 def _named(argument: str) -> tuple[str, Path]:
