@@ -24,7 +24,6 @@ from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.stage import sample_file
 from support import tiny
 
-
 LONG = pytest.mark.skipif(not tiny.LONG, reason="seven passes through the cluster: RRHF_LONG=1")
 
 
