@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from cluster.conftest import Nodes
 from rrhf.cluster.pool import RayPool
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
@@ -23,6 +22,7 @@ from rrhf.rewards.stage import RewardSettings, score_file
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.stage import sample_file
 from support import tiny
+from support.nodes import Nodes
 
 LONG = pytest.mark.skipif(not tiny.LONG, reason="seven passes through the cluster: RRHF_LONG=1")
 
