@@ -12,7 +12,6 @@ from typing import Any
 
 import pytest
 
-from cluster.conftest import Nodes
 from rrhf.cluster.pool import RayPool
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
@@ -23,6 +22,9 @@ from rrhf.rewards.stage import RewardSettings, score_file
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.stage import sample_file
 from support import tiny
+from support.nodes import Nodes
+
+LONG = pytest.mark.skipif(not tiny.LONG, reason="seven passes through the cluster: RRHF_LONG=1")
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Disturbed:
             yield made
 
 
-def dying(every: int, poison: str = "") -> Callable[[Callable[[], Answer]], Callable[[], Answer]]:
+def dying(every: int, poison: str | None = None) -> Callable[[Callable[[], Answer]], Callable[[], Answer]]:
     """Workers that kill themselves at every n-th batch of theirs, and whenever they meet the response ``poison``."""
 
     def around(opened: Callable[[], Answer]) -> Callable[[], Answer]:
@@ -80,17 +82,17 @@ def test_a_node_dies_while_sampling(nodes: Nodes, tmp_path: Path) -> None:
     assert sample("cluster.jsonl", Disturbed(RayPool(nodes.settings()), 1, nodes.kill)) == undisturbed
 
 
+@pytest.mark.parametrize("deadly", [False, pytest.param(True, marks=LONG)])
 def test_workers_and_a_node_die_while_scoring(
-    nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    deadly: bool, nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Every third batch kills its worker, and one response any: it alone is null."""
+    """Every third batch kills its worker, and a deadly response any: it alone is null."""
     nodes.have(2)
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(scoring, "SCORING_PART", 4)
     tiny.write_rewards(tmp_path)
-    rows = tiny.rows(30, responses=3)
-    poison = rows[9]["responses"][1]
-    rows[9]["responses"][1] = poison = f"{poison} (deadly)"
+    rows = tiny.rows(24, responses=3)
+    poison = rows[9]["responses"][1] = "This one is deadly."
     data = tiny.write_rows(tmp_path / "responses.jsonl", rows)
     rewards = RewardSettings(["tiny_rewards:vowels", "tiny_rewards:spaces"])
 
@@ -99,8 +101,9 @@ def test_workers_and_a_node_die_while_scoring(
         return tiny.read_rows(tmp_path / output)
 
     undisturbed = score("alone.jsonl")
-    pool = Disturbed(RayPool(nodes.settings()), 2, nodes.kill, dying(3, poison))
+    pool = Disturbed(RayPool(nodes.settings()), 2, nodes.kill, dying(3, poison if deadly else None))
     disturbed = score("cluster.jsonl", pool)
-    for values in (undisturbed[9]["scores"], *undisturbed[9]["rewards"].values()):
-        values[1] = None
+    if deadly:
+        for values in (undisturbed[9]["scores"], *undisturbed[9]["rewards"].values()):
+            values[1] = None
     assert disturbed == undisturbed

@@ -8,13 +8,13 @@ from typing import Any
 
 import pytest
 
-from cluster.conftest import Nodes
 from rrhf.cluster.training import training_on
 from rrhf.common.errors import UserError
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.training.config import RRHFConfig
 from support import tiny
+from support.nodes import Nodes
 
 # A loss of the user's own, which switches its node off before the fifth step is done, once.
 LOSS = """
