@@ -8,6 +8,7 @@ too large to be measured here, they are by operations at a rate that was measure
 
 from __future__ import annotations
 
+import os
 import platform
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -165,7 +166,8 @@ def _speed(config: RunConfig, parameters: int, shape: Shape, sampling: SamplingS
     if free is None or parameters * (dtype.itemsize + 4 + MASTERS) < free:
         speed = measure_machine(config.model, shape, sampling)
         return speed, (
-            f"measured now on {processor()}: {config.model.model}, {str(dtype).removeprefix('torch.')}, {shaped}: "
+            f"measured now on {processor()}, at a load of {os.getloadavg()[0]:.1f}: {config.model.model}, "
+            f"{str(dtype).removeprefix('torch.')}, {shaped}: "
             f"{speed.sampled:.3g} s a query sampled, {speed.trained:.3g} s a record trained, "
             f"{speed.optimised:.3g} s an optimiser step"
         )
