@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import select
 import shutil
 import signal
 import time
@@ -162,19 +163,26 @@ def clock(case: Case) -> Outcome:
 
 def second(case: Case) -> Outcome:
     """A second command in the same folder while the first is at work."""
-    moment = case.moments // 2
+    moment = case.moments // 4
     for name in ("entered", "met"):
         os.mkfifo(case.folder / name)
     command = case.world.command(case.stage)
     faults = [at_moment(moment, hold=str(case.folder))]
+    entered = os.open(case.folder / "entered", os.O_RDONLY | os.O_NONBLOCK)
+    met = os.open(case.folder / "met", os.O_RDWR)  # which waits for nobody
     first = tiny.forks(*tiny.PRELOADED).start("rrhf.cli.main:main", command, cwd=case.folder, faults=faults)
-    (case.folder / "entered").read_text()
+    here = select.poll()
+    here.register(entered, select.POLLIN)
+    if not here.poll(1000 * tiny.HANGS_AFTER):
+        case.wrong.append(f"the first process never came to moment {moment}")
     ended = case.run()
-    (case.folder / "met").open("w").close()
+    os.write(met, b"x")
     case.expect(tiny.forks(*tiny.PRELOADED).wait(first), (0,))
     case.expect(ended, (2,))
     if f"process {first[0]} on {os.uname().nodename}" not in ended.err:
         case.wrong.append(f"the second is not told who the first is: {ended.err[-1500:]}")
+    for file in (entered, met):
+        os.close(file)
     for name in ("entered", "met"):
         (case.folder / name).unlink()
     return case.end(f"another process at moment {moment}, refused: {ended.err.strip().splitlines()[-1][:160]}")

@@ -307,7 +307,8 @@ def _act(fault: dict[str, Any]) -> None:
         time.time = lambda: now() + fault["clock"]
     elif "hold" in fault:
         Path(fault["hold"], "entered").open("w").close()
-        Path(fault["hold"], "met").read_text()
+        with Path(fault["hold"], "met").open("rb", buffering=0) as released:
+            released.read(1)
     else:
         os.kill(os.getpid(), signal.Signals[f"SIG{fault.get('how', 'KILL')}"])
 

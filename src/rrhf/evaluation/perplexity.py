@@ -33,6 +33,7 @@ def nll_under(
     import torch
 
     from rrhf.common.progress import progress
+    from rrhf.models.batching import plan_forwards
     from rrhf.models.out_of_memory import run_forwards
     from rrhf.models.passes import response_logprobs
     from rrhf.models.path_check import usable_path
@@ -53,7 +54,8 @@ def nll_under(
         passes = run_forwards(
             model, fitting, SCORING_TOKENS, path, lambda forward: response_logprobs(model, forward.records, path)
         )
-        for forward, logprobs in progress(passes, "perplexity", unit="batches") if show else passes:
+        total = len(plan_forwards(fitting, SCORING_TOKENS, path))
+        for forward, logprobs in progress(passes, "perplexity", total, "batches") if show else passes:
             both = zip(logprobs.sums.double().tolist(), logprobs.lengths.tolist(), strict=True)
             for record, (logprob, length) in zip(forward.records, both, strict=True):
                 of_text[place[id(record)]] = (-logprob, int(length))

@@ -115,7 +115,7 @@ def _is_sound(checkpoint: Path) -> bool:
         if Path(str(error.filename)).name != CHECKSUMS:
             log.warning(f"{checkpoint} is damaged: {error.filename} is gone; the one before it is taken")
             return False
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, OSError):
         log.warning(f"{checkpoint} is damaged: {CHECKSUMS} cannot be read; the one before it is taken")
         return False
     return True
