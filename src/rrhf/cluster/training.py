@@ -76,17 +76,18 @@ def train_on_cluster(
             ``cluster_restarts`` allows. What is finished is kept.
     """
     folder = Path(str(config.output_dir)).absolute()
-    with claimed(folder, config, overwrite):  # no restart may empty the folder
-        if is_trained(folder):
-            raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
-    with connected(settings), _scratch(folder) as scratch:
+    with connected(settings):
         mine = share(settings, model.device)
-        given = {**config.as_given(), "output_dir": config.output_dir}
-        job = _Job(str(Path.cwd()), scratch, data, eval_data, model, given, adapter, watch, online, saved)
-        log.info(f"train: on the cluster, {mine}")
-        _fit(settings, job, mine)
-        if (scratch / REFUSED).exists():
-            raise UserError((scratch / REFUSED).read_text(encoding="utf-8"))
+        with claimed(folder, config, overwrite):  # no restart may empty the folder
+            if is_trained(folder):
+                raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
+        with _scratch(folder) as scratch:
+            given = {**config.as_given(), "output_dir": config.output_dir}
+            job = _Job(str(Path.cwd()), scratch, data, eval_data, model, given, adapter, watch, online, saved)
+            log.info(f"train: on the cluster, {mine}")
+            _fit(settings, job, mine)
+            if (scratch / REFUSED).exists():
+                raise UserError((scratch / REFUSED).read_text(encoding="utf-8"))
     summary: dict[str, Any] = json.loads((folder / TRAINED).read_text(encoding="utf-8"))
     return summary
 
