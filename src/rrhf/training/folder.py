@@ -115,7 +115,7 @@ def _is_sound(checkpoint: Path) -> bool:
         if Path(str(error.filename)).name != CHECKSUMS:
             log.warning(f"{checkpoint} is damaged: {error.filename} is gone; the one before it is taken")
             return False
-    except (ValueError, AttributeError, OSError):
+    except (ValueError, AttributeError, OSError, RecursionError):
         log.warning(f"{checkpoint} is damaged: {CHECKSUMS} cannot be read; the one before it is taken")
         return False
     return True
@@ -130,7 +130,7 @@ def last_checkpoint(folder: Path, check: bool = False) -> str | None:
     def whole(checkpoint: Path) -> bool:
         try:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return False
         return not check or _is_sound(checkpoint)
 
