@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
 import os
 from importlib import resources
@@ -12,6 +11,7 @@ import pytest
 
 from rrhf.common.errors import UserError
 from rrhf.common.launch import check_connected, launched_processes, warn_of_whole_weights
+from rrhf.common.locks import LOCK, hold
 from support import tiny
 from support.ports import free_port
 from support.tiny import count
@@ -102,12 +102,12 @@ def test_a_second_training_into_the_same_folder(place: Path) -> None:
     """Whatever started two processes that do not know of each other, the second finds the folder taken."""
     (place / "out").mkdir()
     (place / "out" / "kept").write_text("of the other one")
-    other = os.open(place / "out", os.O_RDONLY)
-    fcntl.flock(other, fcntl.LOCK_EX)
+    other = hold(place / "out" / LOCK, "taken")
     refused = tiny.warm(*TRAIN, "--overwrite", cwd=place)
-    assert refused.code == 2 and "out: another process trains into this folder" in refused.err
-    assert [path.name for path in (place / "out").iterdir()] == ["kept"]
-    os.close(other)
+    assert refused.code == 2
+    assert f"out: another process trains into this folder: process {os.getpid()} on " in refused.err
+    assert {path.name for path in (place / "out").iterdir()} == {"kept", LOCK}
+    other.close()
     tiny.warm(*TRAIN, "--overwrite", cwd=place).done()
     assert not (place / "out" / "kept").exists()
 

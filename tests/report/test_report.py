@@ -342,7 +342,7 @@ def test_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (run / "config.yaml").write_text("model: tiny\n")
     page = page_of(run)
     assert "is not known yet" in page and "tiny" in page
-    assert page.count("Left out: ") == 9  # generations are named in the three sections that need them
+    assert page.count("Left out: ") == 10  # generations and the evaluation are named in each section that needs them
 
 
 def test_a_training_that_has_not_finished(tmp_path: Path) -> None:

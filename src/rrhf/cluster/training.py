@@ -22,6 +22,7 @@ from rrhf.cluster.connection import Share, connected, share
 from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
+from rrhf.common.locks import wait_until_free
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.training.config import RRHFConfig
@@ -33,6 +34,7 @@ from rrhf.training.watch_settings import WatchSettings
 log = logging.getLogger("rrhf")
 
 REFUSED = "refused.txt"  # what a process found wrong, in the scratch folder
+DYING = 60.0  # seconds in which the processes of a dead node's group come to their end
 
 
 @dataclass(frozen=True)
@@ -140,6 +142,8 @@ def _innermost(error: BaseException) -> str:
 
 def _train(settings: dict[str, Any]) -> None:
     """What each process does: it goes on from where the output folder is."""
+    from ray.train import get_context
+
     from rrhf.common.logging import set_up_logging
 
     job: _Job = settings["job"]
@@ -154,6 +158,8 @@ def _train(settings: dict[str, Any]) -> None:
                 f"{job.scratch.parent} is not the same folder on all nodes of the cluster: training needs an --output "
                 "(and data) on a disk that all of them see"
             )
+        if get_context().get_world_rank() == 0:
+            wait_until_free(job.scratch.parent, DYING)
         _as_here(job)
     except UserError as error:
         if job.scratch.is_dir():

@@ -7,6 +7,7 @@ import fcntl
 import json
 import logging
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
@@ -54,6 +55,18 @@ def _holder(file: IO[str]) -> str:
         return f"process {int(found['pid'])} on {found['host']}"
     except (ValueError, KeyError, TypeError):  # it has the lock and has not said so yet
         return "another process"
+
+
+def wait_until_free(folder: Path, seconds: float) -> None:
+    """Wait, no longer than that, until no process works in ``folder``: the last one may be dying."""
+    until = time.monotonic() + seconds
+    while time.monotonic() < until:
+        try:
+            hold(folder / LOCK, "{who}").close()
+        except UserError:
+            time.sleep(0.2)
+        else:
+            return
 
 
 @contextlib.contextmanager

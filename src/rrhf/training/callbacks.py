@@ -40,6 +40,13 @@ def mean_loss(history: Sequence[Mapping[str, Any]], otherwise: float) -> float:
     return total / steps if steps else otherwise
 
 
+class LogAtSaves(TrainerCallback):
+    """Log with every checkpoint, so that the mean loss up to there is known to a run that goes on from it."""
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        control.should_log = control.should_log or control.should_save
+
+
 class StopOnSignal(TrainerCallback):
     """On SIGINT or SIGTERM: finish the optimiser step, write a checkpoint, stop; all processes at the same step.
 

@@ -105,7 +105,7 @@ def test_a_result_is_checked_against_its_interval(tmp_path: Path) -> None:
     assert not within and "not reproduced" in sentence and "outside" in sentence
     (tmp_path / "r.json").write_text(json.dumps(before))
     with pytest.raises(UserError, match="lacks task, scale, asked"):
-        read_result(tmp_path / "r.json")
+        read_result(str(tmp_path / "r.json"))
 
 
 def test_numbers_beside_the_evaluation(tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ def main(arguments: list[str], name: str) -> int:
         print(format_help(name, str(__doc__), short_help()), end="")
         raise SystemExit(0)
     settings = [*train.flags(online=False).settings, Sft]
-    files, adapter, model, config, watch, sft = Flags(settings, name).parse(
+    files, adapter, model, config, watch, cluster, sft = Flags(settings, name).parse(
         ["--ranking_loss", "none", *train.with_output(arguments)]
     )
     if config.ranking_loss != "none":
@@ -50,4 +50,4 @@ def main(arguments: list[str], name: str) -> int:
         from rrhf.recipes.baselines.sft import write_responses_of
 
         data = write_responses_of(sft.fit, data, Path(f"{files.output}-data.jsonl"))
-    return train.carry_out(data, model, files, adapter, config, watch)
+    return train.carry_out(data, model, files, adapter, config, watch, cluster=cluster)

@@ -28,7 +28,7 @@ from rrhf.records.record import Record
 from rrhf.rewards.reward_models.load import FAILURES, quiet
 from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward, Head, RewardModel
 from rrhf.rewards.reward_models.reading import CausalReader, PairReader
-from rrhf.training.callbacks import Seal, ShowProgress, StopOnSignal, Stopped, mean_loss
+from rrhf.training.callbacks import LogAtSaves, Seal, ShowProgress, StopOnSignal, Stopped, mean_loss
 from rrhf.training.folder import FREE, SETTINGS, TRAINED, claimed, is_trained, last_checkpoint, naming_full_disk
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.data import RankedRecords
@@ -163,6 +163,7 @@ def _run(job: Job, trainer: RewardTrainer) -> float:
     """Train, from the last checkpoint if there is one; returns the mean loss."""
     stop = StopOnSignal()
     trainer.add_callback(stop)
+    trainer.add_callback(LogAtSaves())
     trainer.add_callback(Seal())
     checkpoint = last_checkpoint(job.folder, check=True)
     if checkpoint is not None:
