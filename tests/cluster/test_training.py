@@ -18,7 +18,7 @@ from support.nodes import Nodes
 
 # A loss of the user's own, which switches its node off before the fifth step is done, once.
 LOSS = """
-import os, signal, threading
+import os, signal
 from pathlib import Path
 from rrhf.losses import ranking_loss
 
@@ -29,8 +29,8 @@ def deadly(*arguments, **options):
     calls += 1
     if calls == 18 and os.environ.get("RANK") == DIES and not Path("died").exists():
         Path("died").touch()
-        os.kill(os.getppid(), signal.SIGKILL)  # the node's own process; all others of the node go with it
-        threading.Event().wait()
+        os.kill(os.getppid(), signal.SIGKILL)  # the node's own process, and this one: the machine is off
+        os.kill(os.getpid(), signal.SIGKILL)
     return ranking_loss("hinge")(*arguments, **options)
 """
 
