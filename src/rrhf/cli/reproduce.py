@@ -37,6 +37,10 @@ def main(arguments: list[str]) -> int:
     if options.export:
         return _export(place, Path(options.export))
     set_up_logging(place.log)
+    if options.take:
+        from rrhf.recipes.study.results import take
+
+        take(Path(options.take), place, scale.task, scale.name)
     if not options.page:
         scale = prepare(place, scale)
     try:
@@ -101,6 +105,8 @@ def _parser() -> PlainParser:
     what.add_argument("--page", action="store_true", help="write the page of what has ended, and do nothing else")
     what.add_argument("--export", metavar="FILE.jsonl", help="add the results that have ended to a file of lines, "
                       "without absolute paths, for the page of claims (python -m rrhf.recipes.study)")  # fmt: skip
+    what.add_argument("--take", metavar="FILE.jsonl", help="begin with the results of such a file, which are not "
+                      "computed again")  # fmt: skip
     what.add_argument("--check", metavar="RESULT", help="a file of results/, or FILE.jsonl:LINE: run its arm again, "
                       "and say whether it comes out within the intervals there")  # fmt: skip
     settings = parser.add_argument_group("settings")

@@ -13,6 +13,7 @@ from rrhf.evaluation.best_of_n import kl_bound
 from rrhf.evaluation.pairs import evaluate_pairs, verdict
 from rrhf.evaluation.stage import EvaluationSettings, evaluate_models
 from rrhf.models.cache import PolicyCache
+from rrhf.models.identity import model_digest
 from rrhf.recipes.reproduce import measure
 from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, START
 from rrhf.recipes.reproduce.item import Work
@@ -61,6 +62,7 @@ def result_of(work: Work) -> dict[str, Any]:
         "load": measure.load(),
         "processors": os.cpu_count(),
         "commit": commit(),
+        "model": model_digest(config.model.model)[:16],
         "config": work.noted,
         "asked": list(work.scale.asked),
     }

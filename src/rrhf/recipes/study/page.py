@@ -10,7 +10,7 @@ import numpy as np
 from rrhf.common.files import write_text
 from rrhf.common.presentation import NONE, markdown_table, number
 from rrhf.recipes.reproduce.plots import on_white
-from rrhf.recipes.study.claims import MISSING, Claim, Finding, judged, losses
+from rrhf.recipes.study.claims import MISSING, SEEDS, Claim, Finding, judged, losses
 from rrhf.recipes.study.figures import figures
 from rrhf.recipes.study.results import REWARDS, Study
 from rrhf.recipes.study.statistics import Estimate, components
@@ -89,7 +89,7 @@ def _rule(findings: Sequence[tuple[Claim, Finding]]) -> str:
         f"The page makes {count} tests; their p-values are adjusted together by Holm's method, so that the chance of "
         "any false finding is at most 5 %. A claim holds where each of its tests points its way with an adjusted p "
         "below 0.05, fails where one points the other way, and is not resolved otherwise; claims without tests say "
-        "their rule."
+        f"their rule. Fewer than {SEEDS} seeds resolve nothing, whatever the interval over prompts says."
     )
 
 
@@ -97,12 +97,16 @@ def _claim(claim: Claim, finding: Finding) -> str:
     lines = [f"**({claim.letter}) {claim.text}: {finding.verdict}.** The paper: {claim.paper}."]
     for test in finding.tests:
         adjusted = f"{test.adjusted:.3f}" if test.adjusted >= 0.001 else "< 0.001"
-        lines.append(f"- {test.what}: {test.estimate}, p {adjusted} ({test.estimate.seeds} seeds)")
+        lines.append(f"- {test.what}: {test.estimate}, p {adjusted} ({_count(test.estimate.seeds, 'seed')})")
     if finding.said:
         lines.append(f"- {finding.said}")
     if claim.besides:
         lines.append(f"- What else could explain it: {claim.besides}")
     return "\n".join(lines)
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}{'' if number == 1 else 's'}"
 
 
 def _arms(study: Study) -> str:

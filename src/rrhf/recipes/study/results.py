@@ -17,6 +17,7 @@ import numpy as np
 from rrhf.common.errors import UserError
 from rrhf.common.files import cache_folder, write_text
 from rrhf.recipes.reproduce.arms import Arm, arm_named
+from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.work import by_key, chosen_rate
 from rrhf.recipes.study.statistics import Estimate, bootstrap
 
@@ -144,6 +145,25 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
         lines.append(json.dumps(kept_line, ensure_ascii=False))
     write_text(file, "\n".join(lines) + "\n")
     return len(lines)
+
+
+def take(file: Path, place: Place, task: str, scale: str) -> int:
+    """Put the results in a file of lines into a folder, where its command then goes on from them.
+
+    Returns:
+        How many they are.
+
+    Raises:
+        UserError: they are of another task or scale.
+    """
+    study = read_study(file)
+    if (study.task, study.scale) != (task, scale):
+        raise UserError(f"{file}: results of {study.task} at the scale {study.scale}, not of {task} at {scale}")
+    for line in study.lines:
+        item = Item(study.arm(line["arm"]), line["seed"], line["learning_rate"])
+        if not place.is_done(item):
+            place.write_result(item, line)
+    return len(study.lines)
 
 
 def _without_places(value: Any, places: Mapping[str, str]) -> Any:
