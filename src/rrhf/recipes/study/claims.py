@@ -332,9 +332,9 @@ def less_sensitive(study: Study) -> Finding:
     ours = [spread[name] for name in MAIN if name in spread]
     if not ours or "PPO" not in spread:
         return Finding()
-    own = HOLDS if max(ours) < spread["PPO"] else FAILS if min(ours) > spread["PPO"] else OPEN
+    own = HOLDS if max(ours) < spread["PPO"] - NEAR else FAILS if min(ours) > spread["PPO"] + NEAR else OPEN
     said = ", ".join(f"{name} {value:.3f}" for name, value in spread.items())
-    return Finding((), f"best less worst of the grid's rates, one seed: {said}", own)
+    return Finding((), f"best less worst of the grid's rates, one seed: {said} (holds: by more than {NEAR})", own)
 
 
 def cheaper_than_ppo(study: Study) -> Finding:

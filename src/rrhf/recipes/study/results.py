@@ -63,7 +63,12 @@ class Study:
         if name not in self.names:
             return {}
         _, rate = chosen_rate(self.arm(name), self.rates(name) or [0.0], by_key(self.lines))
-        found = {line["seed"]: line for line in self.lines if line["arm"] == name and line["learning_rate"] == rate}
+        # One that was not the best when it was exported has no prompts' rewards: it would have to be run again.
+        found = {
+            line["seed"]: line
+            for line in self.lines
+            if line["arm"] == name and line["learning_rate"] == rate and "prompts" in line
+        }
         return dict(sorted(found.items()))
 
     def rewards(self, name: str, reward: str, seeds: Sequence[int] | None = None) -> np.ndarray:
