@@ -87,3 +87,14 @@ def test_the_exported_records_train(folder: Path) -> None:
     command = ("train", "--model", "model", "--data", "voted.jsonl", "--output", "trained", "--max_steps", "1")
     tiny.warm(*command, "--device", "cpu", "--max_length", "64", cwd=folder).done()
     assert (folder / "trained" / "model.safetensors").exists()
+
+
+def test_the_report_shows_the_results(folder: Path) -> None:
+    assert main(["arena", "results", "study.db", "--samples", "9", "--output", "out.json"]) == 0
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("model: tiny\n")
+    assert main(["report", "run", "--results", "out.json", "--output", "page.html"]) == 0
+    page = (folder / "page.html").read_text()
+    people = page[page.index('id="people"') :]
+    for words in ("study.db", "16 votes", "long", "short", "93.8"):  # 15 of 16 votes
+        assert words in people, words

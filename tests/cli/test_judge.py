@@ -89,6 +89,13 @@ def test_two_judges_from_the_command_line(
     assert first.rewards == {"judge:one.yaml": [20.0, 12.0], "judge:two.yaml": [20.0, 12.0]}
     said = {"outcome": "win", "a_first": [20.0, 12.0], "b_first": [20.0, 12.0]}
     assert first.extra == {"category": "maths", "comparisons": {"one.yaml": said, "two.yaml": said}}
+    (folder / "run").mkdir()
+    (folder / "run" / "config.yaml").write_text("model: tiny\n")
+    assert main(["report", "run", "--results", "out.json", "--output", "page.html"]) == 0
+    page = (folder / "page.html").read_text()
+    judges = page[page.index('id="judges"') : page.index('id="people"')]
+    for words in ("one.yaml", "two.yaml", "80.0", "48.0", "maths"):
+        assert words in judges, words
     server.posts.clear()
     assert main([*JUDGE, "--judge", "one.yaml"]) == 2  # the output is there
     assert main([*JUDGE, "--judge", "one.yaml", "--overwrite"]) == 0
