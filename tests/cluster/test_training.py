@@ -16,7 +16,7 @@ from rrhf.training.config import RRHFConfig
 from support import tiny
 from support.nodes import Nodes
 
-# A loss of the user's own, which switches its node off before the fifth step is done, once.
+# A loss of the user's own, which switches its node off before the fifth step is done, once. A record is a call.
 LOSS = """
 import os, signal
 from pathlib import Path
@@ -27,7 +27,7 @@ calls = 0
 def deadly(*arguments, **options):
     global calls
     calls += 1
-    if calls == 18 and os.environ.get("RANK") == DIES and not Path("died").exists():
+    if calls == CALL and os.environ.get("RANK") == DIES and not Path("died").exists():
         Path("died").touch()
         os.kill(os.getppid(), signal.SIGKILL)  # the node's own process, and this one: the machine is off
         os.kill(os.getpid(), signal.SIGKILL)
@@ -47,10 +47,12 @@ def train(place: Path, output: str, cluster: Any = None) -> dict[str, Any]:
     return training_on(cluster)(Path("scored.jsonl"), model, config, AdapterSettings())
 
 
-def workplace(place: Path, dies: int) -> None:
+def workplace(place: Path, dies: int, workers: int = 1) -> None:
     tiny.write_model(place / "start")
     tiny.write_rows(place / "scored.jsonl", tiny.rows(16, responses=3))
-    (place / "own_loss.py").write_text(LOSS.replace("DIES", repr(str(dies))), encoding="utf-8")
+    (place / "own_loss.py").write_text(
+        LOSS.replace("DIES", repr(str(dies))).replace("CALL", str(18 // workers)), encoding="utf-8"
+    )
 
 
 def weights(folder: Path) -> bytes:
@@ -81,7 +83,7 @@ def test_a_node_dies_while_training(nodes: Nodes, tmp_path: Path, monkeypatch: p
 def test_a_node_dies_while_two_train(nodes: Nodes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     nodes.have(3)
     monkeypatch.chdir(tmp_path)
-    workplace(tmp_path, 1)
+    workplace(tmp_path, 1, workers=2)
     train(tmp_path, "disturbed", nodes.settings(cluster_workers=2))
     assert (tmp_path / "died").exists()
     train(tmp_path, "undisturbed", nodes.settings(cluster_workers=2))
