@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import random
@@ -474,6 +475,23 @@ def test_three_processes_overwrite(undisturbed: Callable[[str], bytes], tmp_path
         assert [one.code for one in ended] == [0, 0, 0], ended
         assert output.read_bytes() == undisturbed(".jsonl")
         assert os.listdir(output.parent) == ["out.jsonl"]  # noqa: PTH208
+
+
+def test_a_folder_that_goes_while_it_is_made(
+    undisturbed: Callable[[str], bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """mkdir(exist_ok=True) finds it, looks whether it is a folder, and by then another process has removed it."""
+    made, gone = Path.mkdir, []
+
+    def mkdir(self: Path, *arguments: Any, **options: Any) -> None:
+        if self.name == "out.jsonl.parts" and not gone:
+            gone.append(self)
+            raise FileExistsError(errno.EEXIST, "File exists", str(self))
+        made(self, *arguments, **options)
+
+    monkeypatch.setattr(Path, "mkdir", mkdir)
+    run(tmp_path / "out.jsonl")
+    assert gone and (tmp_path / "out.jsonl").read_bytes() == undisturbed(".jsonl")
 
 
 def test_parts_without_settings_count_for_nothing(undisturbed: Callable[[str], bytes], tmp_path: Path) -> None:

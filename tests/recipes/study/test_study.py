@@ -96,6 +96,10 @@ def test_an_export_has_no_paths_and_replaces_what_was_there(file: Path, tmp_path
     assert len(rejected) == 6 and not any("prompts" in one for one in rejected)
     assert all("prompts" in one for one in kept if one not in rejected)
     place = tmp_path / "lines.jsonl"
+    named = {**line("PPO", 0), "config": {"model": "out/model", "why": "without", "at": "/somewhere/out/x"}}
+    export([named], Path("out"), place)
+    assert json.loads(place.read_text())["config"] == {"model": "./model", "why": "without", "at": "/somewhere/out/x"}
+    place.unlink()
     export(lines()[:3], tmp_path, place)
     changed = {**lines()[1], "perplexity": 99.0}
     assert export([changed, line("PPO", 0)], tmp_path, place) == 4

@@ -135,8 +135,8 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
         How many lines the file has now.
     """
     before = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
-    places = {str(folder.absolute()): ".", str(folder): ".", str(cache_folder()): "cache"}
-    kept = {**by_key(before), **by_key([_without_places(result, places) for result in results])}
+    places = {str(folder.absolute()): ".", str(cache_folder()): "cache"}
+    kept = {**by_key(before), **by_key([_without_places(result, places, str(folder)) for result in results])}
     study = Study(list(kept.values()), file)
     chosen = {(name, seed, line["learning_rate"]) for name in study.names for seed, line in study.seeds(name).items()}
     lines = []
@@ -171,13 +171,15 @@ def take(file: Path, place: Place, task: str, scale: str) -> int:
     return len(study.lines)
 
 
-def _without_places(value: Any, places: Mapping[str, str]) -> Any:
-    """A result without the absolute paths of where it was made."""
+def _without_places(value: Any, places: Mapping[str, str], folder: str) -> Any:
+    """A result without the places where it was made: absolute ``places``, and what lies in the ``folder`` given."""
     if isinstance(value, Mapping):
-        return {key: _without_places(each, places) for key, each in value.items()}
+        return {key: _without_places(each, places, folder) for key, each in value.items()}
     if isinstance(value, list):
-        return [_without_places(each, places) for each in value]
+        return [_without_places(each, places, folder) for each in value]
     if isinstance(value, str):
         for place, name in places.items():
             value = value.replace(place, name)
+        if value.startswith(f"{folder}/"):  # a short name may stand in other words too
+            value = f".{value[len(folder) :]}"
     return value
