@@ -10,7 +10,7 @@ from itertools import combinations
 from typing import Any
 
 from rrhf.common.presentation import finite
-from rrhf.common.scores import score_levels
+from rrhf.evaluation.agreement import outcome_of, shares
 from rrhf.evaluation.lengths import gain_at_equal_length, rewards_by_length
 from rrhf.evaluation.metrics import mean_interval
 from rrhf.evaluation.ranking import kendall_tau
@@ -103,12 +103,11 @@ def rewards_agree(held: HeldOut, seed: int) -> list[dict[str, Any]]:
         if not places:
             continue
         both = [(gains[i] or 0.0, theirs[i] or 0.0) for i in places]
-        signs = [(_preferred(held, one, i), _preferred(held, other, i)) for i in places]
+        labels = [(str(i), _of_texts(held, one, i), _of_texts(held, other, i)) for i in places]
         lines.append(
             {
                 "rewards": (one, other),
-                "same": mean_interval([float(a == b) for a, b in signs], seed),
-                "not_contradicting": mean_interval([float(a * b >= 0) for a, b in signs], seed),
+                **shares(labels, seed),
                 "tau": kendall_tau(*zip(*both[:LARGEST_TAU])) if len(both) > 2 else None,
                 "n": len(both),
             }
@@ -116,10 +115,10 @@ def rewards_agree(held: HeldOut, seed: int) -> list[dict[str, Any]]:
     return lines
 
 
-def _preferred(held: HeldOut, reward: str, place: int) -> int:
-    """+1 where ``reward`` prefers π's text, −1 where ρ's, 0 where both are equal as ``rrhf.common.scores`` has it."""
-    before, after = score_levels(held.rewards[reward][model][place] or 0.0 for model in MODELS)
-    return after - before
+def _of_texts(held: HeldOut, reward: str, place: int) -> str:
+    """What ``reward`` says of π's text beside ρ's."""
+    before, after = (held.rewards[reward][model][place] or 0.0 for model in MODELS)
+    return outcome_of(after, before)
 
 
 def paired_with(held: HeldOut, other: HeldOut, reward: str, seed: int) -> dict[str, float] | None:
