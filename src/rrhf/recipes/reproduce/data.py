@@ -41,11 +41,16 @@ class Prompts:
 
 
 def with_model(scale: Scale) -> dict[str, Any]:
-    """The scale's configuration with the folder of its model, which is trained now where it has to be."""
+    """The scale's configuration with the folder of its model, which is trained now where it has to be.
+
+    So is the gold reward of that model's scale, which would else be trained by several processes at a time.
+    """
     if scale.config["model"] != MICRO:
         return dict(scale.config)
+    from rrhf.recipes.micro.gold import gold_folder
     from rrhf.recipes.micro.language_model import language_model
 
+    gold_folder()
     return {**scale.config, "model": str(language_model())}
 
 
