@@ -74,6 +74,9 @@ def test_verdicts_are_those_that_the_truth_demands(file: Path) -> None:
 
 def test_two_seeds_resolve_nothing(file: Path) -> None:
     study = read_study(file)
+    without = Study([one for one in study.lines if one["arm"] != "IP-1"], file)  # RRHF-DP is the same run
+    (rounds,) = [finding for claim, finding in judged(without) if claim.letter == "g"]
+    assert [test.what for test in rounds.tests] == ["IP-2 − RRHF-DP, proxy", "IP-2 − RRHF-DP, gold"]
     few = Study([one for one in study.lines if one["seed"] < 2], file)
     verdicts = {finding.verdict for _, finding in judged(few)}
     assert not verdicts & {HOLDS, FAILS} and OPEN in verdicts

@@ -105,6 +105,8 @@ ARMS: dict[str, list[Arm]] = {
         Arm("RRHF-B", "4 top-k samples of ρ alone", "Table 10, B", config={"data": ALONE, "sample": TOP_K}),
         Arm("RRHF-DP", "diverse beam search by ρ and the review's own continuation", "Table 2's DP, on IMDB",
             config={"sample": DIVERSE}),
+        Arm("RRHF-SP", "4 top-p samples of ρ and the review's own continuation", "Table 2's SP, on IMDB",
+            config={"sample": TOP_P}),
         Arm("RRHF-D", "diverse beam search by ρ alone", "Table 6's D, on IMDB",
             config={"data": ALONE, "sample": DIVERSE}),
         *(rounds(number, f"Table 6's IP-{number}, on IMDB") for number in (1, 2, 3)),
