@@ -345,7 +345,7 @@ def cheaper_than_ppo(study: Study) -> Finding:
     def cost(name: str) -> tuple[float, float, float]:
         seconds = [sum(line["seconds"].values()) for line in study.seeds(name).values()]
         memory = study.numbers(name, "peak_memory_bytes").mean() / 1e9
-        return float(study.numbers(name, "models_resident").mean()), float(memory), float(np.mean(seconds))
+        return float(study.numbers(name, "models_resident").mean()), float(memory), float(np.median(seconds))
 
     ours, theirs = cost("RRHF-DP"), cost("PPO")
     said = "; ".join(

@@ -111,7 +111,7 @@ def _count(number: int, what: str) -> str:
 
 def _arms(study: Study) -> str:
     header = ["arm", "seeds", "rate", "gain, proxy", "gain, gold", "KL to ρ", "perplexity", "length", "distinct-2",
-              "looping", "accuracy of p_i", "seconds"]  # fmt: skip
+              "looping", "accuracy of p_i", "seconds, median"]  # fmt: skip
     rows = []
     for name in study.names:
         lines = study.seeds(name)
@@ -126,7 +126,7 @@ def _arms(study: Study) -> str:
                 (1, ("kl", "mean")), (1, ("perplexity",)), (1, ("length_mean",)), (3, ("distinct_2",)),
                 (3, ("looping",)), (3, ("accuracy", "pi", "mean")),
             )),
-            number(float(np.mean(seconds)), 0),
+            number(float(np.median(seconds)), 0),
         ])  # fmt: skip
     return markdown_table(header, rows)
 
