@@ -149,6 +149,14 @@ class TextFormat:
             self._chat_end = self._find_chat_end()
         return self._chat_end
 
+    def end_tokens(self, query: Query, models_own: int | Sequence[int] | None) -> set[int]:
+        """Every token that ends a response to ``query``: the template's, the tokenizer's, and the model's own, which
+        its generation configuration names."""
+        ends = {self.end_token(query)}
+        for named in (self.tokenizer.eos_token_id, models_own):
+            ends |= {int(token) for token in (named if isinstance(named, Sequence) else [named]) if token is not None}
+        return ends
+
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:
             raise UserError("the model's tokenizer has no end-of-sequence token: set tokenizer.eos_token and save it")

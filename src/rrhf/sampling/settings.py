@@ -199,6 +199,20 @@ class SamplingSettings:
         """Rows that are decoded a query."""
         return self.num_beams if self.is_beam else self.responses
 
+    def refuse_longer(self, query_tokens: int, record: str, context: int, model: str) -> None:
+        """Refuse the query of a record that leaves no room for a response in a model's context.
+
+        Raises:
+            UserError: the query and ``max_new_tokens`` are more than ``context``.
+        """
+        room = context - self.max_new_tokens
+        if query_tokens > room:
+            cure = f"give --max_query_length {room}" if room > 0 else "lower --max_new_tokens"
+            raise UserError(
+                f"record {record}: a query of {query_tokens} tokens and --max_new_tokens {self.max_new_tokens} are "
+                f"more than the context of {context} of {model}: {cure}"
+            )
+
     @property
     def tokens_kept(self) -> int | None:
         """From how many of the likeliest tokens is drawn, before ``top_p`` cuts; ``None`` is all."""
