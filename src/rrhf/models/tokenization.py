@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rrhf.common.errors import UserError
+from rrhf.common.errors import UserError, too_small
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,8 +37,7 @@ class TextSettings:
             self.template_options()
         except ValueError as error:
             faults.append(f"--chat_template_kwargs {self.chat_template_kwargs}: not a JSON object: {error}")
-        if self.max_query_length is not None and self.max_query_length < 1:
-            faults.append(f"--max_query_length {self.max_query_length}: must be at least 1")
+        faults += too_small(self, max_query_length=1)
         if faults:
             raise UserError("\n".join(faults))
 
