@@ -132,6 +132,71 @@ def test_hand_lire() -> None:
     assert rank([-1.0, -1.0], [1, 1], [log3, 0.0], ranking_loss="lire") == pytest.approx(0)
 
 
+# The four losses of lists that no other library has, on three responses and one without a score, which changes nothing.
+# h = log π/ρ = (1, −1, 0); p = (−2, −4, −3); scores (2, 1, 0), or the tie (2, 2, 0).
+THREE = ([-2.0, -4.0, -3.0, -9.0], [1, 1, 1, 1], [2.0, 1.0, 0.0, None], [-3.0, -3.0, -3.0, -1.0])
+TIED = (*THREE[:2], [2.0, 2.0, 0.0, None], THREE[3])
+
+
+def test_three_responses_lambda() -> None:
+    # places by s = h: y_0, y_2, y_1, so 1/D = 1/log 2, 1/log 4, 1/log 3 of (y_0, y_1, y_2); σ(1) = .7311, σ(2) = .8808
+    one, two, three = 1 / math.log(2), 1 / math.log(4), 1 / math.log(3)
+    g = [2 ** ((0.7310586 + 0.8807971) / 2) - 1, 2**0.5 - 1, 2 ** ((0.1192029 + 0.2689414) / 2) - 1]
+    expected = (
+        (g[0] - g[1]) * (one - two) * math.log(1 + math.exp(-2))  # y_1 below y_0: s_0 − s_1 = 2
+        + (g[0] - g[2]) * (one - three) * math.log(1 + math.exp(-1))  # y_2 below y_0: s_0 − s_2 = 1
+        + (g[1] - g[2]) * (three - two) * math.log(1 + math.exp(1))  # y_2 below y_1: s_1 − s_2 = −1
+    )
+    assert rank(*THREE, ranking_loss="lambda", dpo_beta=1.0) == pytest.approx(expected, rel=1e-6)
+    # y_0 and y_1 are no pair, and have one label: (1/2 + σ(2))/2
+    gap = 2 ** ((0.5 + 0.8807971) / 2) - 2**0.1192029
+    tied = gap * ((one - three) * math.log(1 + math.exp(-1)) + (three - two) * math.log(1 + math.exp(1)))
+    assert rank(*TIED, ranking_loss="lambda", dpo_beta=1.0) == pytest.approx(tied, rel=1e-6)
+
+
+def test_three_responses_swepo() -> None:
+    # r̄ = 1: y_0 alone stands above it, y_1 at it with w = 1, the others have w = e; w e^s = (e², e^−1, e)
+    expected = -math.log(math.e**2 / (math.e**2 + 1 / math.e + math.e))
+    assert rank(*THREE, ranking_loss="swepo", dpo_beta=1.0) == pytest.approx(expected)
+    # r̄ = 4/3: y_0 and y_1 above it by 2/3, y_2 below by 4/3
+    w = math.exp(2 / 3)
+    above = w * math.e + w / math.e
+    tied = -math.log(above / (above + math.exp(4 / 3)))
+    assert rank(*TIED, ranking_loss="swepo", dpo_beta=1.0) == pytest.approx(tied)
+    assert rank(*THREE[:2], [1.0, 1.0, 1.0, None], THREE[3], ranking_loss="swepo") == 0  # nobody is above
+
+
+def test_three_responses_lire() -> None:
+    # P = (e, 1/e, 1)/4.086161, R = (e², e, 1)/11.107338: −Σ P_j R_j + 1/3
+    e, chances, rewards = math.e, 4.0861613, 11.1073379
+    expected = 1 / 3 - (e * e**2 + e / e + 1) / (chances * rewards)
+    assert rank(*THREE, ranking_loss="lire") == pytest.approx(expected, rel=1e-6)
+    tied = 1 / 3 - (e * e**2 + e**2 / e + 1) / (chances * (2 * e**2 + 1))
+    assert rank(*TIED, ranking_loss="lire") == pytest.approx(tied, rel=1e-6)
+
+
+def test_three_responses_ndcg() -> None:
+    def stays(distance: float) -> float:
+        return 0.5 + math.atan(distance) / math.pi
+
+    # three layers swap places 1 and 2, then 2 and 3, then 1 and 2, of p and with it of the gains g
+    for record, g in (
+        (THREE, [2 ** ((0.7310586 + 0.8807971) / 2) - 1, 2**0.5 - 1, 2 ** ((0.1192029 + 0.2689414) / 2) - 1]),
+        (TIED, [2 ** ((0.5 + 0.8807971) / 2) - 1] * 2 + [2**0.1192029 - 1]),
+    ):
+        a = stays(-2 + 4)
+        p1, p2 = -2 * a - 4 * (1 - a), -4 * a - 2 * (1 - a)
+        g1, g2 = g[0] * a + g[1] * (1 - a), g[1] * a + g[0] * (1 - a)
+        b = stays(p2 + 3)
+        p2 = p2 * b - 3 * (1 - b)
+        g2, g3 = g2 * b + g[2] * (1 - b), g[2] * b + g2 * (1 - b)
+        c = stays(p1 - p2)
+        g1, g2 = g1 * c + g2 * (1 - c), g2 * c + g1 * (1 - c)
+        best = g[0] + g[1] / LOG2_3 + g[2] / 2
+        expected = 1 - (g1 + g2 / LOG2_3 + g3 / 2) / best
+        assert rank(*record, ranking_loss="ndcg") == pytest.approx(expected, rel=1e-6)
+
+
 def test_hand_orpo() -> None:
     # probabilities 1/2 and 1/5 a token have the odds 1 and 1/4: −log σ(log 4) = log(5/4); λ = 0.1, L_ft = log 2 a token
     loss = loss_of([2 * math.log(0.5), 3 * math.log(0.2)], [2, 3], [1.0, 0.0], ranking_loss="orpo")

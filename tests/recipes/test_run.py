@@ -13,6 +13,7 @@ import pytest
 
 from rrhf.common.errors import UserError
 from rrhf.common.presentation import typeset_number
+from rrhf.common.yaml_text import load_yaml
 from rrhf.recipes.config import parse_config
 from rrhf.recipes.run_folder import RunFolder
 from support import tiny
@@ -359,6 +360,10 @@ def test_sections_become_settings_by_name_and_all_faults_come_together(tmp_path:
     assert (config.evaluate_sampling.seed, config.evaluate_sampling.max_new_tokens) == (5, 4)
     unsampled = parse_config({**values, "sample": None}, tmp_path)
     assert unsampled.sample is None and unsampled.sources.source == []
+    words = load_yaml("{alarm: off, save_strategy: no, bf16: off, use_cpu: yes}")  # YAML 1.1 calls all four booleans
+    config = parse_config({**values, "train": words}, tmp_path)
+    assert (config.watch.alarm, config.train.save_strategy) == ("off", "no")
+    assert (config.train.bf16, config.train.use_cpu) == (False, True)
     wrong = {"modl": 1, "score": 3, "data": {"source": "s", "limits": 2}, "train": {"peft": "x"}}
     with pytest.raises(UserError) as raised:
         parse_config({**values, **wrong}, tmp_path)

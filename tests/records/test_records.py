@@ -18,7 +18,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrhf.common.errors import UserError
-from rrhf.records.files import Ids, count_records, read_records, write_records
+from rrhf.records.files import count_records, read_records, write_records
+from rrhf.records.ids import Ids
 from rrhf.records.record import Record, content_id, query_text, record_from_row, record_to_row
 
 CHAT = [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}]

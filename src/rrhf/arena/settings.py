@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rrhf.common.errors import UserError, nearest
+from rrhf.common.errors import UserError, nearest, too_small
 
 MODES = {
     "pairs": "two responses side by side: left, tie or right",
@@ -39,11 +39,7 @@ class StudySettings:
         faults = []
         if self.mode not in MODES:
             faults.append(f"--mode {self.mode!r}: {nearest(self.mode, MODES)}")
-        faults += [
-            f"--{name} {getattr(self, name)}: must be at least {least}"
-            for name, least in (("per_comparison", 1), ("common", 0), ("per_rater", 1), ("checks", 0))
-            if getattr(self, name) < least
-        ]
+        faults += too_small(self, per_comparison=1, common=0, per_rater=1, checks=0)
         if self.common > self.per_rater:
             faults.append(f"--common {self.common}: every rater sees these, but --per_rater is {self.per_rater}")
         if faults:
@@ -65,6 +61,5 @@ class LimitSettings:
     )
 
     def __post_init__(self) -> None:
-        for name in ("requests_per_minute", "strangers_per_minute"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name} {getattr(self, name)}: must be at least 1")
+        if faults := too_small(self, requests_per_minute=1, strangers_per_minute=1):
+            raise UserError("; ".join(faults))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from rrhf.common.errors import UserError
+from rrhf.common.errors import UserError, too_small
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,7 @@ class ClusterSettings:
     )
 
     def __post_init__(self) -> None:
-        faults = [
-            f"--{name} {getattr(self, name)}: must be at least {least}"
-            for name, least in (("cluster_workers", 1), ("cluster_failures", 0), ("cluster_restarts", 0))
-            if getattr(self, name) is not None and getattr(self, name) < least
-        ]
+        faults = too_small(self, cluster_workers=1, cluster_failures=0, cluster_restarts=0)
         if not 0 < self.cluster_cpus < math.inf:
             faults.append(f"--cluster_cpus {self.cluster_cpus}: must be a number above 0")
         gpus = self.cluster_gpus

@@ -26,7 +26,7 @@ from rrhf.common.locks import wait_until_free
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.training.config import RRHFConfig
-from rrhf.training.folder import TRAINED, claimed, is_trained
+from rrhf.training.folder import TRAINED, claimed, refuse_trained
 from rrhf.training.online import Online
 from rrhf.training.stage import Saved, train_model
 from rrhf.training.watch_settings import WatchSettings
@@ -81,8 +81,7 @@ def train_on_cluster(
     with connected(settings):
         mine = share(settings, model.device)
         with claimed(folder, config, overwrite):  # no restart may empty the folder
-            if is_trained(folder):
-                raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
+            refuse_trained(folder)
         with _scratch(folder) as scratch:
             given = {**config.as_given(), "output_dir": config.output_dir}
             job = _Job(str(Path.cwd()), scratch, data, eval_data, model, given, adapter, watch, online, saved)

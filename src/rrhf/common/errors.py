@@ -20,6 +20,15 @@ class FailedError(UserError):
     """
 
 
+def too_small(settings: object, **least: float) -> list[str]:
+    """A fault for each of these settings, None aside, that is below the least it may be."""
+    return [
+        f"--{name} {value}: must be at least {low}"
+        for name, low in least.items()
+        if (value := getattr(settings, name)) is not None and not value >= low
+    ]
+
+
 def nearest(name: object, known: Iterable[str]) -> str:
     """Return a sentence that lists ``known`` and, where one is close to ``name``, suggests it."""
     known = sorted(known)

@@ -27,6 +27,10 @@ class Flags:
     def parser(self) -> HfArgumentParser:
         # Imported on first use: a command's help must not wait for transformers.
         from transformers import HfArgumentParser
+        from transformers.hf_argparser import string_to_bool
+
+        def boolean(text: str) -> bool:
+            return string_to_bool({"on": "true", "off": "false"}.get(text.lower(), text))
 
         class Parser(HfArgumentParser):
             def error(self, message: str) -> NoReturn:
@@ -37,6 +41,8 @@ class Flags:
         for action in parser._actions:
             if action.nargs == "+" and not action.required:
                 action.nargs = "*"  # an empty list is a value too
+            if action.type is string_to_bool:
+                action.type = boolean
         return parser
 
     def known(self) -> list[str]:

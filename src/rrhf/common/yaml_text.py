@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ from rrhf.common.errors import UserError
 
 LONGEST = 1 << 20  # characters; with many aliases a short text would be a large value all the same
 MOST_ALIASES = 20
+BOOLEAN = "tag:yaml.org,2002:bool"
 
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text, of plain types alone.
+
+    ``true`` and ``false`` alone are booleans, as in YAML 1.2: ``alarm: off`` and ``save_strategy: no`` are words.
 
     Raises:
         ValueError: it is no YAML, has a key twice, which would drop a value without a word, or is too large.
@@ -39,6 +43,11 @@ def load_yaml(text: str) -> Any:
                 seen.add(key)
             return super().construct_mapping(node, deep)
 
+    Loader.yaml_implicit_resolvers = {
+        first: [known for known in resolvers if known[0] != BOOLEAN]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+    Loader.add_implicit_resolver(BOOLEAN, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
     if len(text) > LONGEST:
         raise ValueError(f"longer than {LONGEST} characters")
     try:

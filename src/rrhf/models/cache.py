@@ -6,6 +6,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from rrhf.models.adapters import load_policy_or_adapter
+from rrhf.models.devices import give_back_memory
 from rrhf.models.load import ModelSettings
 
 if TYPE_CHECKING:
@@ -33,5 +34,7 @@ class PolicyCache:
         return self._policy
 
     def release(self) -> None:
-        """Release the policy, so that something else can have its memory."""
-        self._policy = self._settings = None
+        """Release the policy, so that something else, another process too, can have its memory."""
+        if self._policy is not None:
+            self._policy = self._settings = None
+            give_back_memory()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
 import sys
@@ -145,6 +146,17 @@ def free_memory(device: torch.device, system: Path = Path("/")) -> int | None:
     except (OSError, ValueError):  # another system, or a group without a limit ("max")
         pass
     return max(0, min(limits)) if limits else None
+
+
+def give_back_memory() -> None:
+    """Free what nothing holds any more, and give a GPU the memory that torch kept of it: others can have it then."""
+    import torch
+
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    elif torch.backends.mps.is_available():
+        torch.mps.empty_cache()
 
 
 def resolve_dtype(name: str, device: torch.device, training: bool = False) -> torch.dtype:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrhf.common.errors import UserError
 from rrhf.models.folders import resolve_model
-from rrhf.models.locate import ADAPTER_CONFIG, is_adapter
+from rrhf.models.locate import base_of_adapter, is_adapter
 from rrhf.records.checksums import checksum_of_file
 
 if TYPE_CHECKING:
@@ -47,10 +46,9 @@ def model_digest(name: str) -> str:
 
 def _base_digest(adapter: Path) -> str:
     try:
-        base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+        return model_digest(base_of_adapter(adapter))
+    except UserError:  # reported where it is loaded
         return ""
-    return model_digest(base) if base else ""
 
 
 def _hub_digest(name: str) -> str:

@@ -48,7 +48,9 @@ def locate(name: str) -> Location:
     if not is_adapter(Path(path)):
         return Location(name, _whole_model(path))
     folder = Path(path)
-    base = _base_of(folder)
+    base = base_of_adapter(folder)
+    if not (folder / ADAPTER_WEIGHTS).exists():
+        raise UserError(f"--model {folder}: the adapter has no {ADAPTER_WEIGHTS}; pickled weights are not read")
     try:
         return Location(base, _whole_model(resolve_model(base)), folder)
     except UserError as error:
@@ -60,14 +62,12 @@ def is_adapter(folder: Path) -> bool:
     return (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists()
 
 
-def _whole_model(path: str) -> str:
-    if path.endswith(".gguf"):
-        path = str(gguf_as_folder(Path(path)))
-    check_folder(path)
-    return path
+def base_of_adapter(folder: Path) -> str:
+    """The name of the model that an adapter goes on top of.
 
-
-def _base_of(folder: Path) -> str:
+    Raises:
+        UserError: the adapter's configuration cannot be read, or names none.
+    """
     try:
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -76,6 +76,11 @@ def _base_of(folder: Path) -> str:
         raise UserError(
             f"--model {folder}: {ADAPTER_CONFIG} names no base_model_name_or_path: write the base model's there"
         )
-    if not (folder / ADAPTER_WEIGHTS).exists():
-        raise UserError(f"--model {folder}: the adapter has no {ADAPTER_WEIGHTS}; pickled weights are not read")
     return str(base)
+
+
+def _whole_model(path: str) -> str:
+    if path.endswith(".gguf"):
+        path = str(gguf_as_folder(Path(path)))
+    check_folder(path)
+    return path

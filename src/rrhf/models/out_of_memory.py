@@ -6,7 +6,6 @@ matrix products agrees), so less at a time is the same work.
 
 from __future__ import annotations
 
-import gc
 import logging
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +17,7 @@ from torch import nn
 
 from rrhf.common.errors import UserError
 from rrhf.models.batching import Forward, plan_forwards
+from rrhf.models.devices import give_back_memory
 from rrhf.models.tokenization import EncodedRecord
 
 log = logging.getLogger("rrhf")
@@ -46,9 +46,7 @@ def attempt(work: Callable[[], T]) -> tuple[T | None, str | None]:
         if not is_out_of_memory(error):
             raise
         lack = (str(error).splitlines() or [""])[0] or type(error).__name__
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()
+    give_back_memory()
     return None, lack
 
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from rrhf.common.errors import UserError
+from rrhf.common.errors import UserError, too_small
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,8 +37,7 @@ class TextSettings:
             self.template_options()
         except ValueError as error:
             faults.append(f"--chat_template_kwargs {self.chat_template_kwargs}: not a JSON object: {error}")
-        if self.max_query_length is not None and self.max_query_length < 1:
-            faults.append(f"--max_query_length {self.max_query_length}: must be at least 1")
+        faults += too_small(self, max_query_length=1)
         if faults:
             raise UserError("\n".join(faults))
 
@@ -148,6 +147,14 @@ class TextFormat:
         if self._chat_end is None:
             self._chat_end = self._find_chat_end()
         return self._chat_end
+
+    def end_tokens(self, query: Query, models_own: int | Sequence[int] | None) -> set[int]:
+        """Every token that ends a response to ``query``: the template's, the tokenizer's, and the model's own, which
+        its generation configuration names."""
+        ends = {self.end_token(query)}
+        for named in (self.tokenizer.eos_token_id, models_own):
+            ends |= {int(token) for token in (named if isinstance(named, Sequence) else [named]) if token is not None}
+        return ends
 
     def _eos(self) -> int:
         if self.tokenizer.eos_token_id is None:

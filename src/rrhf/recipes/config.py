@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.endpoint_settings import EndpointLimits
-from rrhf.common.errors import UserError, nearest
+from rrhf.common.errors import UserError, nearest, too_small
 from rrhf.common.flags import Flags, as_arguments
 from rrhf.common.yaml_text import load_yaml, read_yaml
 from rrhf.evaluation.stage import EvaluationSettings
@@ -68,12 +68,7 @@ class RoundSettings:
     )
 
     def __post_init__(self) -> None:
-        faults = [
-            f"--{name} {getattr(self, name)}: must be at least {least}"
-            for name, least in (("iterations", 1), ("evaluate_rounds", 0))
-            if getattr(self, name) < least
-        ]
-        if faults:
+        if faults := too_small(self, iterations=1, evaluate_rounds=0):
             raise UserError("\n".join(faults))
 
 
@@ -88,8 +83,8 @@ class RankedSettings:
     )  # fmt: skip
 
     def __post_init__(self) -> None:
-        if self.ranked_samples < 0:
-            raise UserError(f"--ranked_samples {self.ranked_samples}: must be at least 0")
+        if faults := too_small(self, ranked_samples=0):
+            raise UserError("\n".join(faults))
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,7 @@ def _value(action: Action) -> dict[str, Any]:
     if action.choices is not None:
         return {"enum": list(action.choices)}
     named: dict[str, dict[str, Any]] = {
-        "int": {"type": "integer"}, "float": NUMBER, "str": {"type": "string"}, "string_to_bool": {"type": "boolean"},
+        "int": {"type": "integer"}, "float": NUMBER, "str": {"type": "string"}, "boolean": {"type": "boolean"},
     }  # fmt: skip
     return named.get(getattr(action.type, "__name__", ""), {"type": ["string", "number", "boolean"]})
 

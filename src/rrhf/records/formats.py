@@ -20,7 +20,7 @@ from typing import Any
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import load_function
 from rrhf.common.remote import fetched
-from rrhf.records.files import READERS, Ids, file_suffix, read_records, read_rows, require_file, text_lines
+from rrhf.records.files import READERS, file_suffix, read_records, read_rows, require_file, text_lines
 from rrhf.records.foreign.instructions import (
     PROMPT_COLUMNS,
     alpaca,
@@ -34,6 +34,7 @@ from rrhf.records.foreign.pairs import LAST_TURN, hh, hh_chat, preference, share
 from rrhf.records.foreign.ratings import PAIR_RATINGS, gpt4_llm, helpsteer, ultrafeedback, ultrafeedback_binarized
 from rrhf.records.foreign.rewardbench import rewardbench
 from rrhf.records.foreign.rows import ForeignRow, Format, SkipRowError
+from rrhf.records.ids import Ids
 from rrhf.records.record import Record, Row, RowError, plain, record_from_row
 
 

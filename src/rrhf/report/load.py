@@ -13,6 +13,7 @@ from typing import Any
 from rrhf.common.errors import UserError
 from rrhf.common.files import inside
 from rrhf.common.presentation import clean, finite
+from rrhf.common.yaml_text import load_yaml
 from rrhf.evaluation.held_out import HeldOut
 from rrhf.evaluation.pairs import MEAN, Violation, most_violated
 from rrhf.evaluation.samples import Samples, measure_records, measure_samples
@@ -123,15 +124,6 @@ def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
             f"{path}: holds no mapping of names to values. Remove it and run the stage that writes it again."
         )
     return value
-
-
-def _yaml(text: str) -> Any:
-    import yaml
-
-    try:
-        return yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ValueError(f"not YAML: {error}") from error
 
 
 def flatten(value: Any, prefix: str = "") -> dict[str, str]:
@@ -269,7 +261,7 @@ class _Folder:
         if self.model == self.folder and not (self.folder / "config.yaml").exists():
             tree = self.of_model(SETTINGS) or self.of_model(TRAINED).get("settings") or {}
         else:
-            tree = self.small("config.yaml", "settings", _yaml)
+            tree = self.small("config.yaml", "settings", lambda text: load_yaml(text) or {})
         return flatten(tree) if tree else {}
 
     def evaluation(self) -> dict[str, Any]:

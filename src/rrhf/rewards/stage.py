@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 from rrhf.common.endpoint_settings import EndpointLimits
-from rrhf.common.errors import UserError, nearest
+from rrhf.common.errors import UserError, nearest, too_small
 from rrhf.common.presentation import describe_counts
 from rrhf.models.load import DTYPES
 from rrhf.models.locate import locate
@@ -92,11 +92,7 @@ class ScoringSettings:
                     faults.append(f"--kl_beta {self.kl_beta} needs --{name}: {meaning}")
         if self.dtype not in DTYPES:
             faults.append(f"--dtype {self.dtype}: known: {', '.join(DTYPES)}")
-        for name, least in (("max_tokens_per_forward", 1), ("max_length", 2)):
-            value = getattr(self, name)
-            if value is not None and value < least:
-                faults.append(f"--{name} {value}: must be at least {least}")
-        return faults
+        return faults + too_small(self, max_tokens_per_forward=1, max_length=2)
 
     def context(
         self,

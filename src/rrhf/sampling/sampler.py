@@ -70,11 +70,8 @@ class Sampler:
         return cut_at_first(self.format.decode(response.tokens), self.settings.stop)[0]
 
     def end_tokens(self, record: Record) -> set[int]:
-        """Every token that ends a response to the record's query: the template's, the tokenizer's, the model's own."""
-        ends = {self.format.end_token(record.query)}
-        for value in (self.format.tokenizer.eos_token_id, self.model.generation_config.eos_token_id):
-            ends |= {int(token) for token in (value if isinstance(value, list) else [value]) if token is not None}
-        return ends
+        """Every token that ends a response to the record's query."""
+        return self.format.end_tokens(record.query, self.model.generation_config.eos_token_id)
 
     def respond(self, records: Sequence[Record]) -> Iterator[tuple[int, list[str], list[str]]]:
         """Yield (index of the record, texts, finish reasons), batches of like length together, as they are done."""
@@ -83,19 +80,14 @@ class Sampler:
 
     def respond_in_tokens(self, records: Sequence[Record]) -> Iterator[tuple[int, list[int], list[Response]]]:
         """Yield (index of the record, its query's token ids, responses) in the same way."""
-        from rrhf.common.errors import UserError
         from rrhf.models.out_of_memory import in_halves
 
         encoded = [self.format.encode_query(record.query) for record in records]
-        longest = max((len(query) for query in encoded), default=0)
-        if self.context is not None and longest + self.settings.max_new_tokens > self.context:
-            raise UserError(
-                f"a query of {longest} tokens and --max_new_tokens {self.settings.max_new_tokens} are more than the "
-                f"model's context of {self.context}: give --max_query_length "
-                f"{max(1, self.context - self.settings.max_new_tokens)}"
-            )
         # A stable sort by length: batches depend on the data and the batch size alone.
         order = sorted(range(len(records)), key=lambda i: -len(encoded[i]))
+        longest = len(encoded[order[0]]) if order else 0
+        if order and self.context is not None:
+            self.settings.refuse_longer(longest, records[order[0]].id, self.context, "the model")
         size = self._batch_size(longest) if order else 1
         while order:
 

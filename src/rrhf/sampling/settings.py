@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from rrhf.common.errors import UserError, nearest
+from rrhf.common.errors import UserError, nearest, too_small
 from rrhf.common.imports import load_function
 
 
@@ -136,10 +136,9 @@ class SamplingSettings:
             policy_named(self.policy)
         except UserError as error:
             faults.append(f"--policy {self.policy}: {error}")
-        for name in ("max_new_tokens", "num_beams", "batch_size", "num_responses", "top_k", "num_beam_groups"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                faults.append(f"--{name} {value}: must be at least 1")
+        faults += too_small(
+            self, max_new_tokens=1, num_beams=1, batch_size=1, num_responses=1, top_k=1, num_beam_groups=1
+        )
         if self.top_p is not None and not 0 < self.top_p <= 1:
             faults.append(f"--top_p {self.top_p}: must lie in (0, 1]")
         if not self.temperature > 0:
@@ -198,6 +197,20 @@ class SamplingSettings:
     def width(self) -> int:
         """Rows that are decoded a query."""
         return self.num_beams if self.is_beam else self.responses
+
+    def refuse_longer(self, query_tokens: int, record: str, context: int, model: str) -> None:
+        """Refuse the query of a record that leaves no room for a response in a model's context.
+
+        Raises:
+            UserError: the query and ``max_new_tokens`` are more than ``context``.
+        """
+        room = context - self.max_new_tokens
+        if query_tokens > room:
+            cure = f"give --max_query_length {room}" if room > 0 else "lower --max_new_tokens"
+            raise UserError(
+                f"record {record}: a query of {query_tokens} tokens and --max_new_tokens {self.max_new_tokens} are "
+                f"more than the context of {context} of {model}: {cure}"
+            )
 
     @property
     def tokens_kept(self) -> int | None:

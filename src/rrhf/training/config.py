@@ -6,7 +6,7 @@ import os
 from dataclasses import dataclass, field, fields
 from typing import Any
 
-from rrhf.common.errors import UserError
+from rrhf.common.errors import UserError, too_small
 from rrhf.losses import LossSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.training.placement import PlacedArguments
@@ -81,16 +81,9 @@ class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
     def __post_init__(self) -> None:
         given = self._values()
         self.settle()
-        faults = [
-            f"--{name} {getattr(self, name)}: must be at least {least}"
-            for name, least in (
-                ("max_length", 2),
-                ("max_tokens_per_forward", 1),
-                ("per_device_train_batch_size", 1),
-                ("resample_steps", 0),
-            )
-            if getattr(self, name) is not None and getattr(self, name) < least
-        ]
+        faults = too_small(
+            self, max_length=2, max_tokens_per_forward=1, per_device_train_batch_size=1, resample_steps=0
+        )
         if self.kl_target is not None and not (self.kl_target > 0 and self.resample_steps):
             faults.append(f"--kl_target {self.kl_target}: must be above 0, and needs --resample_steps")
         faults += self.faults() + self.selection_faults()

@@ -28,6 +28,12 @@ def is_trained(folder: Path) -> bool:
     return (folder / TRAINED).exists()
 
 
+def refuse_trained(folder: Path) -> None:
+    """Refuse to train into a folder that holds a finished model; raises ``UserError``."""
+    if is_trained(folder):
+        raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
+
+
 SETTINGS = "training-settings.json"
 CHECKSUMS = "checksums.json"  # of a checkpoint's other files
 

@@ -31,7 +31,8 @@ from rrhf.models.identity import weights_digest
 from rrhf.models.tokenization import TextFormat
 from rrhf.records.checksums import checksum_of_records
 from rrhf.records.duplicates import merge_duplicates
-from rrhf.records.files import Ids, read_records
+from rrhf.records.files import read_records
+from rrhf.records.ids import Ids
 from rrhf.records.parts import in_parts
 from rrhf.records.parts_folder import Work
 from rrhf.records.record import TOKEN_COLUMNS, Record, record_from_row

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from rrhf.common.errors import UserError
+from rrhf.common.errors import UserError, too_small
 
 
 @dataclass(frozen=True)
@@ -68,14 +68,10 @@ class PPOConfig:
     seed: int = field(default=42, metadata={"help": "seed of every random choice"})
 
     def __post_init__(self) -> None:
-        faults = [
-            f"--{name} {getattr(self, name)}: must be at least 1"
-            for name in (
-                "rollout_queries", "num_responses", "max_new_tokens", "batch_size", "ppo_epochs",
-                "per_device_train_batch_size", "max_tokens_per_forward", "save_steps", "save_total_limit",
-            )
-            if getattr(self, name) is not None and getattr(self, name) < 1
-        ]  # fmt: skip
+        faults = too_small(
+            self, rollout_queries=1, num_responses=1, max_new_tokens=1, batch_size=1, ppo_epochs=1,
+            per_device_train_batch_size=1, max_tokens_per_forward=1, save_steps=1, save_total_limit=1,
+        )  # fmt: skip
         above = ("learning_rate", "clip_range", "value_clip_range", "max_grad_norm", "kl_target", "num_train_epochs")
         faults += [
             f"--{name} {getattr(self, name)}: must be above 0"
@@ -123,7 +119,6 @@ class NLPOSettings:
         faults = []
         if not 0 < self.nlpo_top_p <= 1:
             faults.append(f"--nlpo_top_p {self.nlpo_top_p}: must lie in (0, 1]")
-        if self.nlpo_refresh_steps < 1:
-            faults.append(f"--nlpo_refresh_steps {self.nlpo_refresh_steps}: must be at least 1")
+        faults += too_small(self, nlpo_refresh_steps=1)
         if faults:
             raise UserError("\n".join(faults))

@@ -45,9 +45,9 @@ from rrhf.training.folder import (
     SETTINGS,
     TRAINED,
     claimed,
-    is_trained,
     last_checkpoint,
     naming_full_disk,
+    refuse_trained,
 )
 from rrhf.training.master_weights import has_low_precision
 from rrhf.training.memory import MemoryPlan
@@ -96,8 +96,7 @@ def train_model(
     job = Job(folder, data, eval_data, model, config, adapter, watch or WatchSettings(), callbacks or [], online)
     with claimed(folder, config, overwrite):
         with config.main_process_first(local=False):
-            if is_trained(folder):
-                raise UserError(f"{folder} holds a finished model: give --overwrite to train anew, or another --output")
+            refuse_trained(folder)
             settings = _remember_settings(job)
         job = replace(job, reference=_reference(job))  # before the policy is in memory
         training = _build(job, *_load(job))

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from rrhf.common.errors import UserError, nearest
+from rrhf.common.errors import UserError, nearest, too_small
 from rrhf.rewards.scoring import is_provided
 from rrhf.sampling.settings import SamplingSettings
 
@@ -62,9 +62,7 @@ class WatchSettings:
             faults.append(f"--alarm {self.alarm}: {nearest(self.alarm, ALARMS)}")
         if self.alarm == "stop" and self.watch_steps == 0:
             faults.append("--alarm stop: nothing is watched; give --watch_steps")
-        for name, least in (("watch_steps", 0), ("watch_prompts", 1)):
-            if getattr(self, name) < least:
-                faults.append(f"--{name} {getattr(self, name)}: must be at least {least}")
+        faults += too_small(self, watch_steps=0, watch_prompts=1)
         for name, low, high in (
             ("alarm_distinct", 0.0, 1.0), ("alarm_correlation", 0.0, 1.0),
             ("alarm_length", 1.0, math.inf), ("alarm_perplexity", 1.0, math.inf),

@@ -30,7 +30,7 @@ from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.scoring import Rewards, is_provided, reward_digest
 from rrhf.rewards.stage import RewardSettings
 from rrhf.training.callbacks import StopOnSignal, Stopped
-from rrhf.training.folder import SETTINGS, TRAINED, claimed, is_trained, naming_full_disk
+from rrhf.training.folder import SETTINGS, TRAINED, claimed, naming_full_disk, refuse_trained
 from rrhf.training.ppo import PPO, Models
 from rrhf.training.ppo_checkpoint import load_checkpoint, save_checkpoint, state
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
@@ -87,8 +87,7 @@ def train_ppo(job: Job, *, overwrite: bool = False) -> dict[str, Any]:
     _refuse(job)
     job = replace(job, model=replace(job.model, device=str(resolve_device(job.model.device))))
     with claimed(job.folder, OneProcess(), overwrite):
-        if is_trained(job.folder):
-            raise UserError(f"{job.folder} holds a finished model: give --overwrite to train anew, or another --output")
+        refuse_trained(job.folder)
         settings = _remember(job)
         rewards = Rewards(job.reward.reward, weights=job.reward.reward_weights or None, context=job.context)
         try:

@@ -25,6 +25,7 @@ class Request:
 class Engine(Protocol):
     """What is asked for responses; it loads the model at its first call of ``generate``."""
 
+    @property
     def prompts(self) -> Prompts:
         """The model's tokenizer and limits, without its weights; raises UserError where the model is not usable."""
 
@@ -43,14 +44,11 @@ class EngineModel:
 
     def __init__(self, engine: Engine, tag: str, settings: dict[str, Any]) -> None:
         self.engine, self.tag, self.settings = engine, tag, settings
-        self._prompts: Prompts | None = None
         self.uses_policy_cache = False
 
     @property
     def prompts(self) -> Prompts:
-        if self._prompts is None:
-            self._prompts = self.engine.prompts()
-        return self._prompts
+        return self.engine.prompts
 
     def check(self) -> None:
         """Everything that can be known without the weights and the data."""

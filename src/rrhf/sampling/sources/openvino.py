@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +25,6 @@ PRECISIONS = {
     "float32": {"INFERENCE_PRECISION_HINT": "f32", "KV_CACHE_PRECISION": "f32"},
     "bfloat16": {"INFERENCE_PRECISION_HINT": "bf16", "KV_CACHE_PRECISION": "bf16"},
 }
-
-
 QUERIES = 32  # decoded together where --batch_size does not say
 
 
@@ -60,6 +59,7 @@ class OpenVINO:
         self.model, self.dtype = model, dtype
         self.pipeline: Any = None
 
+    @cached_property
     def prompts(self) -> Prompts:
         """The model's tokenizer and limits.
 
@@ -82,7 +82,7 @@ class OpenVINO:
         scheduler.dynamic_split_fuse = False
         scheduler.enable_prefix_caching = False
         scheduler.max_num_seqs = (self.settings.batch_size or QUERIES) * self.settings.width
-        longest = self.text.max_query_length or self.prompts().context
+        longest = self.text.max_query_length or self.prompts.context
         scheduler.max_num_batched_tokens = max(longest + self.settings.max_new_tokens, scheduler.max_num_seqs, 2048)
         try:
             self.pipeline = openvino_genai.ContinuousBatchingPipeline(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from functools import cached_property
 from typing import Any
 
 from rrhf.common.errors import UserError
@@ -45,7 +46,6 @@ class Prompts:
         self.context = context_length(config) or sys.maxsize
         self._checked: set[type] = set()
         self._config = config.get_text_config()
-        self._model_ends: set[int] | None = None
         least = (text.max_query_length or 1) + sampling.max_new_tokens
         if least > self.context:
             raise UserError(
@@ -61,7 +61,7 @@ class Prompts:
         if type(query) in self._checked and (self.text.max_query_length or _most_tokens(query, self.text) <= room):
             return
         self._checked.add(type(query))
-        self._refuse_longer(record, len(self.format.encode_query(query)))
+        self.encode(record)
 
     def encode(self, record: Record) -> list[int]:
         """The token ids of a record's query.
@@ -70,24 +70,15 @@ class Prompts:
             UserError: they and the response do not fit the model's context.
         """
         ids = self.format.encode_query(record.query)
-        self._refuse_longer(record, len(ids))
+        self.sampling.refuse_longer(len(ids), record.id, self.context, self.shown)
         return ids
 
-    def _refuse_longer(self, record: Record, length: int) -> None:
-        room = self.context - self.sampling.max_new_tokens
-        if length > room:
-            raise UserError(
-                f"record {record.id}: a query of {length} tokens and --max_new_tokens {self.sampling.max_new_tokens} "
-                f"are more than the context of {self.context} of {self.shown}: give --max_query_length {room}"
-            )
-
     def end_tokens(self, query: Query) -> set[int]:
-        """Every token that ends a response to ``query``: the template's, the tokenizer's, the model's own."""
-        if self._model_ends is None:
-            self._model_ends = _ids(self.format.tokenizer.eos_token_id) | _ids(self._generation_eos())
-        return {self.format.end_token(query), *self._model_ends}
+        """Every token that ends a response to ``query``, as of the loaded model."""
+        return self.format.end_tokens(query, self._models_end)
 
-    def _generation_eos(self) -> Any:
+    @cached_property
+    def _models_end(self) -> Any:
         from transformers import GenerationConfig
 
         try:
@@ -101,10 +92,6 @@ class Prompts:
         ended = bool(ids) and ids[-1] in self.end_tokens(query)
         text, stopped = cut_at_first(self.format.decode(ids[:-1] if ended else ids), self.sampling.stop)
         return text, "stop" if ended or stopped else "length"
-
-
-def _ids(value: Any) -> set[int]:
-    return {int(token) for token in (value if isinstance(value, list) else [value]) if token is not None}
 
 
 def _most_tokens(query: Query, text: TextSettings) -> int:

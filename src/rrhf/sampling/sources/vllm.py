@@ -9,6 +9,7 @@ from __future__ import annotations
 import gc
 import importlib.util
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from typing import Any
 
 from rrhf.common.errors import FailedError, UserError
@@ -18,8 +19,6 @@ from rrhf.models.tokenization import TextSettings
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.engine import Request
 from rrhf.sampling.sources.prompts import Prompts
-
-QUERIES_A_CALL = 1024  # vLLM batches within a call by itself; what a call yields comes when all of it is done
 
 
 class VLLM:
@@ -31,6 +30,7 @@ class VLLM:
         text: as everywhere.
         dtype: float32, bfloat16, or auto, as for a local model.
         engine: further arguments of ``vllm.LLM``, such as ``gpu_memory_utilization``; they go before what is set here.
+            No flag gives them: they are for calls from Python.
 
     Raises:
         UserError: vLLM is not installed or has not the policy.
@@ -55,6 +55,7 @@ class VLLM:
         self.model, self.dtype, self.engine = model, dtype, engine
         self.llm: Any = None
 
+    @cached_property
     def prompts(self) -> Prompts:
         """The model's tokenizer and limits.
 
@@ -113,21 +114,17 @@ class VLLM:
         )
 
     def generate(self, requests: Sequence[Request]) -> Iterator[tuple[int, list[list[int]]]]:
-        """Yield (index of the request, token ids of its responses)."""
+        """Yield (index of the request, token ids of its responses), all when vLLM is done with all."""
         from vllm.v1.engine.exceptions import EngineDeadError
 
         if self.llm is None:
             self._load()
-        for start in range(0, len(requests), QUERIES_A_CALL):
-            part = requests[start : start + QUERIES_A_CALL]
-            prompts = [{"prompt_token_ids": request.tokens} for request in part for _ in request.seeds]
-            params = [self._params(request, seed) for request in part for seed in request.seeds]
-            try:
-                outputs = iter(self.llm.generate(prompts, params, use_tqdm=False))
-            except EngineDeadError as error:
-                self.close()
-                raise FailedError(
-                    f"vLLM died on {self.model}; what it died of stands above. Use a local model"
-                ) from error
-            for i, request in enumerate(part, start):
-                yield i, [list(next(outputs).outputs[0].token_ids) for _ in request.seeds]
+        prompts = [{"prompt_token_ids": request.tokens} for request in requests for _ in request.seeds]
+        params = [self._params(request, seed) for request in requests for seed in request.seeds]
+        try:
+            outputs = iter(self.llm.generate(prompts, params, use_tqdm=False))
+        except EngineDeadError as error:
+            self.close()
+            raise FailedError(f"vLLM died on {self.model}; what it died of stands above. Use a local model") from error
+        for i, request in enumerate(requests):
+            yield i, [list(next(outputs).outputs[0].token_ids) for _ in request.seeds]

@@ -29,7 +29,7 @@ from rrhf.rewards.reward_models.load import FAILURES, quiet
 from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward, Head, RewardModel
 from rrhf.rewards.reward_models.reading import CausalReader, PairReader
 from rrhf.training.callbacks import LogAtSaves, Seal, ShowProgress, StopOnSignal, Stopped, mean_loss
-from rrhf.training.folder import FREE, SETTINGS, TRAINED, claimed, is_trained, last_checkpoint, naming_full_disk
+from rrhf.training.folder import FREE, SETTINGS, TRAINED, claimed, last_checkpoint, naming_full_disk, refuse_trained
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.data import RankedRecords
 from rrhf.training.reward_model.trainer import RewardTrainer
@@ -76,10 +76,7 @@ def train_reward_model(
     job = Job(Path(str(config.output_dir)), data, eval_data, model, config)
     with claimed(job.folder, config, overwrite):
         with config.main_process_first(local=False):
-            if is_trained(job.folder):
-                raise UserError(
-                    f"{job.folder} holds a finished model: give --overwrite to train anew, or another --output"
-                )
+            refuse_trained(job.folder)
             _remember_settings(job)
         trainer = _build(job)
         loss = _run(job, trainer)
