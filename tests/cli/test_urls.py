@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 from collections.abc import Iterator
@@ -12,10 +13,14 @@ import fsspec
 import pytest
 import yaml
 
-from rrhf.cli.main import main
-from rrhf.cli.urls import _values
+from rrhf.cli.arena import ACTIONS
+from rrhf.cli.baseline import BASELINES
+from rrhf.cli.main import COMMANDS, main
+from rrhf.cli.parser import PlainParser
+from rrhf.cli.urls import AS_IS, BARE, KINDS, SEVERAL, SWITCHES, _values
 from rrhf.common import remote
 from rrhf.common.errors import UserError
+from rrhf.common.flags import Flags
 from rrhf.common.remote import SUMS, Store
 from support import tiny
 
@@ -43,15 +48,84 @@ def lines(fs: Any, path: str) -> list[dict[str, Any]]:
 SCORE = ["score", "--data", "memory://in/data.jsonl", "--reward", "tiny_rewards:vowels", "--output"]
 
 
+def places(command: str, given: list[str]) -> list[tuple[str, str, int]]:
+    """What of a command line is brought, sent or refused: each URL, its flag and its place."""
+    found = _values(command, given)
+    return [
+        (value.text, value.flag, value.place) for value in found if remote.is_url(value.text) and value.kind != AS_IS
+    ]
+
+
 def test_which_arguments_are_read_and_written() -> None:
     given = ["--judge", "s3://j/a.yaml", "s3://j/b.yaml", "--overwrite", "--output=s3://o/r.json", "--model", "s3://m"]
-    assert [value for value, _ in _values("judge", given)] == ["s3://j/a.yaml", "s3://j/b.yaml", "s3://o/r.json"]
+    assert [text for text, _, _ in places("judge", given)] == ["s3://j/a.yaml", "s3://j/b.yaml", "s3://o/r.json"]
     given = ["s3://c/run.yaml", "model=s3://m", "--output", "s3://o/run", "seed=1"]
-    assert [(value, place[:2]) for value, place in _values("run", given) if remote.is_url(value)] == [
-        ("s3://c/run.yaml", ("", 0)),
-        ("s3://o/run", ("output", 3)),
-    ]
-    assert not list(_values("sample", ["--source", "http://host/v1@chat:2", "--reward_model", "s3://x"]))
+    assert places("run", given) == [("s3://c/run.yaml", "", 0), ("s3://o/run", "output", 3)]
+    assert not places("sample", ["--source", "http://host/v1@chat:2", "--reward_model=1", "--reward", "a:b", "s3://x"])
+    assert places("report", ["--results", "s3://x/1", "s3://x/2", "--output", "s3://o", "s3://run"]) == [
+        ("s3://x/1", "results", 1), ("s3://x/2", "results", 2), ("s3://o", "output", 4), ("s3://run", "", 5)
+    ]  # fmt: skip
+    assert [value.before for value in _values("arena create", ["--data=gpt=s3://x/1", "--data", "s3://x/2?a=b"])] == [
+        "--data=gpt=", ""
+    ]  # fmt: skip
+
+
+# Flags whose value is no file and no folder, or one that stays on this machine: a URL there is refused.
+LOCAL = set("""
+    device dtype attn_implementation policy chat_template_kwargs api_key_env reward_normalisation peft format split to
+    lora_target_modules select ranking_loss sft_reduction dpo_pairs ties lr_scheduler_kwargs optim_args repo fit names
+    optim_target_modules activation_checkpointing_kwargs gradient_checkpointing_kwargs torch_compile_backend add mode
+    torch_compile_mode liger_kernel_config report_to run_name project trackio_space_id trackio_bucket_id compare arms
+    trackio_static_space_id include_for_metrics hub_token hub_model_id hub_revision metric_for_best_model without task
+    accelerator_config parallelism_config label_names length_column_name fsdp fsdp_config deepspeed debug pairing
+    resume_from_checkpoint alarm weights raters lr_scheduler_type watch_policy output_dir
+""".split())  # fmt: skip
+ALL = [(name,) for name in COMMANDS if name not in ("baseline", "arena")]
+ALL += [("baseline", name) for name in BASELINES] + [("arena", name) for name in ACTIONS]
+
+
+class _Parser(BaseException):
+    """Carries a command's parser out of it."""
+
+
+@pytest.mark.parametrize("command", ALL, ids=" ".join)
+def test_every_flag_takes_urls_or_refuses_them(command: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> None:
+    """A new flag fails here until ``rrhf.cli.urls`` knows what it is."""
+
+    def caught(self: Any, *rest: Any) -> None:
+        raise _Parser(self.parser if isinstance(self, Flags) else self)
+
+    for kind, name in ((PlainParser, "parse_args"), (PlainParser, "parse_intermixed_args"), (Flags, "parse")):
+        monkeypatch.setattr(kind, name, caught)
+    module = importlib.import_module(f"rrhf.cli.{command[0].replace('-', '_')}")
+    online = ["--resample_steps=1"] if command == ("train",) else []
+    with pytest.raises(_Parser) as raised:
+        module.main([*command[1:], *online])
+    actions, name = raised.value.args[0]._actions, " ".join(command)
+    flags = {(action.option_strings or [""])[0][2:].replace("-", "_"): action for action in actions}
+    for flag, action in flags.items():
+        truth = getattr(action.type, "__name__", "") == "string_to_bool"
+        if action.nargs == 0 or action.choices or action.type in (int, float) or truth:
+            assert flag not in KINDS, flag  # no place for a text
+        elif flag:
+            assert (flag in KINDS or f"{name} {flag}" in KINDS) != (flag in LOCAL), flag
+    if "" in flags:  # what follows a flag may stand bare
+        assert name in BARE
+        assert {flag for flag, action in flags.items() if flag and action.nargs == 0} <= SWITCHES
+        assert {flag for flag, action in flags.items() if flag and action.nargs in ("+", "*")} <= SEVERAL
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["train", "--fsdp_config", "s3://b/fsdp.json"], "--fsdp_config s3://b/fsdp.json: no URL can stand there"),
+        (["score", "--device=s3://key:secret@b/x"], "--device s3://b/x: no URL can stand there"),
+        (["arena", "create", "s3://b/study.db"], "s3://b/study.db: a study is a data base"),
+    ],
+)
+def test_a_url_where_none_can_stand(given: list[str], message: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(given) == 2
+    assert message in (said := capfd.readouterr().err) and "secret" not in said
 
 
 def test_files_come_from_and_go_to_urls(memory: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from rrhf.cli.parser import PlainParser
 from rrhf.common.files import refuse_existing, write_text
 from rrhf.common.progress import progress
+from rrhf.common.remote import origin
 from rrhf.records.files import count_records, read_records
 from rrhf.records.inspection import format_inspection, inspect_records, inspection_html
 
@@ -22,5 +23,5 @@ def main(arguments: list[str]) -> None:
     result = inspect_records(records)
     print(format_inspection(result))
     if options.html:
-        write_text(options.html, inspection_html(result, options.file))
+        write_text(options.html, inspection_html(result, origin(options.file)))
         print(f"page: {options.html}")

@@ -15,6 +15,7 @@ from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.common.presentation import number, rate, text_table
+from rrhf.common.remote import origin
 
 
 @dataclass(frozen=True)
@@ -59,8 +60,8 @@ def main(arguments: list[str]) -> None:
 
     questions = read_questions(Path(settings.questions))
     a, b = (answers_to(questions, Path(path)) for path in (settings.a, settings.b))
-    judges = {name: open_judge(name, limits, settings.seed) for name in settings.judge}
-    result = {"a": settings.a, "b": settings.b, "seed": settings.seed}
+    judges = {origin(name): open_judge(name, limits, settings.seed) for name in settings.judge}
+    result = {"a": origin(settings.a), "b": origin(settings.b), "seed": settings.seed}
     numbers, said = judge_pair(judges, questions, a, b, seed=settings.seed, samples=settings.samples)
     result |= numbers
     # One that stands there is of a command that was stopped here: the numbers, which are refused above, come last.

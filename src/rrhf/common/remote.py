@@ -78,6 +78,7 @@ def fetched(name: str | Path, skip: Collection[str] = ()) -> Path:
     if store.protocol == "file":
         return Path(store.path)
     place = _cached(store)
+    stands_for(place / store.name, store.url)
     info = store.info()
     if info["type"] != "directory":
         sums = _sums(store.beside(f"{store.name}.sha256"))
@@ -91,7 +92,25 @@ def fetched(name: str | Path, skip: Collection[str] = ()) -> Path:
         if here.is_file() and here.relative_to(found).as_posix() not in there:
             here.unlink()  # it is no more there
     _bring(files, _sums(store.inside(SUMS)), found, store.inside)
+    _link(found)
     return found
+
+
+_origins: dict[Path, str] = {}  # of this process: local copy → URL
+
+
+def stands_for(place: Path, url: str) -> None:
+    """Let ``origin`` know what a local file or folder is a copy of."""
+    _origins[place] = shown(url)
+
+
+def origin(path: str | Path) -> str:
+    """What is written down of a file: of a local copy, or of what goes up, its URL; of anything else its path."""
+    path = Path(path)
+    for place in (path, *path.parents):
+        if place in _origins:
+            return "/".join([_origins[place], *path.relative_to(place).parts])
+    return str(path)
 
 
 @lru_cache(maxsize=64)
@@ -123,6 +142,15 @@ def _bring(
             at(name).download(place, sums.get(name), info.get("size"))
             before = {**before, name: versions[name]}
             write_text(noted, json.dumps(before, indent=1))
+
+
+def _link(folder: Path) -> None:
+    """Make the links that a folder had where it was made."""
+    for name, target in read_object(folder / LINKS).items():
+        place = inside(folder, name)
+        inside(folder, str(target))
+        if not place.exists() and not place.is_symlink():
+            place.symlink_to(target)
 
 
 def inside(folder: Path, name: str) -> Path:
@@ -182,11 +210,7 @@ class Mirror:
                 self.store.inside(name).download(place, digest)
             noted[name] = _seen(place, digest)
             write_text(self.noted, json.dumps(noted, indent=1))
-        for name, target in read_object(self.folder / LINKS).items():
-            place = inside(self.folder, name)
-            inside(self.folder, str(target))
-            if not place.exists() and not place.is_symlink():
-                place.symlink_to(target)
+        _link(self.folder)
         return brought
 
     def push(self, exact: bool = False) -> None:
@@ -201,7 +225,7 @@ class Mirror:
         if links and read_object(self.folder / LINKS) != links:
             write_text(self.folder / LINKS, json.dumps(links, indent=1) + "\n")
         before, here = dict(sums), set()
-        for place in sorted(self._finished(self.folder), key=lambda path: (path.name == self.last, path)):
+        for place in sorted(self.files(), key=lambda path: (path.name == self.last, path)):
             name = place.relative_to(self.folder).as_posix()
             here.add(name)
             digest = noted.get(name, {}).get("sha256", "")
@@ -232,6 +256,10 @@ class Mirror:
         finally:
             copy.unlink(missing_ok=True)
         return {**seen, "sha256": digest}
+
+    def files(self) -> Iterable[Path]:
+        """Every file here that is finished."""
+        return self._finished(self.folder)
 
     def _finished(self, folder: Path) -> Iterable[Path]:
         for path in folder.iterdir():

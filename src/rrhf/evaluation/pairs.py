@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 
 from rrhf.common.errors import UserError
 from rrhf.common.presentation import describe_counts
+from rrhf.common.remote import origin
 from rrhf.common.scores import score_levels
 from rrhf.evaluation.metrics import paired_bootstrap
 from rrhf.models.load import ModelSettings
@@ -166,7 +167,7 @@ def evaluate_pairs(
         raise UserError(f"{pairs}: no record prefers a response to another: give scores, or pairs in a known format")
     if counts:
         log.info(f"{pairs}: left out: {describe_counts(counts)}")
-    return {"file": str(pairs), **_judge(records, output, models, rewards, context)}
+    return {"file": origin(pairs), **_judge(records, output, models, rewards, context)}
 
 
 def rank_samples(

@@ -19,6 +19,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import read_object, write_text
 from rrhf.common.imports import code_digest
 from rrhf.common.launch import warn_of_whole_weights
+from rrhf.common.remote import origin
 from rrhf.common.settings import refuse_other_settings
 from rrhf.losses import PRESETS, ranking_loss
 from rrhf.models.adapters import (
@@ -343,9 +344,9 @@ def _inputs(job: Job) -> dict[str, str | None]:
         return checksum_of_file(file) if file is not None and file.is_file() else None  # reading it says what is wrong
 
     return {
-        "data": str(job.data),
+        "data": origin(job.data),
         "data_checksum": checksum(job.data),
-        "eval_data": None if job.eval_data is None else str(job.eval_data),
+        "eval_data": None if job.eval_data is None else origin(job.eval_data),
         "eval_data_checksum": checksum(job.eval_data),
         "model": job.model.model,
         "model_digest": model_digest(job.model.model) or None,

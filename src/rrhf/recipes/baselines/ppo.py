@@ -17,6 +17,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import read_object, write_text
 from rrhf.common.launch import launched_processes
 from rrhf.common.progress import Progress
+from rrhf.common.remote import origin
 from rrhf.common.settings import refuse_other_settings
 from rrhf.models.adapters import AdapterSettings, load_policy_or_adapter, merged, peft_config, with_adapter
 from rrhf.models.devices import resolve_device
@@ -123,7 +124,7 @@ def _remember(job: Job) -> dict[str, Any]:
     models = {"model": job.model.model, **{name: config.pop(name) for name in ("reference_model", "value_model")}}
     nlpo = asdict(job.nlpo) if job.nlpo else {}
     settings: dict[str, Any] = {
-        "baseline": job.name, "data": str(job.data), "data_checksum": checksum_of_file(job.data), **models,
+        "baseline": job.name, "data": origin(job.data), "data_checksum": checksum_of_file(job.data), **models,
         **{f"{name}_digest": model_digest(model) for name, model in models.items() if model},
         "dtype": job.model.dtype, "device": job.model.device, **config, **nlpo,
         **asdict(job.text), **asdict(job.reward), **asdict(job.adapter),
