@@ -123,7 +123,8 @@ body { font: 15px/1.5 system-ui, sans-serif; max-width: 72rem; margin: 2rem auto
 h1 { font-size: 1.6rem } h2 { font-size: 1.15rem; margin-top: 2rem }
 .wide { overflow-x: auto } table { border-collapse: collapse; font-variant-numeric: tabular-nums; font-size: 0.85rem }
 th, td { padding: 0.25rem 0.6rem; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
-td { white-space: nowrap } td:last-child { white-space: normal; min-width: 6rem } .text td { white-space: normal !important }
+td { white-space: nowrap } td:last-child { white-space: normal; min-width: 6rem }
+.text td { white-space: normal !important }
 figure { margin: 1.5rem 0 } figcaption { font-size: 0.85rem; opacity: 0.8 } svg { max-width: 100%; height: auto }
 """
 
