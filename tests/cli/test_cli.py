@@ -105,7 +105,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_is_named(case: str, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_bad_row_is_named(case: str, refused: Callable[..., str]) -> None:
     content, words = BAD_ROWS[case]
     Path("data.jsonl").write_text(content, encoding="utf-8")
     said = refused(*score_to())
