@@ -19,11 +19,6 @@ from rrhf.cli.main import COMMANDS, main
 from support import tiny
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Commands run in this process: what they set up goes again. Each test has a folder of its own to be in."""
