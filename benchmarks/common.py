@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import gzip
-import json
 import os
 import platform
 import random
@@ -211,8 +209,3 @@ def report(text: str, output: str | None) -> None:
     if output:
         with Path(output).open("a", encoding="utf-8") as file:
             file.write(text + "\n")
-
-
-def read_jsonl_gz(path: Path) -> list[dict[str, Any]]:
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        return [json.loads(line) for line in file]

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from support import tiny
 from support.models import SMOLLM2, smollm2_folder
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test may wait for a network
@@ -22,6 +23,12 @@ def test_data() -> Path:
     if not folder:
         pytest.skip("RRHF_TEST_DATA names no folder with real data")
     return Path(folder)
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a tiny Llama with a chat template; it is for all, and nothing writes there."""
+    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
 
 
 @pytest.fixture(scope="session")

@@ -19,11 +19,6 @@ from rrhf.cli.main import COMMANDS, main
 from support import tiny
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
 @pytest.fixture(autouse=True)
 def restored(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
     """Commands run in this process: what they set up goes again. Each test has a folder of its own to be in."""
@@ -105,7 +100,7 @@ BAD_ROWS = {
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_row_is_named(case: str, refused: Callable[..., str], tmp_path: Path) -> None:
+def test_a_bad_row_is_named(case: str, refused: Callable[..., str]) -> None:
     content, words = BAD_ROWS[case]
     Path("data.jsonl").write_text(content, encoding="utf-8")
     said = refused(*score_to())
@@ -197,6 +192,68 @@ def test_an_unknown_flag_of_the_other_commands(
 ) -> None:
     said = refused(*command, wrong, "1")
     assert f"unknown flag {wrong}: did you mean {right!r}?" in said
+
+
+TRAIN = ["train", "--model", "m", "--data", "d.jsonl", "--output", "o"]
+REWARD_MODEL = ["reward-model", *TRAIN[1:]]
+PPO = ["baseline", "ppo", *TRAIN[1:], "--reward", "tiny_rewards:vowels"]
+BEST_OF_N = ["baseline", "best-of-n", *PPO[2:]]
+EVALUATE = ["evaluate", *TRAIN[1:], "--reward", "tiny_rewards:vowels"]
+REWARDS = ["score.reward=[tiny_rewards:vowels]", "evaluate.reward=[tiny_rewards:vowels]"]
+NONSENSE: dict[str, tuple[list[str], str]] = {
+    "train, a seed": ([*TRAIN, "--seed", "-1"], "--seed -1: must lie between 0 and 4294967295"),
+    "evaluate, a seed": ([*EVALUATE, "--seed", "-1"], "--seed -1: must lie between"),
+    "train, a rate": ([*TRAIN, "--learning_rate", "-1"], "--learning_rate -1.0: must be at least 0"),
+    "train, no number": ([*TRAIN, "--learning_rate", "nan"], "--learning_rate nan: must be at least 0"),
+    "train, steps": ([*TRAIN, "--gradient_accumulation_steps", "0"], "--gradient_accumulation_steps 0: must be at le"),
+    "train, workers": ([*TRAIN, "--dataloader_num_workers", "-1"], "--dataloader_num_workers -1: must be at least 0"),
+    "train, lines": ([*TRAIN, "--logging_steps", "0"], "--logging_steps"),
+    "train, Adam": ([*TRAIN, "--adam_beta1", "7"], "--adam_beta1 7.0: must lie in [0, 1)"),
+    "train, nothing held out": ([*TRAIN, "--eval_strategy", "steps"], "--eval_strategy steps: nothing is held out"),
+    "reward-model, a rate": ([*REWARD_MODEL, "--learning_rate", "-1"], "--learning_rate -1.0: must be at least 0"),
+    "ppo, a folder": ([*PPO, "--data", "folder"], "folder: is a folder: name the file in it"),
+    "best-of-n, a folder": ([*BEST_OF_N, "--data", "folder"], "folder: is a folder: name the file in it"),
+    "score, a folder": (score_to(data="folder"), "folder: is a folder: name the file in it"),
+    "score, into a folder": (score_to("folder"), "folder: is a folder: name the file in it"),
+    "score, nowhere": (score_to(""), "--output: is empty"),
+    "train, nowhere": ([*TRAIN, "--output", ""], "--output: is empty"),
+    "train, of nothing": ([*TRAIN, "--data", ""], "--data: is empty"),
+    "report, of nothing": (["report", "", "--output", "o.html"], "runs is empty"),
+    "publish, nothing": (["publish", "", "--to", "card"], "source is empty"),
+    "run, a list for a number": (
+        ["run", "hh-dp", "--output", "o", "train.learning_rate=[1, 2]"],
+        "learning_rate: takes o",
+    ),
+    "run, keys for a name": (["run", "hh-dp", "--output", "o", "model={a: 1}"], "model: takes a value, not keys"),
+    "run, a limit": (["run", "hh-dp", "--output", "o", "data.limit=-3"], "--limit -3: must be at least 1"),
+    "run, no overrides": (["run"], "required: config;"),
+    "demo, a key": (["demo", "train.learning_rat=1"], "did you mean 'learning_rate'?"),
+    "sample, a penalty": (["sample", *TRAIN[1:], "--length_penalty", "nan"], "--length_penalty nan: must be a finite"),
+    "reproduce, no file": (["reproduce", "imdb", "--check", "no.json", "--output", "o"], "no.json: no such file"),
+    "arena, a blank file": (["arena", "results", "blank"], "blank: holds no study"),
+    "run, nowhere": (["run", "hh-dp", "--output", ""], "--output is empty"),
+    "an estimate of no model": (
+        ["run", "hh-dp", "--dry_run", "model=no/model", *REWARDS],
+        "--model no/model: cannot be",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", NONSENSE)
+def test_nonsense_is_refused_before_any_work(case: str, refused: Callable[..., str]) -> None:
+    Path("folder").mkdir()
+    Path("blank").touch()
+    command, words = NONSENSE[case]
+    assert words in refused(*command)
+    assert sorted(path.name for path in Path().iterdir()) == ["blank", "folder", "tiny_rewards.py"]
+    assert not Path("blank").stat().st_size
+
+
+@pytest.mark.parametrize("command", [TRAIN, REWARD_MODEL, PPO])
+def test_a_folder_that_no_training_made_is_not_emptied(command: list[str], refused: Callable[..., str]) -> None:
+    tiny.write_rows(Path("d.jsonl"), tiny.rows(3))
+    assert "no training wrote that" in refused(*command, "--output", ".", "--overwrite")
+    assert {"d.jsonl", "tiny_rewards.py"} <= {path.name for path in Path().iterdir()}
 
 
 def test_flags_are_not_abbreviated(refused: Callable[..., str], model: Path) -> None:

@@ -185,11 +185,6 @@ def test_json_and_yaml_can_be_read(block: Block) -> None:
         assert all(isinstance(json.loads(line), dict) for line in block.text.splitlines())
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("stand-ins") / "model")
-
-
 @pytest.mark.parametrize(
     "page", sorted({block.page for block in BLOCKS if block.language == "python"}), ids=lambda page: page.name
 )

@@ -32,11 +32,6 @@ def run_commands(block: Block, folder: Path, model: Path, only: tuple[str, ...] 
     return ran
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("stand-ins") / "model")
-
-
 def test_the_readmes_walk(model: Path, tmp_path: Path) -> None:
     reward = next(block for block in found("README.md", "python") if "def helpful" in block.text)
     (tmp_path / "my_rewards.py").write_text(reward.text, encoding="utf-8")

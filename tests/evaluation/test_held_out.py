@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from rrhf.evaluation.held_out import (
+    HeldOut,
     length_correlation,
     matched_length,
     mean_of,
     paired_with,
-    read_held_out,
     rewards_agree,
 )
 from rrhf.evaluation.lengths import gain_at_equal_length, rewards_by_length
@@ -23,6 +23,13 @@ from rrhf.evaluation.metrics import mean_interval, paired_bootstrap, ratio_boots
 def row(name: str, rho: str, pi: str, before: Any, after: Any, other: tuple[Any, Any] = (0.0, 0.0)) -> dict[str, Any]:
     rewards = ({"a": before, "b": other[0]}, {"a": after, "b": other[1]})
     return {"id": name, "query": "q", "rho": rho, "pi": pi, "rho_rewards": rewards[0], "pi_rewards": rewards[1]}
+
+
+def read_held_out(rows: list[dict[str, Any]]) -> HeldOut:
+    held = HeldOut()
+    for one in rows:
+        held.add(one)
+    return held
 
 
 def test_a_ratio_of_equal_parts_is_the_paired_bootstrap() -> None:

@@ -40,11 +40,6 @@ def other_weights(folder: Path) -> None:
     assert file.stat().st_size == size
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("evaluated") / "model")
-
-
 @pytest.fixture
 def place(model: Path, tmp_path: Path) -> Path:
     """A folder with held-out queries, the model, and an evaluation that stopped after it had drawn its texts."""

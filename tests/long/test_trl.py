@@ -17,7 +17,6 @@ from rrhf.records.export import exported
 from rrhf.records.files import write_rows
 from rrhf.records.formats import load_dataset_records
 from rrhf.records.record import Record
-from support import tiny
 
 PYTHON = Path(os.environ.get("RRHF_TRL_PYTHON", ".venv-trl/bin/python")).absolute()
 
@@ -55,11 +54,6 @@ texts = [{k: tokenizer.decode(v) for k, v in row.items() if k.endswith("_ids") a
 conversational = [is_conversational(row) for row in data]
 Path(output, "read.json").write_text(json.dumps({"texts": texts, "conversational": conversational}))
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
 
 
 def read_by_trl(kind: str, records: list[Record], model: Path, folder: Path) -> dict[str, Any]:

@@ -154,7 +154,7 @@ def test_an_interrupted_save(saved: Path) -> None:
     assert "cannot be loaded" in refused(cpu(saved))
 
 
-def test_a_hub_id_that_cannot_be_had(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hub_id_that_cannot_be_had() -> None:
     """Offline, as all tests are: no network is waited for."""
     assert "nobody/no-such-model" in refused(cpu("nobody/no-such-model"))
 

@@ -62,7 +62,7 @@ def test_a_response_that_leaks_into_the_next_is_noticed_by_the_exchange(monkeypa
     assert "exchanging one response changes another's" in why
 
 
-def test_a_layer_that_asks_twice_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_layer_that_asks_twice_is_noticed() -> None:
     model = tiny_model("llama")
     layers = model.model.layers
     model.model.layers = nn.ModuleList([layers[0], layers[0]])

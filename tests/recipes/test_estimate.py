@@ -17,11 +17,6 @@ from rrhf.sampling.settings import SamplingSettings
 from support import tiny
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
 @pytest.fixture
 def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
     """A configuration of 20 queries, in the folder where its data lie."""

@@ -25,11 +25,6 @@ RESULTS = [
 ]  # fmt: skip
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
 def config(model: Path) -> dict[str, Any]:
     """Two rounds of 12 queries: 3 parts of sampling and 3 steps each, with a checkpoint after the second."""
     settings = tiny.config(model) | {"iterations": 2, "evaluate_rounds": 2}

@@ -19,11 +19,6 @@ STEP = "rrhf.training.trainer:RRHFTrainer.training_step"
 RESULTS = [*(f"model/windows/{number}.jsonl" for number in range(3)), "model/model.safetensors", "evaluation.json"]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
 def config(model: Path) -> dict[str, Any]:
     """6 steps of 4 queries in windows of 2, over two epochs; the one checkpoint stands within the second window."""
     settings = tiny.config(model)

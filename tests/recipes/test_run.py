@@ -30,11 +30,6 @@ DECODE = "rrhf.sampling.decoding:decode"
 STEP = "rrhf.training.trainer:RRHFTrainer.training_step"
 
 
-@pytest.fixture(scope="session")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
 def command(*arguments: str, cwd: Path, faults: Any = ()) -> Result:
     """A command in a process of its own; the long form starts every one from nothing."""
     return (tiny.cold if tiny.LONG else tiny.warm)(*arguments, cwd=cwd, faults=faults)

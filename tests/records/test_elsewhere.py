@@ -50,11 +50,6 @@ class Here:
             yield number, away.settle([answered[i] for i in range(len(block))], counts), counts
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("elsewhere") / "model")
-
-
 def test_models_sample_elsewhere(model: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Each of two models does its step there, in the order of the sources; a file of responses is read here."""
     data = tiny.write_rows(tmp_path / "queries.jsonl", tiny.rows(10, responses=0))

@@ -104,7 +104,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
             convert(*arguments, "--overwrite", *more)
 
 
-def test_nothing_to_export(tmp_path: Path) -> None:
+def test_nothing_to_export() -> None:
     with pytest.raises(
         UserError, match=r"no record gives a row: all scores are equal \(1\), no response is scored \(1\)"
     ):

@@ -156,9 +156,7 @@ def test_the_card_is_refreshed_after_evaluation_unless_somebody_wrote_it(
 
 
 @pytest.mark.parametrize("chat", [True, False])
-def test_the_cards_snippet_runs(
-    chat: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_cards_snippet_runs(chat: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = write_model(tmp_path / "model", chat=chat)
     text = write_card(folder).read_text(encoding="utf-8")
     snippet = text.partition("```python\n")[2].partition("```")[0]

@@ -26,11 +26,6 @@ QUERIES = 10  # three parts of at most four
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
-@pytest.fixture(scope="module")
 def server() -> Iterator[bad.Misbehaving]:
     pytest.importorskip("openai")
     with bad.misbehaving() as running:

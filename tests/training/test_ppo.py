@@ -22,7 +22,7 @@ from rrhf.models.passes import response_hidden, response_logprobs
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.records.record import Record
 from rrhf.rewards.scoring import Rewards
-from rrhf.training import ppo as module
+from rrhf.training import ppo_terms as terms
 from rrhf.training.ppo import PPO, Models
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
 from support import tiny
@@ -72,26 +72,26 @@ def weights(ppo: PPO) -> dict[str, Tensor]:
 
 def test_rewards_and_advantages_by_hand() -> None:
     lengths = torch.tensor([2, 1])
-    rewards = module.token_rewards(
+    rewards = terms.token_rewards(
         torch.tensor([-1.0, -2.0, -3.0]), torch.tensor([-1.5, -1.0, -3.0]), torch.tensor([1.0, 4.0]), lengths, beta=0.2
     )
     assert rewards.tolist() == pytest.approx([-0.1, 1.2, 4.0])  # −0.2 · 0.5;  1 − 0.2 · (−1);  4 − 0
     values = torch.tensor([1.0, 2.0, 3.0])
     # δ = (−0.1 + 0.5 · 2 − 1, 1.2 − 2), 4 − 3;  Â_1 = δ_1 + 0.5 · 0.8 · δ_2
-    found = module.advantages(rewards, values, lengths, gamma=0.5, lam=0.8)
+    found = terms.advantages(rewards, values, lengths, gamma=0.5, lam=0.8)
     assert found.tolist() == pytest.approx([-0.1 + 0.4 * -0.8, -0.8, 1.0])
 
 
 def test_losses_by_hand() -> None:
     change = torch.log(torch.tensor([1.5, 0.5, 1.5, 1.1]))
-    loss, held = module.surrogate(change, torch.zeros(4), torch.tensor([2.0, 2.0, -2.0, 2.0]), clip=0.2)
+    loss, held = terms.surrogate(change, torch.zeros(4), torch.tensor([2.0, 2.0, -2.0, 2.0]), clip=0.2)
     assert loss.tolist() == pytest.approx([-2.4, -1.0, 3.0, -2.2]) and held.tolist() == [True, False, False, False]
     values = torch.tensor([1.0, 1.0, 0.1])
-    loss = module.value_loss(values, torch.zeros(3), torch.tensor([1.0, 2.0, 0.0]), clip=0.2)
+    loss = terms.value_loss(values, torch.zeros(3), torch.tensor([1.0, 2.0, 0.0]), clip=0.2)
     assert loss.tolist() == pytest.approx([0.5 * 0.64, 0.5 * 3.24, 0.5 * 0.01])  # the clipped value is the worse one
-    assert module.whitened(torch.tensor([1.0, 3.0])).tolist() == pytest.approx([-1.0, 1.0])
-    assert module.whitened(torch.tensor([1.0, 5.0]), shift=False).tolist() == pytest.approx([2.0, 4.0])
-    assert module.explained_variance(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0])) == pytest.approx(0.75)
+    assert terms.whitened(torch.tensor([1.0, 3.0])).tolist() == pytest.approx([-1.0, 1.0])
+    assert terms.whitened(torch.tensor([1.0, 5.0]), shift=False).tolist() == pytest.approx([2.0, 4.0])
+    assert terms.explained_variance(torch.tensor([0.0, 1.0]), torch.tensor([0.0, 2.0])) == pytest.approx(0.75)
 
 
 def test_the_penalty_adapts() -> None:

@@ -462,7 +462,7 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path) -> None:
         Watch(trainer, PROMPTS, ["no_such_module:f"], settings)
 
 
-def test_sharded_weights_are_not_watched(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_sharded_weights_are_not_watched(tmp_path: Path) -> None:
     trainer = trainer_of(phrase_model(), tmp_path)
     trainer.is_fsdp_enabled = True
     with pytest.raises(UserError, match="sharded"):

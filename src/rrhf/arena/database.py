@@ -185,6 +185,11 @@ def name_of(place: str) -> str:
     return place if "://" not in place else sa.make_url(place).render_as_string(hide_password=True)
 
 
+def is_blank(place: str) -> bool:
+    """Whether a file without a byte stands there: no study, but SQLite would make an empty database of it."""
+    return "://" not in place and Path(place).is_file() and Path(place).stat().st_size == 0
+
+
 def exists(place: str) -> bool:
     """Whether there is a study already.
 

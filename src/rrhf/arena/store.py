@@ -26,6 +26,7 @@ from rrhf.arena.database import (
     TASK,
     Database,
     exists,
+    is_blank,
     name_of,
 )
 from rrhf.arena.design import Task, assign, design_tasks
@@ -200,6 +201,8 @@ def open_study(place: str) -> Iterator[Study]:
     """
     if not exists(place):
         raise UserError(f"{name_of(place)}: there is no study: make one with `rrhf arena create`")
+    if is_blank(place):  # SQLite would make a database of it
+        raise UserError(f"{name_of(place)}: holds no study: make one with `rrhf arena create`")
     database = Database(place)
     try:
         try:

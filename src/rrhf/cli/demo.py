@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from rrhf.cli.parser import PlainParser
-from rrhf.cli.run import execute
+from rrhf.cli.run import checked, execute
 
 # An adapter takes ten times the learning rate of the weights themselves (docs/adapters.md).
 ADAPTER = ["train.learning_rate=5e-4"]
@@ -17,7 +17,9 @@ def main(arguments: list[str]) -> int:
     files = parser.add_argument_group("files")
     files.add_argument("--output", help="the run folder; default: runs/demo, or runs/demo-quick")
     settings = parser.add_argument_group("settings")
-    settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the demo's configuration")
+    settings.add_argument(
+        "overrides", nargs="*", default=[], help="section.key=value, laid over the demo's configuration"
+    )
     sizes = parser.add_argument_group("size; default: the largest that ends within ten minutes on this machine")
     choice = sizes.add_mutually_exclusive_group()
     choice.add_argument(
@@ -29,6 +31,8 @@ def main(arguments: list[str]) -> int:
     output = Path(options.output or ("runs/demo-quick" if options.size == "quick" else "runs/demo"))
     adapted = any(override.startswith("train.peft=") for override in options.overrides)
     overrides = (ADAPTER if adapted else []) + options.overrides
+    if options.size is None and not (output / "config.yaml").exists():  # mistyped keys are not to cost a measurement
+        checked("demo", overrides, output)
     return execute(configuration(output, options.size), overrides, output)
 
 

@@ -82,7 +82,7 @@ def main(arguments: list[str]) -> None:
     result: dict[str, Any] = {}
     if files.pairs:
         judged = [name for name in reward.reward if not is_provided(name)]
-        result["accuracy"] = evaluate_pairs(files.pairs, output, models, judged, context, overwrite=files.overwrite)
+        result["accuracy"] = evaluate_pairs(files.pairs, output, models, judged, context)
         print(format_accuracies(result["accuracy"]))
     if files.data:
         result = evaluate_models(

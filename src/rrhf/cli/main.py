@@ -14,6 +14,9 @@ from rrhf.common.errors import UserError, nearest
 from rrhf.common.launch import end_process_group
 from rrhf.models.devices import set_up_memory
 
+# What a wrong file's or folder's name leads to, where no command has looked before.
+MISNAMED = (IsADirectoryError, NotADirectoryError, FileExistsError, PermissionError)
+
 # name → what the overview says of it; each is a module of rrhf.cli, with _ for -
 COMMANDS = {
     "demo": "the whole job on what installed packages carry",
@@ -80,6 +83,9 @@ def main(argv: list[str] | None = None) -> int:
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(f"rrhf {name}: {error}: free some space; what is finished is kept", file=sys.stderr)
+            return 2
+        if isinstance(error, MISNAMED) and error.filename:
+            print(f"rrhf {name}: {error.filename}: {error.strerror}: name another, or mend it", file=sys.stderr)
             return 2
         if isinstance(error, FileNotFoundError):
             print(

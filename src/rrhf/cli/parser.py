@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rrhf.common.errors import UserError
 from rrhf.common.flag_help import Groups, flags_of, format_help, help_wanted, value_of, words_of
@@ -23,6 +23,21 @@ class PlainParser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message}; `{self.prog} --help` lists the flags")
+
+    def parse_args(self, *given: Any) -> Any:  # type: ignore[override]
+        return self._without_empty_paths(super().parse_args(*given))
+
+    def parse_intermixed_args(self, *given: Any) -> Any:  # type: ignore[override]
+        return self._without_empty_paths(super().parse_intermixed_args(*given))
+
+    def _without_empty_paths(self, options: argparse.Namespace) -> argparse.Namespace:
+        """Refuse texts that are empty where they name a file or a folder: the empty path is the current folder."""
+        paths = [a for a in self._actions if a.dest == "output" or a.required or not a.option_strings]
+        for action in paths:
+            value = getattr(options, action.dest, None)
+            if "" in (value if isinstance(value, list) else [value]):
+                self.error(f"{action.option_strings[0] if action.option_strings else action.dest} is empty")
+        return options
 
     def format_help(self) -> str:
         self._action_groups.sort(key=lambda group: group.title == "help")  # the last, as in the other commands

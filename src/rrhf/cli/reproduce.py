@@ -110,5 +110,7 @@ def _parser() -> PlainParser:
     what.add_argument("--check", metavar="RESULT", help="a file of results/, or FILE.jsonl:LINE: run its arm again, "
                       "and say whether it comes out within the intervals there")  # fmt: skip
     settings = parser.add_argument_group("settings")
-    settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the scale's configuration")
+    settings.add_argument(
+        "overrides", nargs="*", default=[], help="section.key=value, laid over the scale's configuration"
+    )
     return parser

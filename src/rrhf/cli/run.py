@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from rrhf.cli.parser import PlainParser, add_flags
 from rrhf.cluster.settings import ClusterSettings
+
+if TYPE_CHECKING:
+    from rrhf.recipes.config import RunConfig
 
 
 def main(arguments: list[str]) -> int:
@@ -20,7 +24,7 @@ def main(arguments: list[str]) -> int:
     files.add_argument("--output", help="the run folder; --dry_run needs none")
     add_flags(parser.add_argument_group("on a cluster"), ClusterSettings)
     settings = parser.add_argument_group("settings")
-    settings.add_argument("overrides", nargs="*", help="section.key=value, laid over the configuration")
+    settings.add_argument("overrides", nargs="*", default=[], help="section.key=value, laid over the configuration")
     settings.add_argument(
         "--dry_run", "--dry-run", action="store_true",
         help="print each stage's tokens, bytes, requests and machine hours, and do nothing",
@@ -36,12 +40,18 @@ def main(arguments: list[str]) -> int:
 
 def show_estimate(config: str, overrides: list[str]) -> int:
     """Print what a run will come to."""
-    from rrhf.recipes.config import override, parse_config, read_config
     from rrhf.recipes.estimate import estimate_run
 
-    values = override(read_config(config), overrides)
-    print(estimate_run(parse_config(values, Path("model"))).table())
+    print(estimate_run(checked(config, overrides, Path("model"))[1]).table())
     return 0
+
+
+def checked(config: str, overrides: list[str], model: Path) -> tuple[dict[str, Any], RunConfig]:
+    """A configuration with the overrides laid over it, as written and parsed."""
+    from rrhf.recipes.config import override, parse_config, read_config
+
+    values = override(read_config(config), overrides)
+    return values, parse_config(values, model)
 
 
 def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSettings | None = None) -> int:
@@ -51,7 +61,6 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
 
     from rrhf.common.files import inside
     from rrhf.common.logging import set_up_logging
-    from rrhf.recipes.config import override, parse_config, read_config
     from rrhf.recipes.recipe import run_recipe
     from rrhf.recipes.run_folder import RunFolder
     from rrhf.report.terminal import format_evaluation, format_examples, format_timings
@@ -60,8 +69,8 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
     from rrhf.training.callbacks import Stopped
 
     run = RunFolder(output)
-    values = override(read_config(config), overrides)
-    settings = replace(parse_config(values, run.model), cluster=cluster or ClusterSettings())
+    values, parsed = checked(config, overrides, run.model)
+    settings = replace(parsed, cluster=cluster or ClusterSettings())
     context = settings.scoring.context(settings.text)  # an unknown reward or model is refused before any work
     opened_rewards(settings.score, settings.scoring, context)
     score_records([], settings.evaluate_rewards.reward, context=context)

@@ -204,7 +204,7 @@ def carry_out(
 
 def with_output(arguments: list[str]) -> list[str]:
     """``--output`` is transformers' ``--output_dir``; its reduced-precision flags need the device to be known first."""
-    for i, argument in enumerate(arguments):
+    for i, argument in reversed([*enumerate(arguments)]):  # the last one counts, as of every flag
         if argument == "--output" and i + 1 < len(arguments):
             return [*arguments, f"--output_dir={arguments[i + 1]}"]
         if argument.startswith("--output="):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rrhf.common.errors import UserError, nearest
 
+SEEDS = range(2**32)  # that every library here takes
+
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
 
@@ -65,12 +67,24 @@ class Flags:
                 raise UserError(f"unknown flag {flag}: {_suggest(flag, self.known())}")
             raise UserError(f"unexpected argument {rest[0]!r}; `{self.command} --help` lists the flags")
         values = vars(namespace)
+        self._refuse_unfit(values)
         return tuple(kind(**{f.name: values[f.name] for f in fields(kind) if f.init}) for kind in self.settings)
+
+    def _refuse_unfit(self, values: Mapping[str, Any]) -> None:
+        faults = [
+            f"--{name} {values[name]}: must lie between 0 and {SEEDS[-1]}"
+            for name in ("seed", "data_seed")
+            if values.get(name) is not None and values[name] not in SEEDS
+        ]
+        # Paths that are empty would be this folder.
+        faults += [f"--{a.dest}: is empty" for a in self.parser._actions if a.required and values[a.dest] == ""]
+        if faults:
+            raise UserError("\n".join(faults))
 
 
 def _suggest(flag: str, known: list[str]) -> str:
     text = nearest(flag.replace("-", "_").replace("__", "--", 1), known)
-    return text if len(known) < 30 else text.partition("known:")[0].strip() + " see --help"
+    return text if len(known) < 30 else f"{text.partition('known:')[0]}see --help"
 
 
 def as_arguments(section: Mapping[str, Any], where: str) -> list[str]:

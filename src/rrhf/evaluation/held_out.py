@@ -4,7 +4,7 @@ mean, the gain at equal length, reward by length, and how far the rewards agree.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
 from typing import Any
@@ -135,14 +135,6 @@ def paired_with(held: HeldOut, other: HeldOut, reward: str, seed: int) -> dict[s
     ]
     interval = mean_interval(differences, seed)
     return None if interval is None else {**interval, "n": len(differences)}
-
-
-def read_held_out(rows: Iterable[Mapping[str, Any]]) -> HeldOut:
-    """The numbers of all rows."""
-    held = HeldOut()
-    for row in rows:
-        held.add(row)
-    return held
 
 
 def length_correlation(lengths: Sequence[float], rewards: Sequence[float | None]) -> float | None:

@@ -143,8 +143,6 @@ def evaluate_pairs(
     models: Mapping[str, ModelSettings],
     rewards: Sequence[str],
     context: RewardContext,
-    *,
-    overwrite: bool = False,
 ) -> dict[str, Any]:
     """The accuracy of ``models`` and ``rewards`` on preferences.
 

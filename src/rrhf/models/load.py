@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
 from rrhf.models.devices import resolve_device, resolve_dtype
-from rrhf.models.locate import locate
+from rrhf.models.locate import Location, locate
 
 if TYPE_CHECKING:
     import torch
@@ -76,6 +76,20 @@ def load_policy(
     if settings.attn_implementation == FLEX:
         ask_for_flex(model)
     return model, tokenizer
+
+
+def tokenizer_and_config(location: Location, shown: str) -> tuple[PreTrainedTokenizerBase, PreTrainedConfig]:
+    """What is known of a model without its weights; ``shown`` is its name in messages.
+
+    Raises:
+        UserError: they cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(location.tokenizer), AutoConfig.from_pretrained(location.source)
+    except (OSError, ValueError, ImportError, KeyError) as error:
+        raise UserError(f"--model {shown}: cannot be loaded: {error}") from error
 
 
 def attention_options(settings: ModelSettings, device: torch.device) -> dict[str, Any]:

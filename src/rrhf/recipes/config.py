@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import Field, dataclass, field, fields
 from functools import cache, cached_property
 from importlib import resources
 from pathlib import Path
@@ -22,6 +22,8 @@ from rrhf.rewards.stage import RewardSettings, ScoringSettings
 from rrhf.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
+    from argparse import Action
+
     from rrhf.training.config import RRHFConfig
     from rrhf.training.watch_settings import WatchSettings
 
@@ -42,6 +44,10 @@ class DataSettings:
     held_out_limit: int = field(default=128, metadata={"help": "how many held-out prompts"})
     provided: bool = field(default=True, metadata={"help": "false drops the responses that the data set provides"})
     seed: int = field(default=0, metadata={"help": "given to a source that is a function"})
+
+    def __post_init__(self) -> None:
+        if faults := too_small(self, limit=1, held_out_limit=0):
+            raise UserError("\n".join(faults))
 
 
 @dataclass(frozen=True)
@@ -227,10 +233,32 @@ class Section:
                 faults.append(f"{self.name}.{key}: unknown key{more}")
         return faults
 
+    @cached_property
+    def declared(self) -> dict[str, tuple[Action, Field[Any]]]:
+        """The keys → flag and field of each. ``--no_…``, beside flags that are true by default, is no key."""
+        declared = {field.name: field for settings in self.fields.values() for field in fields(settings)}
+        actions = {a.dest: a for a in self.flags.parser._actions if f"--{a.dest}" in a.option_strings}
+        return {key: (actions[key], declared[key]) for key in sorted(self.keys & set(actions))}
+
     def parse(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of each field. Raises ``UserError`` or ``ValueError`` for a value that does not fit."""
         known = {key: value for key, value in given.items() if key in self.keys}
+        for key in known.keys() & self.declared.keys():
+            if isinstance(known[key], list) and not takes_list(*self.declared[key]):
+                raise UserError(f"{key}: takes one value, not a list")
+            if isinstance(known[key], Mapping) and not takes_mapping(*self.declared[key]):
+                raise UserError(f"{key}: takes a value, not keys with values")
         return dict(zip(self.fields, self.flags.parse(as_arguments(known, self.name)), strict=True))
+
+
+def takes_list(flag: Action, field: Field[Any]) -> bool:
+    """Whether a key's value may be a list."""
+    return flag.nargs in ("*", "+")
+
+
+def takes_mapping(flag: Action, field: Field[Any]) -> bool:
+    """Whether a key's value may be keys with values, which its flag takes as JSON."""
+    return "dict" in str(field.type).lower() or field.name.endswith("_kwargs")
 
 
 @cache

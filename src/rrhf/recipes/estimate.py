@@ -18,6 +18,7 @@ from typing import Any
 
 from rrhf.common.presentation import text_table
 from rrhf.models.devices import free_memory, resolve_device, resolve_dtype
+from rrhf.models.load import tokenizer_and_config
 from rrhf.models.locate import locate
 from rrhf.models.tokenization import TextFormat
 from rrhf.recipes.config import RunConfig
@@ -94,11 +95,9 @@ def estimate_run(config: RunConfig) -> Estimate:
     Raises:
         UserError: the data or the model cannot be read.
     """
-    from transformers import AutoConfig, AutoTokenizer
-
-    place = locate(config.model.model)
-    texts = _count(config, TextFormat(AutoTokenizer.from_pretrained(place.tokenizer), config.text))
-    parameters = count_parameters(AutoConfig.from_pretrained(place.source))
+    tokenizer, described = tokenizer_and_config(locate(config.model.model), config.model.model)
+    texts = _count(config, TextFormat(tokenizer, config.text))
+    parameters = count_parameters(described)
     drawn, local, requests = _drawn(config)
     most = min(config.sample.max_new_tokens if config.sample else 0, config.train.max_length)
     kept = texts.provided + drawn

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import json
 from argparse import Action
-from dataclasses import MISSING, Field, fields
+from dataclasses import MISSING, Field
 from enum import Enum
 from pathlib import Path
 from typing import Any
 
-from rrhf.recipes.config import Section, sections, shared_section
+from rrhf.recipes.config import Section, sections, shared_section, takes_list, takes_mapping
 
 SCHEMA = Path(__file__).with_name("schema.json")
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -47,10 +47,7 @@ def config_schema() -> dict[str, Any]:
 
 
 def _section(section: Section) -> dict[str, Any]:
-    declared = {field.name: field for settings in section.fields.values() for field in fields(settings)}
-    # The flag of a field; --no_… beside those that are true by default takes no value, so it is no key.
-    actions = {a.dest: a for a in section.flags.parser._actions if f"--{a.dest}" in a.option_strings}
-    properties = {key: _key(actions[key], declared[key]) for key in sorted(section.keys & set(actions))}
+    properties = {key: _key(*declared) for key, declared in section.declared.items()}
     return {"type": "object", "additionalProperties": False, "properties": properties}
 
 
@@ -58,9 +55,9 @@ def _key(action: Action, field: Field[Any]) -> dict[str, Any]:
     """What a key may hold: what its flag takes, or null, which leaves it at its default."""
     value = _value(action)
     kinds = [value, {"type": "null"}]
-    if action.nargs in ("*", "+"):
+    if takes_list(action, field):
         kinds.insert(1, {"type": "array", "items": value})
-    if "dict" in str(field.type).lower() or field.name.endswith("_kwargs"):  # chat_template_kwargs is JSON as a flag
+    if takes_mapping(action, field):
         kinds.insert(1, {"type": "object"})
     found: dict[str, Any] = {"anyOf": kinds}
     if text := " ".join((action.help or "").split()):

@@ -107,6 +107,8 @@ def file_suffix(path: str | Path, known: Iterable[str]) -> str:
     for suffix in known:
         if name.endswith(suffix):
             return suffix
+    if Path(path).is_dir():
+        raise UserError(f"{path}: is a folder: name the file in it; known: {', '.join(known)}")
     raise UserError(f"{path}: unknown suffix {Path(path).suffix!r}: known: {', '.join(known)}")
 
 

@@ -11,7 +11,8 @@ from rrhf.common.errors import UserError
 from rrhf.common.presentation import finite, percent, short_name
 from rrhf.evaluation.held_out import length_correlation
 from rrhf.records.inspection.measures import NO_SIGNAL_SHARE
-from rrhf.report.load import Run, setting
+from rrhf.report.load import setting
+from rrhf.report.run import Run
 from rrhf.report.tables import interval_side
 from rrhf.training.alarms import Measurement, alarms, measurements
 from rrhf.training.watch_settings import WatchSettings

@@ -11,7 +11,7 @@ from markupsafe import Markup
 from rrhf.common.presentation import finite, typeset_number
 from rrhf.common.svg import inline_svg
 from rrhf.report import plots
-from rrhf.report.load import Run
+from rrhf.report.run import Run
 from rrhf.report.tables import MODELS
 
 if TYPE_CHECKING:

@@ -14,8 +14,9 @@ from rrhf.common.files import write_text
 from rrhf.common.presentation import finite, short_name, typeset_number
 from rrhf.report import charts, plots, rows
 from rrhf.report.alarms import run_alarms, watched
-from rrhf.report.load import Generation, Run, load_run, run_names, with_rounds
+from rrhf.report.load import load_run, run_names, with_rounds
 from rrhf.report.results import Results, interval, read_results
+from rrhf.report.run import Generation, Run
 from rrhf.report.tables import MEASURES, MODELS
 
 MAX_ROWS = 500  # before/after texts on the page, all runs together, and half as many pairs

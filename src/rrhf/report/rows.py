@@ -11,8 +11,9 @@ from rrhf.common.presentation import NONE, clean, finite, short_name, typeset_nu
 from rrhf.evaluation.held_out import matched_length, mean_of, paired_with, rewards_agree
 from rrhf.evaluation.pairs import IMPLICIT
 from rrhf.report.charts import Chart, by_length
-from rrhf.report.load import Run, setting
+from rrhf.report.load import setting
 from rrhf.report.results import Accuracy, Results, accuracies, accuracies_of_file, interval
+from rrhf.report.run import Run
 from rrhf.report.tables import MODELS, interval_side
 
 SIDES = {1: "above 0", 0: "includes 0", -1: "below 0"}

@@ -16,7 +16,7 @@ from rrhf.models.load import DTYPES
 from rrhf.models.locate import locate
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.elsewhere import Away, Elsewhere, Pool
-from rrhf.records.files import count_records, read_records
+from rrhf.records.files import WRITERS, count_records, file_suffix, read_records
 from rrhf.records.parts import in_parts
 from rrhf.records.record import Require
 from rrhf.rewards.away import rewards_away, sums_away
@@ -186,6 +186,7 @@ def score_file(
         UserError: a reward is unknown or fails, ``output`` exists, or unfinished work of other rewards stands there.
     """
     scoring = scoring or ScoringSettings()
+    file_suffix(output, WRITERS)
     parts = output.with_name(f"{output.name}.parts")
     context = scoring.context(text, remote, journals=parts, records=data)
     rewards = opened_rewards(settings, scoring, context)  # an unknown reward or model is refused before any work

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -143,8 +144,10 @@ class SamplingSettings:
             faults.append(f"--top_p {self.top_p}: must lie in (0, 1]")
         if not self.temperature > 0:
             faults.append(f"--temperature {self.temperature}: must be above 0 (greedy is a policy of its own)")
-        if self.diversity_penalty < 0:
-            faults.append(f"--diversity_penalty {self.diversity_penalty}: must not be negative")
+        if not 0 <= self.diversity_penalty < math.inf:
+            faults.append(f"--diversity_penalty {self.diversity_penalty}: must be a number that is not negative")
+        if not math.isfinite(self.length_penalty):
+            faults.append(f"--length_penalty {self.length_penalty}: must be a finite number")
         if any(not text for text in self.stop):
             faults.append("--stop: a stop string is empty")
         if not faults:

@@ -81,9 +81,7 @@ class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
     def __post_init__(self) -> None:
         given = self._values()
         self.settle()
-        faults = too_small(
-            self, max_length=2, max_tokens_per_forward=1, per_device_train_batch_size=1, resample_steps=0
-        )
+        faults = self.number_faults() + too_small(self, resample_steps=0)
         if self.kl_target is not None and not (self.kl_target > 0 and self.resample_steps):
             faults.append(f"--kl_target {self.kl_target}: must be above 0, and needs --resample_steps")
         faults += self.faults() + self.selection_faults()

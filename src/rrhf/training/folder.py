@@ -74,12 +74,25 @@ def claimed(folder: Path, config: Process, overwrite: bool) -> Iterator[None]:
         "they were to train together, start them with torchrun (docs/distributed.md)"
     )
     with only_process(folder, refusal):
+        if overwrite:
+            _refuse_to_empty(folder)
         for old in folder.iterdir() if overwrite else ():
             if old.is_dir() and not old.is_symlink():
                 shutil.rmtree(old)
             elif old.name != LOCK:
                 old.unlink()
         yield
+
+
+def _refuse_to_empty(folder: Path) -> None:
+    """A folder is emptied where a training made it, or begins in it; another one may be anything, somebody's home."""
+    passing = (LOCK, ".cluster-", f".{SETTINGS}")  # what stands there before a training has its settings written
+    found = {path.name for path in folder.iterdir() if not path.name.startswith(passing)}
+    if found and not found & {SETTINGS, TRAINED}:
+        raise UserError(
+            f"{folder}: --overwrite would remove what is in it ({', '.join(sorted(found)[:3])}, …), and no training "
+            "wrote that: give another --output, or empty the folder yourself"
+        )
 
 
 @contextmanager

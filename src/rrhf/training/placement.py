@@ -9,7 +9,7 @@ import torch
 from transformers import TrainingArguments
 from transformers.training_args import ParallelMode
 
-from rrhf.common.errors import UserError
+from rrhf.common.errors import UserError, too_small
 from rrhf.common.launch import check_connected, launched_processes
 from rrhf.models.devices import native_bfloat16, resolve_device
 
@@ -29,8 +29,24 @@ class PlacedArguments(TrainingArguments):
         metadata={"help": "bfloat16 autocast over fp32 weights; default: for fp32 weights, where the hardware has it"},
     )
 
+    def number_faults(self) -> list[str]:
+        """What transformers and torch would refuse once the model is loaded, or take for something else."""
+        faults = too_small(
+            self, max_length=2, max_tokens_per_forward=1, per_device_train_batch_size=1, gradient_accumulation_steps=1,
+            learning_rate=0, num_train_epochs=0, warmup_steps=0, weight_decay=0, logging_steps=0, save_steps=0,
+            eval_steps=0, dataloader_num_workers=0,
+        )  # fmt: skip
+        for name in ("adam_beta1", "adam_beta2"):
+            if not 0 <= getattr(self, name) < 1:
+                faults.append(f"--{name} {getattr(self, name)}: must lie in [0, 1)")
+        return faults
+
     def settle_device(self) -> None:
-        """Settle device and precision, and check that the processes of a launch are connected."""
+        """Settle device and precision, and check that the processes of a launch are connected.
+
+        Raises:
+            UserError: transformers refuses an argument, or the processes are not connected.
+        """
         accelerated = torch.cuda.is_available() or torch.backends.mps.is_available()
         if not accelerated:
             self.use_cpu = True  # else processes started together on a CPU do not find each other
@@ -38,7 +54,10 @@ class PlacedArguments(TrainingArguments):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and native_bfloat16(resolve_device("cpu" if self.use_cpu else "auto"))
         processes = launched_processes()
-        TrainingArguments.__post_init__(self)
+        try:
+            TrainingArguments.__post_init__(self)
+        except ValueError as error:
+            raise UserError(str(error)) from error
         check_connected(processes, self.world_size)
 
     def place(self, flag: str) -> torch.device:

@@ -138,6 +138,8 @@ def _settle(
     if eval_data is not None and config.eval_strategy == IntervalStrategy.NO:
         config.eval_strategy = IntervalStrategy.STEPS
         config.eval_steps = config.eval_steps or config.logging_steps
+    if eval_data is None and config.eval_strategy != IntervalStrategy.NO:
+        raise UserError(f"--eval_strategy {config.eval_strategy.value}: nothing is held out: give --eval_data")
     if adapter.peft is not None:
         if config.learning_rate_by_default:
             config.learning_rate = ADAPTER_LEARNING_RATE

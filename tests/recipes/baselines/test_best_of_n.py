@@ -16,11 +16,6 @@ DECODE = "rrhf.sampling.decoding:decode"
 RESULTS = ("responses.jsonl", "scored.jsonl", "gold.jsonl", "best.jsonl", "evaluation.json")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
 def command(model: Path) -> tuple[str, ...]:
     return (
         "baseline", "best-of-n", "--model", str(model), "--device", "cpu", "--dtype", "float32", "--data", "data.jsonl",

@@ -6,17 +6,10 @@ import json
 import signal
 from pathlib import Path
 
-import pytest
-
 from support import tiny
 from support.tiny import die
 
 STEP = "rrhf.training.trainer:RRHFTrainer.training_step"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
 
 
 def flags(model: Path, output: str) -> tuple[str, ...]:

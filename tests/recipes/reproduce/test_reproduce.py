@@ -40,11 +40,6 @@ def workplace(folder: Path, model: Path) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
 KILLS = {  # each in an arm of another kind
     "start": [die("rrhf.recipes.reproduce.measure:evaluation_numbers", 1)],
     "best-of-2, before its evaluation": [die("rrhf.recipes.baselines.best_of_n:_evaluate", 1)],

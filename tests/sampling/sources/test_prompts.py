@@ -20,11 +20,6 @@ from support import tiny
 CHAT = [{"role": "user", "content": "The river"}]
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("prompts") / "model")
-
-
 def prompts(model: Path, sampling: SamplingSettings | None = None, text: TextSettings | None = None) -> Prompts:
     return Prompts(locate(str(model)), "tiny", sampling or SamplingSettings(max_new_tokens=8), text or TextSettings())
 

@@ -34,11 +34,6 @@ from support.ports import closed_port
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny.write_model(tmp_path_factory.mktemp("policy") / "model")
-
-
 @pytest.fixture
 def queries(tmp_path: Path) -> Path:
     place = tmp_path / "queries.jsonl"

@@ -28,7 +28,7 @@ from rrhf.models.tokenization import TextSettings
 from rrhf.recipes.offline import Stage, carry_out
 from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.checksums import checksum_of_file
-from rrhf.records.files import read_records, write_records
+from rrhf.records.files import read_records, require_file, write_records
 from rrhf.records.record import Record
 from rrhf.report import write_report
 from rrhf.rewards.kind import RewardContext
@@ -72,6 +72,7 @@ class BestOfN:
 
     def refuse(self) -> None:
         """Refuse, before any work, what has no best of n."""
+        require_file(self.data)
         faults = []
         if self.sampling.is_beam:
             faults.append(f"--policy {self.sampling.policy}: beams are no independent samples: take top-p or top-k")

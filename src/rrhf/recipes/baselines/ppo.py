@@ -26,7 +26,7 @@ from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.checksums import checksum_of_file
-from rrhf.records.files import read_records
+from rrhf.records.files import read_records, require_file
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.scoring import Rewards, is_provided, reward_digest
 from rrhf.rewards.stage import RewardSettings
@@ -107,6 +107,7 @@ class OneProcess:
 
 
 def _refuse(job: Job) -> None:
+    require_file(job.data)
     if launched_processes() > 1:
         raise UserError(f"rrhf baseline {job.name} runs in one process: start it without torchrun or accelerate")
     for reward in job.reward.reward:

@@ -23,13 +23,6 @@ def training_prompts(
     return _prompts(split_micro().training, limit, settings)
 
 
-def rate_prompts(
-    limit: int | None = None, seed: int = 0, settings: LanguageModelSettings | None = None
-) -> Iterator[Record]:
-    """Records of the reviews on which learning rates are chosen."""
-    return _prompts(split_micro().rates, limit, settings)
-
-
 def held_out_prompts(
     limit: int | None = None, seed: int = 0, settings: LanguageModelSettings | None = None
 ) -> Iterator[Record]:

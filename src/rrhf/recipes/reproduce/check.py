@@ -16,6 +16,7 @@ from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.run import carry
 from rrhf.recipes.reproduce.scale import Scale, read_scale
 from rrhf.recipes.reproduce.work import prepare
+from rrhf.records.files import require_file
 
 
 def scale_of(result: Mapping[str, Any]) -> Scale:
@@ -30,8 +31,10 @@ def read_result(place: str) -> dict[str, Any]:
         UserError: there is none.
     """
     file, _, number = place.rpartition(":")
-    if file.endswith(".jsonl") and number.isdigit():
-        lines = Path(file).read_text(encoding="utf-8").splitlines() if Path(file).exists() else []
+    of_a_line = file.endswith(".jsonl") and number.isdigit()
+    require_file(Path(file if of_a_line else place))
+    if of_a_line:
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
         if not 1 <= int(number) <= len(lines):
             raise UserError(f"{place}: there is no such line: the file has {len(lines)}")
         result = json.loads(lines[int(number) - 1])

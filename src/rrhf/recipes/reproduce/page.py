@@ -46,9 +46,7 @@ def _blocks(scale: Scale, table: Table, results: Results) -> list[tuple[str, lis
         return [("Results", ["No arm has ended yet."])]
     wanted = len(table.arms) * table.seeds
     done = sum(len(row.results) for row in rows)
-    found: list[tuple[str, list[Block]]] = [
-        ("Results", [_introduction(scale, table, rows, done, wanted), main_table(rows)])
-    ]
+    found: list[tuple[str, list[Block]]] = [("Results", [_introduction(table, rows, done, wanted), main_table(rows)])]
     drawn: list[Block] = [
         (
             "Gain over ρ of each arm: mean over seeds and, thin, their range",
@@ -76,7 +74,7 @@ def _blocks(scale: Scale, table: Table, results: Results) -> list[tuple[str, lis
     return found
 
 
-def _introduction(scale: Scale, table: Table, rows: Sequence[Row], done: int, wanted: int) -> str:
+def _introduction(table: Table, rows: Sequence[Row], done: int, wanted: int) -> str:
     first = rows[0].results[0]
     commits = sorted({str(result["commit"]) for row in rows for result in row.results})
     state = "" if done == wanted else f" {done} of {wanted} have ended so far."

@@ -12,7 +12,7 @@ from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.texts import cut_at_first
-from rrhf.models.load import context_length
+from rrhf.models.load import context_length, tokenizer_and_config
 from rrhf.models.locate import Location
 from rrhf.models.tokenization import TextFormat, TextSettings
 from rrhf.records.record import Query, Record
@@ -34,13 +34,7 @@ class Prompts:
     """
 
     def __init__(self, location: Location, shown: str, sampling: SamplingSettings, text: TextSettings) -> None:
-        from transformers import AutoConfig, AutoTokenizer
-
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(location.tokenizer)
-            config = AutoConfig.from_pretrained(location.source)
-        except (OSError, ValueError, ImportError, KeyError) as error:
-            raise UserError(f"--model {shown}: cannot be loaded: {error}") from error
+        tokenizer, config = tokenizer_and_config(location, shown)
         self.folder, self.shown, self.sampling, self.text = location.source, shown, sampling, text
         self.format = TextFormat(tokenizer, text)
         self.context = context_length(config) or sys.maxsize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
-from rrhf.common.errors import UserError, too_small
+from rrhf.common.errors import UserError
 from rrhf.losses import tie_rule
 from rrhf.training.placement import PlacedArguments
 
@@ -41,7 +41,7 @@ class RewardModelConfig(PlacedArguments):
     )
 
     def __post_init__(self) -> None:
-        faults = too_small(self, max_length=2, max_tokens_per_forward=1, per_device_train_batch_size=1)
+        faults = self.number_faults()
         try:
             tie_rule(self.ties)
         except UserError as error:

@@ -147,7 +147,7 @@ def read_lists(text: str, scale: Scale, number: int) -> Sheet:
     if by_aspect is not None:
         return by_aspect
     if not any(mark.kind == "response" for mark in found):
-        if number == 1 and not (any(mark.kind == "list" for mark in found) and _are_responses(text, found)):
+        if number == 1 and not (any(mark.kind == "list" for mark in found) and _are_responses(found)):
             found = [Mark("response", 0, 0, value=1), *found]
         else:  # a list's numbers are the responses'
             found = [mark._replace(kind="response") if mark.kind == "list" else mark for mark in found]
@@ -159,7 +159,7 @@ def read_lists(text: str, scale: Scale, number: int) -> Sheet:
     return sheet
 
 
-def _are_responses(text: str, found: list[Mark]) -> bool:
+def _are_responses(found: list[Mark]) -> bool:
     """Whether the numbers of a list stand for responses and not for aspects: each is followed by a list of scores."""
     lists = [place for place, mark in enumerate(found) if mark.kind == "list"]
     return len(lists) == 1 and lists[0] == 0
