@@ -116,7 +116,8 @@ def test_a_signal_stops_a_command_on_a_cluster(
     if "timed out during startup" in stopped.err and not tiny.LONG:
         pytest.skip("this machine is too busy for Ray to start")
     assert stopped.code == {"INT": 130, "TERM": 143}[how], stopped.err[-3000:]
-    assert "the same command goes on from there" in stopped.err and "Traceback" not in stopped.err, stopped.err[-3000:]
+    assert "the same command goes on from there" in stopped.err, stopped.err[-3000:]
+    assert not [line for line in stopped.err.splitlines() if line.startswith("Traceback")]  # Ray's own bear a name
     assert not call or ends(int((place / "worker").read_text()))
     assert all(ends(pid) for pid in left_of(mark))
     tiny.warm(*command, cwd=place).done()
