@@ -55,3 +55,19 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    """fsspec's memory file system, empty, and an empty cache for copies of what lies there."""
+    import fsspec
+
+    from rrhf.common import remote
+
+    monkeypatch.setenv("RRHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+    remote.fetched_model.cache_clear()
+    fs = fsspec.filesystem("memory")
+    fs.store.clear()
+    yield fs
+    fs.store.clear()

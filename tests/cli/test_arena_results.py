@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,6 +12,8 @@ from rrhf.arena.settings import StudySettings
 from rrhf.arena.store import Answer, assigned, create_study, find_rater, open_study, save_answer
 from rrhf.arena.systems import comparisons, read_systems
 from rrhf.cli.main import main
+from rrhf.common.errors import UserError
+from rrhf.common.remote import Store
 from rrhf.records.files import read_records
 from support import tiny
 
@@ -98,3 +101,32 @@ def test_the_report_shows_the_results(folder: Path) -> None:
     people = page[page.index('id="people"') :]
     for words in ("study.db", "16 votes", "long", "short", "93.8"):  # 15 of 16 votes
         assert words in people, words
+
+
+def test_what_a_study_reads_and_tells_may_be_at_urls(folder: Path, memory: Any) -> None:
+    """Systems and scores come from there, all four outputs go there; what was not sent is sent by the same command."""
+    for name in ("long", "short"):
+        memory.put(str(folder / f"{name}.jsonl"), f"/in/{name}.jsonl")
+    both = ["--data", "memory://in/long.jsonl", "--data=other=memory://in/short.jsonl"]
+    assert main(["arena", "create", "new.db", *both]) == 0
+    with open_study("new.db") as study:
+        assert list(study.systems) == ["long", "other"]
+    outputs = {"output": "all.json", "markdown": "tables.md", "votes": "votes.jsonl", "export": "voted.jsonl.gz"}
+    command = ["arena", "results", "study.db", "--samples", "9", "--scores", "memory://in/long.jsonl", "short.jsonl"]
+    for flag, name in outputs.items():
+        command += [f"--{flag}", f"memory://out/{name}"]
+    upload = Store.upload
+
+    def fails(self: Store, *rest: Any, **options: Any) -> None:
+        if self.name == "votes.jsonl":
+            raise UserError(f"{self}: cannot be written")
+        upload(self, *rest, **options)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Store, "upload", fails)
+        assert main(command) == 2
+    assert main(command) == 0
+    sums = [f"{name}.sha256" for name in outputs.values()]
+    assert sorted(path.rpartition("/")[2] for path in memory.find("/out")) == sorted([*outputs.values(), *sums])
+    assert json.loads(memory.cat("/out/all.json"))["votes"] == 16
+    assert main(command) == 2  # all are there

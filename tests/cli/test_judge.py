@@ -102,6 +102,25 @@ def test_two_judges_from_the_command_line(
     assert server.posts == []  # all replies were in the journal
 
 
+def test_judging_at_urls(folder: Path, memory: Any, server: bad.Misbehaving) -> None:
+    """All that is read lies in memory; the numbers name it so, and a journal asks nothing twice."""
+    for file in list(folder.glob("*.*")):
+        memory.put(str(file), f"/in/{file.name}")
+        file.unlink()
+    given = ["judge", "--samples", "9", "--judge", "memory://in/one.yaml", "memory://in/two.yaml", "--output"]
+    for flag, name in (("questions", "questions"), ("a", "a"), ("b", "b")):
+        given += [f"--{flag}", f"memory://in/{name}.jsonl"]
+    at = given.index("--output") + 1
+    assert main([*given[:at], "memory://out/said.json", *given[at:]]) == 0
+    said, asked = json.loads(memory.cat("/out/said.json")), len(server.posts)
+    assert said["a"] == "memory://in/a.jsonl" and list(said["judges"]) == [
+        f"memory://in/{n}.yaml" for n in ("one", "two")
+    ]
+    assert len(memory.cat("/out/said.comparisons.jsonl").splitlines()) == 4
+    assert str(folder).encode() not in b"".join(memory.cat(path) for path in memory.find("/out"))
+    assert main([*given[:at], "memory://out/again.json", *given[at:]]) == 0 and len(server.posts) == asked
+
+
 def test_questions_as_fastchat_has_them(folder: Path) -> None:
     """Vicuna's file of today, with more than one turn and a reference answer here and there, and that of 2023."""
     today = [

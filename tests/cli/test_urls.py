@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -26,19 +27,13 @@ from support import tiny
 
 
 @pytest.fixture
-def memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """An empty memory file system with scored records in it, and an empty cache; rewards can be imported."""
-    monkeypatch.setenv("RRHF_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(remote, "PAUSES", (0.0, 0.0))
+def memory(memory: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A memory file system with scored records in it; rewards can be imported."""
     monkeypatch.chdir(tmp_path)
     tiny.write_rewards(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    remote.fetched_model.cache_clear()
-    fs = fsspec.filesystem("memory")
-    fs.store.clear()
-    fs.pipe("/in/data.jsonl", "".join(json.dumps(row) + "\n" for row in tiny.rows(8)).encode())
-    yield fs
-    fs.store.clear()
+    memory.pipe("/in/data.jsonl", "".join(json.dumps(row) + "\n" for row in tiny.rows(8)).encode())
+    return memory
 
 
 def lines(fs: Any, path: str) -> list[dict[str, Any]]:
@@ -71,7 +66,7 @@ def test_which_arguments_are_read_and_written() -> None:
 
 
 # Flags whose value is no file and no folder, or one that stays on this machine: a URL there is refused.
-LOCAL = set("""
+LOCAL = """
     device dtype attn_implementation policy chat_template_kwargs api_key_env reward_normalisation peft format split to
     lora_target_modules select ranking_loss sft_reduction dpo_pairs ties lr_scheduler_kwargs optim_args repo fit names
     optim_target_modules activation_checkpointing_kwargs gradient_checkpointing_kwargs torch_compile_backend add mode
@@ -79,7 +74,7 @@ LOCAL = set("""
     trackio_static_space_id include_for_metrics hub_token hub_model_id hub_revision metric_for_best_model without task
     accelerator_config parallelism_config label_names length_column_name fsdp fsdp_config deepspeed debug pairing
     resume_from_checkpoint alarm weights raters lr_scheduler_type watch_policy output_dir
-""".split())  # fmt: skip
+"""
 ALL = [(name,) for name in COMMANDS if name not in ("baseline", "arena")]
 ALL += [("baseline", name) for name in BASELINES] + [("arena", name) for name in ACTIONS]
 
@@ -108,7 +103,7 @@ def test_every_flag_takes_urls_or_refuses_them(command: tuple[str, ...], monkeyp
         if action.nargs == 0 or action.choices or action.type in (int, float) or truth:
             assert flag not in KINDS, flag  # no place for a text
         elif flag:
-            assert (flag in KINDS or f"{name} {flag}" in KINDS) != (flag in LOCAL), flag
+            assert (flag in KINDS or f"{name} {flag}" in KINDS) != (flag in LOCAL.split()), flag
     if "" in flags:  # what follows a flag may stand bare
         assert name in BARE
         assert {flag for flag, action in flags.items() if flag and action.nargs == 0} <= SWITCHES
@@ -181,23 +176,62 @@ def test_no_work_is_begun_for_a_place_that_cannot_be_written(
     assert "Access Denied: give credentials" in capfd.readouterr().err
 
 
-def test_models_are_read_and_written_at_urls(memory: Any, tmp_path: Path) -> None:
+def test_models_are_read_and_written_at_urls(memory: Any, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    """Every command that reads or writes a model, one after another; no output names the copies in the cache."""
     memory.put(str(tiny.write_model(tmp_path / "policy")), "/in/policy", recursive=True)
+    memory.pipe("/in/pairs.jsonl", memory.cat("/in/data.jsonl"))
     settings = tiny.config(tmp_path)["train"]
-    flags = [f"--{name}={value}" for name, value in {**settings, "max_steps": 1}.items() if name != "num_train_epochs"]
-    model = ["--model", "memory://in/policy", "--device", "cpu", "--dtype", "float32"]
-    train = ["train", *model, "--data", "memory://in/data.jsonl", "--output", "memory://out/model", *flags]
-    assert main(train) == 0
-    sent = {path.removeprefix("/out/model/") for path in memory.find("/out/model")}
-    assert {"model.safetensors", "config.json", "training.json", SUMS} <= sent
-    assert not [name for name in sent if "checkpoint" in name]
-    assert len(memory.cat(f"/out/model/{SUMS}").decode().splitlines()) == len(sent) - 1
-    evaluate = ["evaluate", "--model", "memory://out/model", "--device", "cpu", "--dtype", "float32",
-                "--data", "memory://in/data.jsonl", "--reward", "tiny_rewards:vowels", "--max_new_tokens", "3",
-                "--output", "memory://out/numbers.json"]  # fmt: skip
-    assert main(evaluate) == 0
-    assert json.loads(memory.cat("/out/numbers.json"))["perplexity_model"] == "memory://out/model"
-    assert memory.exists("/out/numbers.generations.jsonl")
+    steps = [f"--{name}={value}" for name, value in {**settings, "max_steps": 1}.items() if name != "num_train_epochs"]
+    device = ["--device", "cpu", "--dtype", "float32"]
+    model, data = ["--model", "memory://in/policy", *device], ["--data", "memory://in/data.jsonl"]
+    reward, short = ["--reward", "tiny_rewards:vowels"], ["--max_new_tokens", "3"]
+
+    def out(name: str) -> list[str]:
+        return ["--output", f"memory://out/{name}"]
+
+    train = ["train", *model, *data, "--eval_data", "memory://in/pairs.jsonl", *steps]
+    watched = ["--watch_steps", "1", "--watch_data", "memory://in/data.jsonl", "--watch_reward", "tiny_rewards:vowels"]
+    assert main([*train, *watched, "--watch_max_new_tokens", "3", *out("model")]) == 0
+    assert "model.safetensors" in at(memory, "model") and "training.json" in at(memory, "model")
+    assert main(["evaluate", "--model", "memory://out/model", *device, *data, "--pairs", "memory://in/pairs.jsonl",
+                 *reward, *short, *out("numbers.json")]) == 0  # fmt: skip
+    numbers = json.loads(memory.cat("/out/numbers.json"))
+    assert numbers["perplexity_model"] == "memory://out/model"
+    assert numbers["accuracy"]["file"] == "memory://in/pairs.jsonl" and memory.exists("/out/numbers.generations.jsonl")
+    assert main(["publish", "memory://out/model", "--to", "card"]) == 0
+    assert b"Written by rrhf" in memory.cat("/out/model/README.md")
+    assert main(["baseline", "sft", "--fit", "human/1", *model, *data, *steps, *out("sft")]) == 0
+    assert "model.safetensors" in at(memory, "sft") and memory.exists("/out/sft-data.jsonl")
+    few = ["--rollout_queries", "2", "--max_steps", "1", "--ppo_epochs", "1", "--per_device_train_batch_size", "2"]
+    assert main(["baseline", "ppo", *model, *data, *reward, *short, *few, "--num_responses", "2", *out("ppo")]) == 0
+    assert "model.safetensors" in at(memory, "ppo")
+    best = ["baseline", "best-of-n", *model, *data, *reward, *short, "--num_responses", "2", *out("best")]
+    assert main(best) == main(best) == 0  # the second goes on, and finds all done
+    assert "evaluation.json" in at(memory, "best")
+    assert main(["reward-model", *model, *data, "--eval_data", "memory://in/pairs.jsonl", "--max_steps", "1",
+                 "--max_length", "64", "--per_device_train_batch_size", "2", *out("rm")]) == 0  # fmt: skip
+    assert main(["score", *data, "--reward", "memory://out/rm", *device, *out("scored.jsonl")]) == 0
+    assert "memory://out/rm" in lines(memory, "/out/scored.jsonl")[0]["rewards"]
+    assert main(["report", "memory://out/model", "memory://out/best", "--results", "memory://out/numbers.json",
+                 *out("page.html")]) == 0  # fmt: skip
+    assert b"Accuracy" in memory.cat("/out/page.html")
+    here = re.compile(rb".{0,60}" + str(tmp_path).encode() + rb".{0,99}")  # but for transformers' own arguments
+    named = {path: here.findall(memory.cat(path)) for path in memory.find("/out") if not path.endswith("args.bin")}
+    assert not {path: found for path, found in named.items() if found}
+    capfd.readouterr()
+    assert main([*train, *out("model")]) == 2
+    assert "memory://out/model exists already" in capfd.readouterr().err
+    memory.pipe("/in/data.jsonl", b'{"query": 1}\n')
+    assert main(["inspect", "memory://in/data.jsonl"]) == 2
+    assert "memory://in/data.jsonl" in (said := capfd.readouterr().err) and str(tmp_path) not in said
+
+
+def at(fs: Any, name: str) -> list[str]:
+    """The files of a folder that a command has sent, without a checkpoint; all stand in its list."""
+    sent = [path.removeprefix(f"/out/{name}/") for path in fs.find(f"/out/{name}")]
+    assert not [path for path in sent if "checkpoint" in path]
+    assert len(fs.cat(f"/out/{name}/{SUMS}").decode().splitlines()) == len(sent) - 1
+    return sent
 
 
 # --- S3 --------------------------------------------------------------------------------------------------------------

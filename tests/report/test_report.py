@@ -775,8 +775,11 @@ def test_the_filters_show_gains_losses_and_violated_pairs(tmp_path: Path, opened
     assert faults == [] and len(requests) == 1
 
 
-def test_on_paper_no_row_is_cut(tmp_path: Path, opened: Any) -> None:
-    """200 rows of texts up to the longest that a page shows: each row's first and last words stand on one sheet."""
+def test_on_paper_no_row_is_cut_and_every_sheet_has_the_head(tmp_path: Path, opened: Any) -> None:
+    """200 rows of texts up to the longest that a page shows: each row's first and last words stand on one sheet.
+
+    The table's head stands above them on each sheet.
+    """
     from pypdf import PdfReader
 
     run = make_run(tmp_path / "run", n=200, steps=3)
@@ -794,6 +797,13 @@ def test_on_paper_no_row_is_cut(tmp_path: Path, opened: Any) -> None:
         begin = [number for number, text in enumerate(sheets) if f"begins{i:03}" in text]
         end = [number for number, text in enumerate(sheets) if f"ends{i:03}" in text]
         assert begin == end and len(begin) == 1, f"row {i} begins on sheet {begin} and ends on {end}"
+    names = ["Query", "ρ before", "π after", "Gain"]
+    assert page.locator("#texts-table thead button").all_inner_texts() == ["#", *names[:3], "ρ", "π", names[3]]
+    with_rows = [number for number, text in enumerate(sheets) if "begins" in text]
+    assert len(with_rows) > 20
+    for number in with_rows:
+        above = sheets[number].partition("begins")[0]
+        assert [name for name in names if name not in above] == [], f"sheet {number} begins with {above[-80:]!r}"
     assert faults == []
 
 

@@ -15,6 +15,7 @@ PATIENT = {
     "RAY_worker_register_timeout_seconds": "300",
     "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S": "300",
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_memory_monitor_refresh_ms": "0",  # else Ray kills its own where others fill the machine's memory
 }
 
 

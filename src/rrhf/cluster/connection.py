@@ -12,7 +12,7 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -57,26 +57,52 @@ def connected(settings: ClusterSettings) -> Iterator[None]:
     if address not in ("auto", "local"):
         _knock(address)
     dashboard = False if address == "local" else None  # of a cluster that runs it is not ours to say
-    try:
-        with _own_signals():
+    with _own_signals() as take_back:
+        try:
             ray.init(address=address, log_to_driver=True, logging_level=logging.WARNING, include_dashboard=dashboard)
-    except (ConnectionError, RuntimeError, ValueError) as error:
-        raise UserError(f"--cluster {address}: {_first_line(error)}: {CURE}") from error
-    try:
-        yield
-    finally:
-        ray.shutdown()
+        except (ConnectionError, RuntimeError, ValueError) as error:
+            raise UserError(f"--cluster {address}: {_first_line(error)}: {CURE}") from error
+        take_back()
+        try:
+            yield
+        finally:
+            ray.shutdown()
 
 
 @contextmanager
-def _own_signals() -> Iterator[None]:
-    """Keep what SIGTERM does in a command, for which Ray puts in something of its own."""
-    before = signal.getsignal(signal.SIGTERM)
+def _own_signals() -> Iterator[Callable[[], None]]:
+    """Let SIGINT and SIGTERM do what they do in a command without a cluster; yields what takes them back from Ray.
+
+    Ray puts in handlers of its own, and makes another exit, or a failure, of what ours raise while it waits.
+    """
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    got: list[int] = []
+
+    def stop(number: int, frame: Any) -> None:
+        got.append(number)
+        if callable(handler := before[signal.Signals(number)]):
+            handler(number, frame)
+
+    def put_in() -> None:
+        if threading.current_thread() is threading.main_thread():  # signals come to it alone
+            for number, handler in before.items():
+                signal.signal(number, stop if callable(handler) else handler)
+
+    put_in()
     try:
-        yield
+        yield put_in
+    except GeneratorExit:  # whoever asked for work has stopped, and says why
+        raise
+    except BaseException as error:
+        if isinstance(error, SystemExit) and error.code == signal.SIGTERM:  # Ray's handler, while it starts
+            stop(signal.SIGTERM, None)
+        if got:
+            raise (KeyboardInterrupt() if got[0] == signal.SIGINT else SystemExit(128 + got[0])) from None
+        raise
     finally:
         if threading.current_thread() is threading.main_thread():
-            signal.signal(signal.SIGTERM, before)
+            for number, handler in before.items():
+                signal.signal(number, handler)
 
 
 CURE = (

@@ -107,6 +107,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _fit(settings: ClusterSettings, job: _Job, mine: Share) -> None:
+    from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
     from ray.train.v2.api.exceptions import TrainingFailedError
@@ -122,9 +123,10 @@ def _fit(settings: ClusterSettings, job: _Job, mine: Share) -> None:
             failure_config=FailureConfig(max_failures=settings.cluster_restarts),
         ),
     )
+    trainer._register_sigint_handler = lambda controller: None  # its own ends the command with exit code 0
     try:
         trainer.fit()
-    except TrainingFailedError as error:
+    except (TrainingFailedError, RayError) as error:  # the latter: what leads the training died, for want of memory
         if (job.scratch / REFUSED).exists():
             return
         raise UserError(

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from rrhf.cli.main import main
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.check import read_result
 from rrhf.recipes.reproduce.place import Item, Place
@@ -137,6 +138,20 @@ def test_results_are_taken_up_again(file: Path, tmp_path: Path) -> None:
     assert all(place.is_done(Item(study.arm("PPO"), seed, 1e-3)) for seed in range(SEEDS))
     with pytest.raises(UserError, match="not of hh"):
         take(file, place, "hh", "small")
+
+
+def test_a_table_and_its_export_at_urls(file: Path, memory: Any) -> None:
+    """Results are taken from a URL; the table's folder stands at one; an export is added to what is there."""
+    memory.put(str(file), "/in/lines.jsonl")
+    memory.pipe("/out/lines.jsonl", "".join(json.dumps(each) + "\n" for each in [line("DPO", 9)]).encode())
+    table = ["reproduce", "imdb", "--arms", "PPO,SFT", "--output", "memory://out/table"]
+    assert main([*table, "--take", "memory://in/lines.jsonl", "--page"]) == 0
+    assert {"/out/table/report.md", "/out/table/report.html"} < set(memory.find("/out/table"))
+    count = len(file.read_text().splitlines())
+    assert main([*table, "--export", "memory://out/lines.jsonl"]) == 0
+    exported = [json.loads(each) for each in memory.cat("/out/lines.jsonl").splitlines()]
+    assert len(exported) == count + 1 and ("DPO", 9) in [(each["arm"], each["seed"]) for each in exported]
+    assert main(["reproduce", "hh", "--check", "memory://in/lines.jsonl:2"]) == 2  # it is found, and is of imdb
 
 
 def test_what_is_no_file_of_results_is_refused(tmp_path: Path) -> None:
