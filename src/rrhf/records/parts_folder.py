@@ -35,6 +35,8 @@ from rrhf.records.record import Record, record_line
 
 log = logging.getLogger("rrhf")
 
+_BOOT = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)  # of the machine, by the clock as it is now
+
 Work = Callable[[list[Record], Callable[[int], None]], Iterable[Record]]
 Finish = Callable[[Callable[[], Iterator[Record]]], Iterable[Record]]  # streams all results → what is written
 
@@ -360,7 +362,9 @@ def _identity(path: Path) -> list[int] | None:
 
 
 def _process_start() -> float:
-    """When this process began, in seconds since the epoch: processes that were launched together began together."""
+    """When this process began, in seconds since the epoch: processes that were launched together began together.
+
+    By the clock as it was early in the process: one that is put forward later makes no output an older one.
+    """
     ticks = int(Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age
+    return _BOOT + ticks / os.sysconf("SC_CLK_TCK")
