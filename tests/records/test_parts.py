@@ -283,6 +283,19 @@ def test_entries_after_a_torn_line_count(tmp_path: Path) -> None:
     assert blocks == [6]
 
 
+@pytest.mark.parametrize("number", ["1e999", "NaN", "[]", '"x"', "null"])
+def test_an_entry_whose_number_is_none_does_not_count(
+    number: str, undisturbed: Callable[[str], bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    manifest = unfinished(output) / "manifest-00000.jsonl"
+    manifest.write_text(manifest.read_text().replace('"part": 0', f'"part": {number}'))
+    blocks, work = counting()
+    run(output, work=work)
+    assert blocks == [0, 6]
+    assert output.read_bytes() == undisturbed(".jsonl")
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     unfinished(output)

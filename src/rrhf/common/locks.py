@@ -53,7 +53,7 @@ def _holder(file: IO[str]) -> str:
         file.seek(0)
         found = json.loads(file.read())
         return f"process {int(found['pid'])} on {found['host']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock and has not said so yet
+    except (ValueError, LookupError, TypeError, ArithmeticError):  # it has the lock and has not said so yet
         return "another process"
 
 

@@ -277,7 +277,7 @@ class PartsFolder:
                         break
                     self.read[manifest] += len(line)
                     # A torn line that another process has closed, or one that the disk changed: its part is made again.
-                    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+                    with contextlib.suppress(ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
                         entry = json.loads(line)
                         place = int(entry["step"]), int(entry["part"])
                         counts = {str(name): int(count) for name, count in dict(entry["counts"]).items()}
