@@ -52,7 +52,7 @@ MUTATIONS = [
         "common/files.py",
         "    temporary = _temporary(path, os.getpid())\n    try:",
         "    yield path\n    return\n    try:",
-        f"{PARTS}::test_overwrite_replaces_at_the_very_end",
+        "tests/common/test_files.py::test_after_any_exception_the_old_file_stands",
     ),
     Mutation(
         "a damaged checkpoint is gone on from",

@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import append_line, claimed_place, fsync_folder, refuse_existing, replacing, write_text
+from rrhf.common.files import (
+    append_line,
+    claimed_place,
+    elsewhere,
+    fsync_folder,
+    refuse_existing,
+    replacing,
+    write_text,
+)
 from rrhf.common.launch import rank_and_world
 from rrhf.common.locks import hold
 from rrhf.common.settings import refuse_other_settings
@@ -103,7 +111,7 @@ class PartsFolder:
                 gone = isinstance(error, FileNotFoundError | FileExistsError)  # by another process in between
                 if gone and (self.folder.is_dir() or not os.path.lexists(self.folder)):
                     continue
-                raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another --output") from error
+                raise UserError(f"{self.folder}: cannot be made: {error.strerror}; {elsewhere(error)}") from error
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 alone = True
