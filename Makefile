@@ -87,7 +87,15 @@ test-mutations: setup
 # 100,000 cases of bad input a property, new ones at every run.
 .PHONY: test-fuzz
 test-fuzz: setup
-	RRHF_FUZZ=$(or $(CASES),100000) $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
+	TMPDIR=$(or $(wildcard /dev/shm),/tmp) RRHF_FUZZ=$(or $(CASES),100000) $(BIN)/python -m pytest -q tests/fuzz $(ARGS)
+
+# Bad input by a fuzzer that sees which lines it reaches: atheris beside the environment, not in it (docs/faults.md).
+.PHONY: test-atheris
+.venv-atheris/.setup: $(VENV)/.setup
+	$(PIP) install --upgrade --no-deps --target .venv-atheris atheris==3.0.0
+	touch $@
+test-atheris: .venv-atheris/.setup
+	PYTHONPATH=.venv-atheris $(BIN)/python tests/fuzz/guided.py $(ARGS)
 
 # Known holes in what is installed, and suspicious places in our code (docs/security.md). RELEASE=1 fails where the
 # source of advisories cannot be reached.
@@ -148,7 +156,7 @@ bench: setup .venv-old/.setup
 	$(BIN)/python benchmarks/help_time.py
 
 clean:
-	rm -rf $(VENV) .venv-8bit .venv-audit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist site
+	rm -rf $(VENV) .venv-8bit .venv-atheris .venv-audit .venv-latest .venv-lock .venv-lowest .venv-old .venv-openvino .venv-optimum .venv-trl .venv-vllm .venv-judge build dist site
 
 # --- engines: each in an environment of its own, since their requirements do not fit together or with the lock ---------
 

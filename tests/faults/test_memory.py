@@ -13,8 +13,12 @@ from rrhf.common.errors import UserError
 from rrhf.models.batching import plan_forwards
 from rrhf.models.out_of_memory import in_halves, is_out_of_memory, run_forwards
 from rrhf.models.tokenization import EncodedRecord
+from rrhf.training import forward
+from rrhf.training.trainer import RRHFTrainer
 from support import tiny
+from support.models import tiny_model, tiny_tokenizer, toy_records
 from support.tiny import lack
+from support.training import config
 
 MODEL = ("--model", "../model", "--device", "cpu", "--dtype", "float32")
 SAMPLE = ("sample", *MODEL, "--data", "data.jsonl", "--policy", "top-p", "--num_responses", "2", "--max_new_tokens",
@@ -70,6 +74,39 @@ def test_what_never_fits_is_said(place: Path) -> None:
     assert ended.code == 2 and "Traceback" not in ended.err
     assert "out of memory, even with one of the queries at a time" in ended.err and "--dtype bfloat16" in ended.err
     tiny.warm(*SAMPLE, cwd=folder).done()
+
+
+@pytest.mark.usefixtures("one_thread")
+def test_what_training_measures_without_a_gradient(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The reference's sums, held-out losses, the tokens' log-probabilities: half at a time gives the same numbers."""
+    tokenizer, records = tiny_tokenizer(), toy_records(6, seed=1, responses=(2, 4))
+
+    def numbers() -> list[float]:
+        args = config(tmp_path, ranking_loss="dpo", max_steps=1, max_tokens_per_forward=4000)
+        trainer = RRHFTrainer(
+            model=tiny_model("llama", len(tokenizer)), args=args, train_dataset=records, eval_dataset=records[:4],
+            processing_class=tokenizer,
+        )  # fmt: skip
+        trainer.train()  # ρ's sums first of all: measured under the model as it is
+        measured = list(trainer.evaluate().values())
+        filled = trainer.with_token_logprobs(records)
+        return measured + [n for record in filled for row in record.extra["old_token_logprobs"] for n in row]
+
+    whole = numbers()
+    passes = forward.response_logprobs
+    lacking: list[int] = []
+
+    def lacks(model: Any, part: Any, *options: Any) -> Any:
+        if not torch.is_grad_enabled() and len(part) > 1:
+            lacking.append(len(part))
+            raise torch.OutOfMemoryError("out of memory: tried to allocate 1 TiB")
+        return passes(model, part, *options)
+
+    monkeypatch.setattr(forward, "response_logprobs", lacks)
+    assert numbers() == pytest.approx(whole, rel=1e-4, abs=1e-5)
+    assert len(lacking) >= 3 and caplog.text.count("tokens a forward from here on") == len(lacking)
 
 
 def test_another_error_is_no_lack_of_memory() -> None:

@@ -9,6 +9,7 @@ import random
 import signal
 import subprocess
 import sys
+import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -282,6 +283,19 @@ def test_entries_after_a_torn_line_count(tmp_path: Path) -> None:
     assert blocks == [6]
 
 
+@pytest.mark.parametrize("number", ["1e999", "NaN", "[]", '"x"', "null"])
+def test_an_entry_whose_number_is_none_does_not_count(
+    number: str, undisturbed: Callable[[str], bytes], tmp_path: Path
+) -> None:
+    output = tmp_path / "out.jsonl"
+    manifest = unfinished(output) / "manifest-00000.jsonl"
+    manifest.write_text(manifest.read_text().replace('"part": 0', f'"part": {number}'))
+    blocks, work = counting()
+    run(output, work=work)
+    assert blocks == [0, 6]
+    assert output.read_bytes() == undisturbed(".jsonl")
+
+
 def test_other_settings_are_refused_and_named(tmp_path: Path) -> None:
     output = tmp_path / "out.jsonl"
     unfinished(output)
@@ -457,6 +471,22 @@ def test_who_comes_when_all_is_done(tmp_path: Path) -> None:
     assert [child(overwriting_run, str(output), env=process(rank)) for rank in (0, 1)] == [0, 0]
     assert output.read_text() == "mine\n"
     assert child(undisturbed_run, str(output), env=process(0, 1)) == 2  # one process alone asks nobody
+
+
+def run_after_the_clock_was_put(output: str, seconds: int) -> None:
+    now = time.time
+    time.time = lambda: now() + seconds
+    undisturbed_run(output)
+
+
+def test_who_comes_when_all_is_done_and_the_clock_was_put_forward(tmp_path: Path) -> None:
+    """What the others wrote ten minutes after all began is theirs, and what is older is not, whatever the hour now."""
+    output = tmp_path / "out.jsonl"
+    for since, seconds, code in ((600, 3600, 0), (600, 10**8, 0), (-600, 3600, 2), (-600, -3600, 2)):
+        output.write_text("mine\n")
+        os.utime(output, (when := time.time() + since, when))
+        assert child(run_after_the_clock_was_put, str(output), seconds, env=process(0)) == code
+        assert output.read_text() == "mine\n"
 
 
 def test_three_processes_overwrite(undisturbed: Callable[[str], bytes], tmp_path: Path) -> None:

@@ -29,20 +29,32 @@ def main(locked: str) -> int:
         said, words = asked.stdout, asked.stderr
     except subprocess.TimeoutExpired:
         said, words = "", f"no answer in {PATIENCE} seconds"
+    return verdict(said, words, bool(os.environ.get("RELEASE")))
+
+
+def verdict(said: str, words: str, release: bool) -> int:
+    """Print what pip-audit ``said``, in JSON, and return the exit code; ``words``: what it wrote beside that."""
     try:
         packages = json.loads(said)["dependencies"]
     except (ValueError, KeyError):
-        print(f"pip-audit: the source of advisories cannot be reached: {(words.strip().splitlines() or ['?'])[-1]}")
-        print("nothing is known of holes in the packages" + (": no release" if os.environ.get("RELEASE") else ""))
-        return 1 if os.environ.get("RELEASE") else 0
+        return _unreached((words.strip().splitlines() or ["?"])[-1], release)
+    left_out = [package for package in packages if "skip_reason" in package]
+    if len(left_out) == len(packages):  # what answers is no source of advisories: a mirror of packages alone
+        return _unreached(left_out[0]["skip_reason"] if left_out else "no package was asked about", release)
     holes = [(package, hole) for package in packages for hole in package.get("vulns", ())]
     for package, hole in holes:
         mended = ", ".join(hole["fix_versions"]) or "none yet"
         print(f"{package['name']} {package['version']}: {hole['id']}; mended in: {mended}")
-    left_out = [package["name"] for package in packages if "skip_reason" in package]
-    rest = ", ".join(left_out) or "none"
-    print(f"pip-audit: {len(packages)} packages, {len(holes)} known holes; not asked about: {rest}")
+    asked = len(packages) - len(left_out)
+    rest = ", ".join(package["name"] for package in left_out) or "none"
+    print(f"pip-audit: {asked} packages asked about, {len(holes)} known holes; not asked about: {rest}")
     return 1 if holes else 0
+
+
+def _unreached(why: str, release: bool) -> int:
+    print(f"pip-audit: the source of advisories cannot be reached: {why}")
+    print("nothing is known of holes in the packages" + (": no release" if release else ""))
+    return 1 if release else 0
 
 
 if __name__ == "__main__":

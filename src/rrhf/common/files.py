@@ -84,6 +84,11 @@ def _remove_stale(path: Path) -> None:
                 pass
 
 
+def elsewhere(error: OSError) -> str:
+    """What to do where an output's folder cannot be written."""
+    return ("free some space or " if error.errno in WRITING_FAILED else "") + "choose another --output"
+
+
 def checksum_of_file(path: Path) -> str:
     """SHA-256 of a file's bytes."""
     with path.open("rb") as file:

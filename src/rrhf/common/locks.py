@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO
 
 from rrhf.common.errors import UserError
+from rrhf.common.files import elsewhere
 
 log = logging.getLogger("rrhf")
 
@@ -53,7 +54,7 @@ def _holder(file: IO[str]) -> str:
         file.seek(0)
         found = json.loads(file.read())
         return f"process {int(found['pid'])} on {found['host']}"
-    except (ValueError, KeyError, TypeError):  # it has the lock and has not said so yet
+    except (ValueError, LookupError, TypeError, ArithmeticError):  # it has the lock and has not said so yet
         return "another process"
 
 
@@ -80,7 +81,7 @@ def only_process(folder: Path, refusal: str) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         file = hold(folder / LOCK, refusal)
     except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; choose another --output") from error
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; {elsewhere(error)}") from error
     try:
         yield
     finally:

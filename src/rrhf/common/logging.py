@@ -9,6 +9,20 @@ from pathlib import Path
 from rrhf.common.launch import rank_and_world
 
 
+class _LogFile(logging.FileHandler):
+    """A file of messages whose disk may be full: that is said once, and no work ends of it."""
+
+    said = False
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 - the library's name
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self.said:
+            self.said = True
+            print(f"{self.baseFilename}: cannot be written: {error.strerror}: free some space", file=sys.stderr)
+
+
 def set_up_logging(log_file: Path | None = None) -> None:
     """What the stages say goes to stderr, and to ``log_file`` with the time."""
     logger = logging.getLogger("rrhf")
@@ -22,6 +36,6 @@ def set_up_logging(log_file: Path | None = None) -> None:
         logger.addHandler(console)
     if log_file is not None:
         log_file.parent.mkdir(parents=True, exist_ok=True)
-        file = logging.FileHandler(log_file, encoding="utf-8")
+        file = _LogFile(log_file, encoding="utf-8")
         file.setFormatter(logging.Formatter("%(asctime)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         logger.addHandler(file)

@@ -25,7 +25,15 @@ from pathlib import Path
 from typing import IO, Any
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import append_line, claimed_place, fsync_folder, refuse_existing, replacing, write_text
+from rrhf.common.files import (
+    append_line,
+    claimed_place,
+    elsewhere,
+    fsync_folder,
+    refuse_existing,
+    replacing,
+    write_text,
+)
 from rrhf.common.launch import rank_and_world
 from rrhf.common.locks import hold
 from rrhf.common.settings import refuse_other_settings
@@ -34,6 +42,8 @@ from rrhf.records.files import join_records, read_records, write_records
 from rrhf.records.record import Record, record_line
 
 log = logging.getLogger("rrhf")
+
+_BOOT = time.time() - time.clock_gettime(time.CLOCK_BOOTTIME)  # of the machine, by the clock as it is now
 
 Work = Callable[[list[Record], Callable[[int], None]], Iterable[Record]]
 Finish = Callable[[Callable[[], Iterator[Record]]], Iterable[Record]]  # streams all results → what is written
@@ -101,7 +111,7 @@ class PartsFolder:
                 gone = isinstance(error, FileNotFoundError | FileExistsError)  # by another process in between
                 if gone and (self.folder.is_dir() or not os.path.lexists(self.folder)):
                     continue
-                raise UserError(f"{self.folder}: cannot be made: {error.strerror}; choose another --output") from error
+                raise UserError(f"{self.folder}: cannot be made: {error.strerror}; {elsewhere(error)}") from error
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 alone = True
@@ -275,7 +285,7 @@ class PartsFolder:
                         break
                     self.read[manifest] += len(line)
                     # A torn line that another process has closed, or one that the disk changed: its part is made again.
-                    with contextlib.suppress(ValueError, LookupError, TypeError, RecursionError):
+                    with contextlib.suppress(ValueError, LookupError, TypeError, ArithmeticError, RecursionError):
                         entry = json.loads(line)
                         place = int(entry["step"]), int(entry["part"])
                         counts = {str(name): int(count) for name, count in dict(entry["counts"]).items()}
@@ -360,7 +370,9 @@ def _identity(path: Path) -> list[int] | None:
 
 
 def _process_start() -> float:
-    """When this process began, in seconds since the epoch: processes that were launched together began together."""
+    """When this process began, in seconds since the epoch: processes that were launched together began together.
+
+    By the clock as it was early in the process: one that is put forward later makes no output an older one.
+    """
     ticks = int(Path("/proc/self/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[19])
-    age = time.clock_gettime(time.CLOCK_BOOTTIME) - ticks / os.sysconf("SC_CLK_TCK")
-    return time.time() - age
+    return _BOOT + ticks / os.sysconf("SC_CLK_TCK")

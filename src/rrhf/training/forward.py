@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from rrhf.common.progress import progress
-from rrhf.models.batching import plan_forwards
+from rrhf.models.batching import Forward
+from rrhf.models.out_of_memory import run_forwards
 from rrhf.models.passes import response_logprobs
 from rrhf.models.tokenization import EncodedRecord
 
@@ -61,15 +61,22 @@ def forward_records(
 
 @torch.no_grad()
 def measure(
-    records: Sequence[EncodedRecord], compute: Compute, budget: int, path: str, show: str | None = None
+    model: nn.Module, records: Sequence[EncodedRecord], compute: Compute, budget: int, path: str
 ) -> list[ForwardOutputs]:
-    """What ``compute`` says of each record, in order and without a graph; ``show`` names a progress bar."""
+    """What ``compute``, a pass of ``model``, says of each record, in order and without a graph.
+
+    Where memory runs out, fewer tokens pass at a time.
+
+    Raises:
+        UserError: a pass over one response does not fit.
+    """
     places = {id(record): place for place, record in enumerate(records)}
     found: list[ForwardOutputs | None] = [None] * len(records)
-    forwards = plan_forwards(records, budget, path)
-    for forward in progress(forwards, show, unit="batches") if show else forwards:
-        parts: list[Sequence[EncodedRecord]] = [[part] for part in forward.slices] or [forward.records]
-        outputs = [compute(part) for part in parts]
+
+    def run(forward: Forward) -> list[ForwardOutputs]:
+        return [compute(part) for part in forward.parts()]
+
+    for forward, outputs in run_forwards(model, records, budget, path, run):
         sums = torch.cat([output.sums for output in outputs])
         lengths = [len(response) for record in forward.records for response in record.responses]
         given = [output.token_logprobs for output in outputs if output.token_logprobs is not None]

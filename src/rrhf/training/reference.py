@@ -167,14 +167,17 @@ def refuse_other_tokenizer(theirs: PreTrainedTokenizerBase, ours: PreTrainedToke
 # --- records that are in memory already ------------------------------------------------------------------------------
 
 
-def fill_in_memory(data: EncodedRecords, compute: Compute, budget: int, path: str, rank: int, world: int) -> None:
-    """Give the records that have no ``reference_sums`` those that ``compute``, a pass of ρ, finds.
+def fill_in_memory(
+    data: EncodedRecords, reference: tuple[Any, Compute], budget: int, path: str, rank: int, world: int
+) -> None:
+    """Give the records that have no ``reference_sums`` those that ρ, and a pass of it, find.
 
     The processes share them out; it is a collective operation.
     """
     missing = [index for index, record in enumerate(data.records) if record.reference_sums is None]
     mine = missing[rank::world]
-    outputs = measure([data.records[index] for index in mine], compute, budget, path)
+    model, compute = reference
+    outputs = measure(model, [data.records[index] for index in mine], compute, budget, path)
     found = [(index, output.sums.tolist()) for index, output in zip(mine, outputs, strict=True)]
     for index, sums in gather_object(found) if world > 1 else found:
         data.records[index] = replace(data.records[index], reference_sums=sums)
@@ -183,8 +186,8 @@ def fill_in_memory(data: EncodedRecords, compute: Compute, budget: int, path: st
 @contextmanager
 def reference_pass(
     model: Any, config: RRHFConfig, tokenizer: PreTrainedTokenizerBase, own: Compute
-) -> Iterator[Compute]:
-    """A pass of ρ: of ``--reference_model``, loaded for as long as this lasts, or ``own`` of the model as it is.
+) -> Iterator[tuple[Any, Compute]]:
+    """ρ and a pass of it: of ``--reference_model``, loaded for as long as this lasts, or ``own`` of the model as it is.
 
     An adapter that is trained is switched off, and dropout too.
 
@@ -197,10 +200,10 @@ def reference_pass(
         reference, theirs = load_policy_or_adapter(settings)
         refuse_other_tokenizer(theirs, tokenizer, config.reference_model)
         accept_records(reference)
-        yield partial(forward_records, reference, path=usable_path(reference))
+        yield reference, partial(forward_records, reference, path=usable_path(reference))
         return
     was_training = model.training
     model.eval()
     with model.disable_adapter() if hasattr(model, "disable_adapter") else nullcontext():
-        yield own
+        yield model, own
     model.train(was_training)

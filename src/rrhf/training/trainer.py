@@ -208,10 +208,10 @@ class RRHFTrainer(Trainer):
             raise UserError("evaluation on new records needs the reference's sums: give them before training starts")
         own = partial(self._compute, self.model)
         args, model = self.args, self.model
-        with reference_pass(model, args, self.processing_class, own) as compute:
+        with reference_pass(model, args, self.processing_class, own) as reference:
             for data in lacking:
                 budget: int = args.max_tokens_per_forward
-                fill_in_memory(data, compute, budget, self.path, args.process_index, args.world_size)
+                fill_in_memory(data, reference, budget, self.path, args.process_index, args.world_size)
 
     def with_token_logprobs(
         self, records: Sequence[Record], column: str = "old_token_logprobs", under: PreTrainedModel | None = None
@@ -230,7 +230,7 @@ class RRHFTrainer(Trainer):
         was_training = model.training
         model.eval()
         compute = partial(forward_records, model, path=path, tokens=True)
-        outputs = measure(encoded, compute, self.args.max_tokens_per_forward, path)
+        outputs = measure(model, encoded, compute, self.args.max_tokens_per_forward, path)
         model.train(was_training)
         filled = []
         for record, ids, output in zip(records, encoded, outputs, strict=True):
@@ -264,7 +264,7 @@ class RRHFTrainer(Trainer):
         self._seconds += time.perf_counter() - began
         return total.to(self.args.device)
 
-    def _take_smaller_forwards(self, inputs: list[EncodedRecord], lack: str) -> None:
+    def _take_smaller_forwards(self, inputs: Sequence[EncodedRecord], lack: str) -> None:
         """Lower the token budget after memory ran out.
 
         Raises:
@@ -508,8 +508,7 @@ class RRHFTrainer(Trainer):
         was_training = model.training
         model.eval()
         share = data.records[self.args.process_index :: self.args.world_size]
-        forwards = plan_forwards(share, self.args.max_tokens_per_forward, self.path)
-        found = self._without_graph(partial(self._compute, model), forwards)
+        forwards, found = self._held_out(model, share)
         kl = self._batch_kl(forwards, [sums for sums, _ in found]) if "batch_kl" in self.needed else None
         for forward, (sums, tokens) in zip(forwards, found, strict=True):
             self._loss(forward.records, sums, None, tokens, kl)
@@ -523,6 +522,18 @@ class RRHFTrainer(Trainer):
         self.log(metrics)
         self.control: Any = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
+
+    def _held_out(
+        self, model: nn.Module, records: Sequence[EncodedRecord]
+    ) -> tuple[list[Forward], list[tuple[Tensor, Tensor | None]]]:
+        """The forwards of the records, and ``_without_graph`` of them: fewer tokens at a time where memory runs out."""
+        compute = partial(self._compute, model)
+        while True:
+            forwards = plan_forwards(records, self.args.max_tokens_per_forward, self.path)
+            found, lack = attempt(partial(self._without_graph, compute, forwards))
+            if lack is None:
+                return forwards, cast("list[tuple[Tensor, Tensor | None]]", found)
+            self._take_smaller_forwards(records, lack)
 
     def floating_point_ops(self, inputs: Any) -> int:
         """6 operations a parameter outside the embedding and token of the tree."""
