@@ -72,8 +72,10 @@ def split(data: Path) -> tuple[list[Record], list[Record]]:
     return train, held_out
 
 
-def run(backbone: str, train: list[Record], held_out: list[Record], size: int, seed: int, work: Path) -> dict[str, Any]:
-    """Train one model, measure it, and remove it."""
+def run(
+    backbone: str, train: list[Record], held_out: list[Record], size: int, seed: int, work: Path, keep: bool
+) -> dict[str, Any]:
+    """Train one model, measure it, and remove it unless it is to be kept."""
     name, flags = BACKBONES[backbone]
     size = size or len(train)
     order = sorted(range(len(train)), key=lambda i: hashlib.sha256(f"{seed} {train[i].id}".encode()).hexdigest())
@@ -90,7 +92,8 @@ def run(backbone: str, train: list[Record], held_out: list[Record], size: int, s
     for record in score_records(read_records(test), [str(folder)], context=RewardContext(dtype=dtype)):
         truth = [float(score or 0) for score in record_of(held_out, record.id).scores]
         margins += pair_margins(truth, [float(score or 0) for score in record.scores])
-    shutil.rmtree(folder)
+    if not keep:
+        shutil.rmtree(folder)
     return {"backbone": backbone, "pairs": size, "seed": seed, "seconds": round(seconds), "load": os.getloadavg()[1],
             "flags": flags, "margins": [round(margin, 4) for margin in margins]}  # fmt: skip
 
@@ -139,6 +142,7 @@ def main() -> None:
     parser.add_argument("--backbone", nargs="+", default=["minilm", "smollm2"], choices=list(BACKBONES))
     parser.add_argument("--sizes", type=int, nargs="+", help="training pairs, 0 for all; default: by the backbone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--keep", action="store_true", help="leave the models in OUTPUT.work/")
     parser.add_argument("--table", action="store_true", help="print what stands in the results")
     options = parser.parse_args()
     train, held_out = split(Path(options.data))
@@ -158,7 +162,7 @@ def main() -> None:
             for seed in options.seeds:
                 done = {(r["backbone"], r["pairs"], r["seed"]) for r in results()}
                 if (backbone, size or len(train), seed) not in done:
-                    append_line(place, json.dumps(run(backbone, train, held_out, size, seed, work)))
+                    append_line(place, json.dumps(run(backbone, train, held_out, size, seed, work, options.keep)))
 
 
 if __name__ == "__main__":

@@ -64,7 +64,7 @@ class Flags:
 
 def _suggest(flag: str, known: list[str]) -> str:
     text = nearest(flag.replace("-", "_").replace("__", "--", 1), known)
-    return text if len(known) < 30 else text.partition("known:")[0].strip() + " see --help"
+    return text if len(known) < 30 else f"{text.partition('known:')[0]}see --help"
 
 
 def as_arguments(section: Mapping[str, Any], where: str) -> list[str]:
