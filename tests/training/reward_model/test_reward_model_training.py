@@ -13,6 +13,7 @@ import torch
 from rrhf.common.errors import UserError
 from rrhf.models.load import ModelSettings
 from rrhf.records.files import read_records
+from rrhf.records.record import Record
 from rrhf.rewards.scoring import RewardContext, make_scorer
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.stage import train_reward_model, trainable
@@ -91,13 +92,8 @@ def test_it_learns_the_order_and_its_folder_is_a_reward(backbone: str, tmp_path:
 
 def test_trees_give_the_gradients_of_padded_rows() -> None:
     """Rewards and gradients of the head and the embeddings, one row a response, to 1e-5."""
-    from transformers import LlamaForSequenceClassification
-
     tokenizer = tiny_tokenizer()
-    settings = tiny_model("llama", len(tokenizer)).config
-    settings.num_labels = 1
-    torch.manual_seed(0)
-    model = LlamaForSequenceClassification(settings)
+    model = _classifier(tokenizer)
     reward = trainable(model, tokenizer, 128)
     assert reward.reader.unread != tokenizer.eos_token_id
     rows = [row for record in _records(3) for row in reward.encode(record, range(len(record.responses)))]
@@ -113,10 +109,48 @@ def test_trees_give_the_gradients_of_padded_rows() -> None:
         torch.testing.assert_close(tree, padded, atol=1e-5, rtol=1e-4)
 
 
+def _classifier(tokenizer: Any) -> Any:
+    from transformers import LlamaForSequenceClassification
+
+    settings = tiny_model("llama", len(tokenizer)).config
+    settings.num_labels = 1
+    torch.manual_seed(0)
+    return LlamaForSequenceClassification(settings)
+
+
 def _records(count: int) -> list[Any]:
     from rrhf.records.record import record_from_row
 
     return [record_from_row(row, "here", "scores") for row in tiny.rows(count, responses=4)]
+
+
+@pytest.mark.parametrize("bos", ["", "<s>"])
+def test_rows_that_are_too_long_are_cut_together_and_still_share_their_query(bos: str) -> None:
+    tokenizer = tiny_tokenizer(bos=bos) if bos else tiny_tokenizer()
+    reader = trainable(_classifier(tokenizer), tokenizer, 12).reader
+    begin = [tokenizer.bos_token_id] if bos else []
+
+    def read(*responses: str) -> tuple[list[str], list[list[int]]]:
+        rows = reader.encode(Record("0123456789", list(responses)), range(len(responses)))
+        return (
+            [tokenizer.decode(row.query[len(begin) :]) for row in rows],
+            [[*row.query, *part] for row in rows for part in row.responses],
+        )
+
+    def ids(text: str) -> list[int]:
+        return [*begin, *[i for i in tokenizer(text).input_ids if i not in begin], tokenizer.eos_token_id]
+
+    # 12 tokens with what begins and ends a row: the longest row decides what all of them lose.
+    shared, rows = read("abcdef", "xy")
+    kept = "0123456789"[-5 + len(begin) :]
+    assert shared == [kept] and rows == [ids(f"{kept}abcdef"), ids(f"{kept}xy")]
+    assert reader.cut == 2
+    # A response that alone is too long is cut; the other keeps its own, and the last token that both had.
+    shared, rows = read("abcdefghijklmno", "xy")
+    assert rows[0] == ids("abcdefghijklmno"[-11 + len(begin) :])
+    assert rows[1] == ids("9xy") or (bos and rows[1] == ids("xy"))
+    _, rows = read("a", "b")
+    assert rows == [ids(f"{'0123456789'[-10 + len(begin) :]}{text}") for text in "ab"]
 
 
 def test_killed_and_run_again_it_ends_as_if_undisturbed(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from rrhf.models.batching import Forward
 from rrhf.models.end_states import end_states
+from rrhf.models.first_token import first_token_alone
 from rrhf.models.kernels.choice import kernels_for
 from rrhf.models.out_of_memory import in_halves, run_forwards
 from rrhf.models.path_check import END_STATES, usable_path
@@ -100,7 +101,7 @@ class EncoderReward:
         padding = self.reader.tokenizer.pad_token_id or 0
         logits: list[Tensor] = []
         order: list[int] = []
-        with kernels_for(self.model.device).lean(self.model):
+        with kernels_for(self.model.device).lean(self.model), first_token_alone(self.model):
             for batch in length_batches([len(row.ids) for row in rows], budget):
                 left = batch
                 while left:

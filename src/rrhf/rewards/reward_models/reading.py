@@ -68,7 +68,9 @@ class CausalReader:
     ``unread`` is a token (padding) that does not count as the last one, as transformers' classes have it: rows end
     before it.
 
-    Rows longer than ``context`` are cut from the left, behind a BOS that stands first. ``cut`` counts them.
+    Rows longer than ``context`` are cut from the left, behind a BOS that stands first. ``cut`` counts them. With
+    ``together`` the other rows of the record lose the same tokens, so that all still begin alike and share it; a row's
+    score then depends on what it is compared with, which is for training alone.
     """
 
     def __init__(
@@ -77,9 +79,10 @@ class CausalReader:
         context: int | None,
         always_end: bool = False,
         unread: int | None = None,
+        together: bool = False,
     ) -> None:
         self.tokenizer, self.context = tokenizer, context
-        self.always_end, self.unread = always_end, unread
+        self.always_end, self.unread, self.together = always_end, unread, together
         self.format = TextFormat(tokenizer)
         self.cut = 0
 
@@ -90,7 +93,8 @@ class CausalReader:
         one encoded record whose query is all that they share, others one each.
         """
         rows = [self._row(record.query, record.responses[index]) for index in indices]
-        shared = sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))
+        rows = [self._cut(row, most) for row, most in zip(rows, self._room(rows), strict=True)]
+        shared = _shared(rows)
         groups = [(rows, shared)] if shared else [([row], len(row)) for row in rows]
         return [
             EncodedRecord(record.id, array("i", group[0][:n]), [array("i", row[n:]) for row in group], [])
@@ -103,10 +107,23 @@ class CausalReader:
             ids.pop()
         if not ids:
             raise UserError(f"a query and its response have no token in the reward model's vocabulary: {query!r}")
-        if self.context is not None and len(ids) > self.context:
-            self.cut += 1
-            ids = cut_left(ids, self.context, self.tokenizer.bos_token_id)
         return ids
+
+    def _room(self, rows: list[list[int]]) -> list[int]:
+        """How many tokens each row of a record keeps at most."""
+        if self.context is None or max(map(len, rows), default=0) <= self.context:
+            return [len(row) for row in rows]
+        if not self.together:
+            return [self.context] * len(rows)
+        # What rows do not share they keep, as far as they have room: a response is not cut for another's sake.
+        lost = min(max(map(len, rows)) - self.context, max(_shared(rows) - 1, 0))
+        return [min(len(row) - lost, self.context) for row in rows]
+
+    def _cut(self, row: list[int], most: int) -> list[int]:
+        if len(row) <= most:
+            return row
+        self.cut += 1
+        return cut_left(row, most, self.tokenizer.bos_token_id)
 
     def _ids(self, query: Query, response: str) -> list[int]:
         end = self.tokenizer.eos_token_id
@@ -119,3 +136,8 @@ class CausalReader:
         if ends and end is not None and ids[-1:] != [end]:
             ids.append(int(end))
         return ids
+
+
+def _shared(rows: Sequence[Sequence[int]]) -> int:
+    """How many tokens all rows begin with."""
+    return sum(1 for _ in takewhile(lambda column: len(set(column)) == 1, zip(*rows)))

@@ -25,7 +25,11 @@ class RewardModelConfig(PlacedArguments):
     per_device_train_batch_size: int = field(default=4, metadata={"help": "queries a device and micro-batch"})
     gradient_accumulation_steps: int = field(default=4, metadata={"help": "micro-batches an optimiser step"})
     max_length: int = field(
-        default=512, metadata={"help": "most tokens of query and response together; longer rows are cut from the left"}
+        default=512,
+        metadata={
+            "help": "most tokens of query and response together; longer rows are cut from the left, a causal model's "
+            "together with the other rows of their query"
+        },
     )
     max_tokens_per_forward: int = field(
         default=2048, metadata={"help": "rows of similar length are computed together up to so many tokens"}

@@ -140,7 +140,7 @@ def trainable(model: Any, tokenizer: Any, max_length: int) -> RewardModel:
     model.config.get_text_config().pad_token_id = model.config.pad_token_id = padding
     if tokenizer.pad_token_id != padding:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding)
-    reader = CausalReader(tokenizer, limit, unread=padding)
+    reader = CausalReader(tokenizer, limit, unread=padding, together=True)
     backbone = getattr(model, model.base_model_prefix)
     return CausalReward(backbone, Head(model.score.weight), reader, longest_row=2 * limit)
 
