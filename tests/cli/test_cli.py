@@ -230,6 +230,11 @@ NONSENSE: dict[str, tuple[list[str], str]] = {
     "demo, a key": (["demo", "train.learning_rat=1"], "did you mean 'learning_rate'?"),
     "sample, a penalty": (["sample", *TRAIN[1:], "--length_penalty", "nan"], "--length_penalty nan: must be a finite"),
     "reproduce, no file": (["reproduce", "imdb", "--check", "no.json", "--output", "o"], "no.json: no such file"),
+    "convert, pairs of none": (["convert", "d", "--output", "o.jsonl", "--pairing", "all"], "give --to as well"),
+    "arena, raters": (
+        ["arena", "create", "s", "--data", "A=d.jsonl", "--data", "B=d.jsonl", "--raters", "-3"],
+        "-3: from 1",
+    ),
     "arena, a blank file": (["arena", "results", "blank"], "blank: holds no study"),
     "run, nowhere": (["run", "hh-dp", "--output", ""], "--output is empty"),
     "an estimate of no model": (

@@ -7,6 +7,7 @@ from argparse import ArgumentTypeError
 from collections import Counter
 
 from rrhf.cli.parser import PlainParser
+from rrhf.common.errors import UserError
 from rrhf.common.presentation import describe_counts
 from rrhf.common.progress import progress
 from rrhf.records.export import EXPORTS, PAIRS, describe_export, exported
@@ -17,6 +18,8 @@ from rrhf.records.formats import FORMATS, load_dataset_records
 
 def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
+    if options.pairing and not options.to:
+        raise UserError(f"--pairing {options.pairing}: chooses pairs for another trainer: give --to as well")
     counts: Counter[str] = Counter()
     records = load_dataset_records(options.source, options.format, options.split, options.limit, counts)
     if options.weights:
@@ -24,7 +27,7 @@ def main(arguments: list[str]) -> None:
     if options.to is None:
         written = write_records(options.output, progress(records, "convert", unit="records"), options.overwrite)
     else:
-        rows = exported(records, options.to, options.pairing, counts)
+        rows = exported(records, options.to, options.pairing or "all", counts)
         written = write_rows(options.output, progress(rows, "convert", unit="rows"), options.overwrite)
     dropped = f"; {describe_counts(counts)}" if counts else ""
     print(f"{written} {'rows' if options.to else 'records'} in {options.output}{dropped}", file=sys.stderr)
@@ -49,7 +52,7 @@ def _parser() -> PlainParser:
     out = parser.add_argument_group("for other trainers")
     out.add_argument("--to", help=". ".join(f"{name}: {describe_export(export)}" for name, export in EXPORTS.items()))
     pairs = ". ".join(f"{name}: {describe_export(choose)}" for name, choose in PAIRS.items())
-    out.add_argument("--pairing", default="all", help=f"which pairs of a record. {pairs} (default: all)")
+    out.add_argument("--pairing", help=f"which pairs of a record. {pairs} (default: all)")
     return parser
 
 

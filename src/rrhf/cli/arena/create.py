@@ -51,7 +51,7 @@ def _summary(place: str, responses: dict[str, dict[str, str]], asked: list[tuple
 
 
 def _raters(asked: list[str]) -> list[str]:
-    if len(asked) > 1 or not asked[0].isdecimal():
+    if len(asked) > 1 or not asked[0].removeprefix("-").isdecimal():
         return asked
     if not 1 <= int(asked[0]) <= 10_000:
         raise UserError(f"--raters {asked[0]}: from 1 to 10000, or names")
