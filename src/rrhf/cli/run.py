@@ -5,9 +5,13 @@ from __future__ import annotations
 import sys
 from dataclasses import fields
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rrhf.cli.parser import PlainParser, add_flags
 from rrhf.cluster.settings import ClusterSettings
+
+if TYPE_CHECKING:
+    from rrhf.recipes.config import RunConfig
 
 
 def main(arguments: list[str]) -> int:
@@ -26,11 +30,11 @@ def main(arguments: list[str]) -> int:
         help="print each stage's tokens, bytes, requests and machine hours, and do nothing",
     )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
+    cluster = ClusterSettings(**{field.name: getattr(options, field.name) for field in fields(ClusterSettings)})
     if options.dry_run:
         return show_estimate(options.config, options.overrides)
     if not options.output:
         parser.error("the following arguments are required: --output")
-    cluster = ClusterSettings(**{field.name: getattr(options, field.name) for field in fields(ClusterSettings)})
     return execute(options.config, options.overrides, Path(options.output), cluster)
 
 
@@ -39,8 +43,9 @@ def show_estimate(config: str, overrides: list[str]) -> int:
     from rrhf.recipes.config import override, parse_config, read_config
     from rrhf.recipes.estimate import estimate_run
 
-    values = override(read_config(config), overrides)
-    print(estimate_run(parse_config(values, Path("model"))).table())
+    settings = parse_config(override(read_config(config), overrides), Path("model"))
+    _refuse_unusable(settings)
+    print(estimate_run(settings).table())
     return 0
 
 
@@ -55,16 +60,12 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
     from rrhf.recipes.recipe import run_recipe
     from rrhf.recipes.run_folder import RunFolder
     from rrhf.report.terminal import format_evaluation, format_examples, format_timings
-    from rrhf.rewards.scoring import score_records
-    from rrhf.rewards.stage import opened_rewards
     from rrhf.training.callbacks import Stopped
 
     run = RunFolder(output)
     values = override(read_config(config), overrides)
     settings = replace(parse_config(values, run.model), cluster=cluster or ClusterSettings())
-    context = settings.scoring.context(settings.text)  # an unknown reward or model is refused before any work
-    opened_rewards(settings.score, settings.scoring, context)
-    score_records([], settings.evaluate_rewards.reward, context=context)
+    _refuse_unusable(settings)
     with run.alone():
         run.remember_config(values)
         set_up_logging(run.log)
@@ -82,3 +83,13 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
     print()
     print(f"report: {run.report}")
     return 0
+
+
+def _refuse_unusable(settings: RunConfig) -> None:
+    """Raise ``UserError`` for an unknown reward or model, before any work."""
+    from rrhf.rewards.scoring import score_records
+    from rrhf.rewards.stage import opened_rewards
+
+    context = settings.scoring.context(settings.text)
+    opened_rewards(settings.score, settings.scoring, context)
+    score_records([], settings.evaluate_rewards.reward, context=context)

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rrhf.common.errors import UserError
 from rrhf.common.presentation import text_table
 from rrhf.models.devices import free_memory, resolve_device, resolve_dtype
 from rrhf.models.locate import locate
@@ -67,6 +68,9 @@ class Stage:
     note: str = ""
 
 
+LEAST = 0.001  # hours that are still shown as a number
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The stages, and what their numbers rest on."""
@@ -81,7 +85,12 @@ class Estimate:
             for name in ("tokens", "size", "requests", "hours")),
         )  # fmt: skip
         rows = [
-            [s.name, *(f"{round(x):,}" for x in (s.records, s.tokens, s.size, s.requests)), f"{s.hours:.3g}", s.note]
+            [
+                s.name,
+                *(f"{round(x):,}" for x in (s.records, s.tokens, s.size, s.requests)),
+                f"{s.hours:.3g}" if s.hours >= LEAST or not s.hours else f"< {LEAST}",
+                s.note,
+            ]
             for s in [*self.stages, everything]
         ]
         header = ["stage", "records", "tokens", "bytes", "requests", "machine hours", "beside that"]
@@ -97,8 +106,15 @@ def estimate_run(config: RunConfig) -> Estimate:
     from transformers import AutoConfig, AutoTokenizer
 
     place = locate(config.model.model)
-    texts = _count(config, TextFormat(AutoTokenizer.from_pretrained(place.tokenizer), config.text))
-    parameters = count_parameters(AutoConfig.from_pretrained(place.source))
+    try:
+        tokenizer, shape_of_model = (
+            AutoTokenizer.from_pretrained(place.tokenizer),
+            AutoConfig.from_pretrained(place.source),
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(f"--model {config.model.model}: cannot be loaded: {error}") from error
+    texts = _count(config, TextFormat(tokenizer, config.text))
+    parameters = count_parameters(shape_of_model)
     drawn, local, requests = _drawn(config)
     most = min(config.sample.max_new_tokens if config.sample else 0, config.train.max_length)
     kept = texts.provided + drawn
