@@ -81,3 +81,22 @@ def test_a_machine_is_measured_with_the_models_own_work(model: Path) -> None:
     sampling = SamplingSettings(policy="diverse-beam", num_beams=2)
     speed = measure_machine(ModelSettings(model=str(model), device="cpu"), Shape(12, 6, 3), sampling)
     assert speed.sampled > 0 and speed.trained > 0 and speed.optimised > 0
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (["config.yaml", "model=nowhere"], "--model nowhere: cannot be loaded"),
+        (["config.yaml", "score.reward=[nonsense:f]"], "nonsense"),
+        (["config.yaml", "--cluster", "x"], "--cluster x: give auto, local or HOST:PORT"),
+        ([], "the following arguments are required: config;"),
+    ],
+)
+def test_a_dry_run_refuses_what_a_run_would(
+    given: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    tiny.workplace(tmp_path, tiny.config(tmp_path / "model"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["run", "--dry_run", *given]) == 2
+    assert message in capfd.readouterr().err

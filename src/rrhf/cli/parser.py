@@ -22,6 +22,7 @@ class PlainParser(argparse.ArgumentParser):
         self.add_argument_group("help").add_argument(*flags, action="help", help="this page")
 
     def error(self, message: str) -> NoReturn:
+        message = message.removesuffix(", overrides")  # those that may be left out, which argparse names too
         raise UserError(f"{message}; `{self.prog} --help` lists the flags")
 
     def parse_args(self, *given: Any) -> Any:  # type: ignore[override]

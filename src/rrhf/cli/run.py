@@ -30,11 +30,11 @@ def main(arguments: list[str]) -> int:
         help="print each stage's tokens, bytes, requests and machine hours, and do nothing",
     )  # fmt: skip
     options = parser.parse_intermixed_args(arguments)
+    cluster = ClusterSettings(**{field.name: getattr(options, field.name) for field in fields(ClusterSettings)})
     if options.dry_run:
         return show_estimate(options.config, options.overrides)
     if not options.output:
         parser.error("the following arguments are required: --output")
-    cluster = ClusterSettings(**{field.name: getattr(options, field.name) for field in fields(ClusterSettings)})
     return execute(options.config, options.overrides, Path(options.output), cluster)
 
 
@@ -42,7 +42,9 @@ def show_estimate(config: str, overrides: list[str]) -> int:
     """Print what a run will come to."""
     from rrhf.recipes.estimate import estimate_run
 
-    print(estimate_run(checked(config, overrides, Path("model"))[1]).table())
+    settings = checked(config, overrides, Path("model"))[1]
+    _refuse_unusable(settings)
+    print(estimate_run(settings).table())
     return 0
 
 
@@ -64,16 +66,12 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
     from rrhf.recipes.recipe import run_recipe
     from rrhf.recipes.run_folder import RunFolder
     from rrhf.report.terminal import format_evaluation, format_examples, format_timings
-    from rrhf.rewards.scoring import score_records
-    from rrhf.rewards.stage import opened_rewards
     from rrhf.training.callbacks import Stopped
 
     run = RunFolder(output)
     values, parsed = checked(config, overrides, run.model)
     settings = replace(parsed, cluster=cluster or ClusterSettings())
-    context = settings.scoring.context(settings.text)  # an unknown reward or model is refused before any work
-    opened_rewards(settings.score, settings.scoring, context)
-    score_records([], settings.evaluate_rewards.reward, context=context)
+    _refuse_unusable(settings)
     with run.alone():
         run.remember_config(values)
         set_up_logging(run.log)
@@ -91,3 +89,13 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
     print()
     print(f"report: {run.report}")
     return 0
+
+
+def _refuse_unusable(settings: RunConfig) -> None:
+    """Raise ``UserError`` for an unknown reward or model, before any work."""
+    from rrhf.rewards.scoring import score_records
+    from rrhf.rewards.stage import opened_rewards
+
+    context = settings.scoring.context(settings.text)
+    opened_rewards(settings.score, settings.scoring, context)
+    score_records([], settings.evaluate_rewards.reward, context=context)

@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -34,6 +34,7 @@ from rrhf.training.watch_settings import WatchSettings
 log = logging.getLogger("rrhf")
 
 REFUSED = "refused.txt"  # what a process found wrong, in the scratch folder
+ABORTING = 30.0  # seconds in which a training that is stopped comes to its end
 DYING = 60.0  # seconds in which the processes of a dead node's group come to their end
 
 
@@ -107,6 +108,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _fit(settings: ClusterSettings, job: _Job, mine: Share) -> None:
+    import ray
     from ray.exceptions import RayError
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -123,9 +125,17 @@ def _fit(settings: ClusterSettings, job: _Job, mine: Share) -> None:
             failure_config=FailureConfig(max_failures=settings.cluster_restarts),
         ),
     )
-    trainer._register_sigint_handler = lambda controller: None  # its own ends the command with exit code 0
+    controllers: list[Any] = []
+    trainer._register_sigint_handler = controllers.append  # Ray's own handler ends the command with exit code 0
+    if settings.cluster == "local":
+        _without_cleaner(trainer)
     try:
         trainer.fit()
+    except (KeyboardInterrupt, SystemExit):
+        for controller in controllers:
+            with suppress(RayError):  # it ends itself
+                ray.get(controller.abort.remote(), timeout=ABORTING)
+        raise
     except (TrainingFailedError, RayError) as error:  # the latter: what leads the training died, for want of memory
         if (job.scratch / REFUSED).exists():
             return
@@ -133,6 +143,17 @@ def _fit(settings: ClusterSettings, job: _Job, mine: Share) -> None:
             f"training on the cluster failed, after {settings.cluster_restarts} restarts at most (--cluster_restarts): "
             f"{_innermost(error)}. What is finished is kept, and the same command goes on from there"
         ) from error
+
+
+def _without_cleaner(trainer: Any) -> None:
+    """Leave out what tidies a cluster up after a training: one of our own ends with it, and lacks what that asks.
+
+    It would warn of that every second.
+    """
+    every = trainer._create_default_callbacks
+    trainer._create_default_callbacks = lambda: [
+        callback for callback in every() if type(callback).__name__ != "PlacementGroupCleanerCallback"
+    ]
 
 
 def _innermost(error: BaseException) -> str:

@@ -68,6 +68,9 @@ class Stage:
     note: str = ""
 
 
+LEAST = 0.001  # hours that are still shown as a number
+
+
 @dataclass(frozen=True)
 class Estimate:
     """The stages, and what their numbers rest on."""
@@ -82,7 +85,12 @@ class Estimate:
             for name in ("tokens", "size", "requests", "hours")),
         )  # fmt: skip
         rows = [
-            [s.name, *(f"{round(x):,}" for x in (s.records, s.tokens, s.size, s.requests)), f"{s.hours:.3g}", s.note]
+            [
+                s.name,
+                *(f"{round(x):,}" for x in (s.records, s.tokens, s.size, s.requests)),
+                f"{s.hours:.3g}" if s.hours >= LEAST or not s.hours else f"< {LEAST}",
+                s.note,
+            ]
             for s in [*self.stages, everything]
         ]
         header = ["stage", "records", "tokens", "bytes", "requests", "machine hours", "beside that"]
