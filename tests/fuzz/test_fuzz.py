@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrhf.cli.main import COMMANDS, main
+from rrhf.common.endpoint import _retry_after
 from rrhf.common.errors import UserError
 from rrhf.common.journal import Journal
 from rrhf.common.yaml_text import load_yaml
@@ -339,6 +340,22 @@ REPLY_PIECES = [
 ]
 
 
+DATE_PIECES = [
+    *"0123456789:,+- ",
+    "Mon",
+    "Jan",
+    "GMT",
+    "2026",
+    "9999",
+    "00:00:00",
+    "12" * 30,
+    "-2359",
+    "²",
+    "1e999",
+    "nan",
+]
+
+
 @cases(3.0)
 @given(st.lists(st.sampled_from(REPLY_PIECES) | st.text(max_size=5), max_size=60).map("".join), st.integers(1, 3))
 def test_replies_of_judges(reply: str, number: int) -> None:
@@ -358,6 +375,19 @@ def test_long_replies_do_not_hang(piece: str) -> None:
     watch()
     parse_reply(piece * (29_000 // len(piece)), Scale(("accuracy",), 1, 5, integers=False), 2)
     parse_reply(piece * 200_000, Scale(("accuracy",), 1, 5, integers=False), 2)
+
+
+@pytest.mark.parametrize("value", ["Jan " + "12" * 30 + " 01 23:59 01", "01 Jan +999923:59 9999319999 01", "1e999"])
+def test_waits_that_no_clock_knows(value: str) -> None:
+    assert _retry_after({"retry-after": value}) in (None, math.inf)
+
+
+@cases(1.0)
+@given(st.lists(st.sampled_from(DATE_PIECES) | st.text(max_size=3), max_size=12).map("".join))
+def test_waits_that_servers_ask_for(value: str) -> None:
+    watch()
+    seconds = _retry_after({"retry-after": value})
+    assert seconds is None or seconds >= 0
 
 
 @cases(0.7)

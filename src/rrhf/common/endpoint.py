@@ -493,7 +493,7 @@ def _retry_after(headers: Any) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, LookupError, ArithmeticError):
             return None
     return max(0.0, seconds) if seconds == seconds else None
 
