@@ -36,6 +36,8 @@ from rrhf.records.files import WRITERS, read_records, write_records, write_rows
 from rrhf.records.formats import FILE_READERS, FORMATS, file_rows, load_dataset_records
 from rrhf.records.parts import in_parts
 from rrhf.records.record import Record, record_from_row, record_line
+from rrhf.report.load import load_run
+from rrhf.report.page import render
 from rrhf.rewards.judges.parse import Refusal, Scale, parse_reply
 from rrhf.rewards.judges.template import read_template
 from rrhf.rewards.people import read_judgements
@@ -712,6 +714,62 @@ def test_damaged_checkpoints(seed: int) -> None:
         if path.name == CHECKSUMS:  # its form may have changed alone
             return
         assert taken == str(Path(folder, "checkpoint-1" if after != before else "checkpoint-2"))
+
+
+RUN: dict[str, Any] = {
+    "config.yaml": {"model": "m", "seed": 1, "data": {"source": "d.jsonl"}, "score": {"reward": ["a:b"]}},
+    "evaluation.json": {
+        "rho": {"reward_mean": 0.1, "reward_std": 0.1, "perplexity": 9.0, "length_mean": 3.0, "n": 2},
+        "pi": {"reward_mean": 0.2, "reward_std": 0.1, "perplexity": 8.0, "length_mean": 3.0, "n": 2},
+        "reward_gain": {"mean": 0.1, "low": 0.0, "high": 0.2}, "seed": 1, "generations": "generations.jsonl",
+        "rewards": {"a:b": {"rho": {"mean": 0.1, "std": 0.1}, "pi": {"mean": 0.2, "std": 0.1},
+                            "gain": {"mean": 0.1, "low": 0.0, "high": 0.2}}},
+    },
+    "generations.jsonl": {"query": "q", "rho": "a", "pi": "b", "rho_rewards": {"a:b": 0.1}, "pi_rewards": {"a:b": 0.2}},
+    "timings.json": {"sample": 1.0, "train": 2.0},
+    "made-of.json": {"train": {"scored.jsonl": "0" * 64}},
+    "environment.json": {"environments": [{"stages": ["train"], "processor": "p"}]},
+    "scored.jsonl": {"query": "q", "responses": ["a", "b"], "scores": [0.1, 0.2], "rewards": {"a:b": [0.1, 0.2]}},
+    "model/training.json": {"settings": {"model": "m"}, "seconds": 1.0},
+    "model/trainer_state.json": {"log_history": [{"step": 1, "loss": 0.5}]},
+}  # fmt: skip
+
+
+def replaced(value: Any, draw: random.Random, new: Any) -> Any:
+    """The value with a part of it, at any depth, replaced by ``new``."""
+    if isinstance(value, dict) and value and draw.random() < 0.8:
+        key = draw.choice(sorted(value))
+        return {**value, key: replaced(value[key], draw, new)}
+    if isinstance(value, list) and value and draw.random() < 0.8:
+        return [replaced(value[0], draw, new), *value[1:]]
+    return new
+
+
+@cases(0.4)
+@given(st.sampled_from(sorted(RUN)), JSON, st.integers(0, 2**32), st.booleans())
+def test_run_folders_of_others(name: str, value: Any, seed: int, damage: bool) -> None:
+    """A run folder that somebody sent, with another value in it or damaged bytes."""
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "model").mkdir()
+        for file, content in RUN.items():
+            Path(folder, file).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        path = Path(folder, name)
+        path.write_text(json.dumps(replaced(RUN[name], draw, value)) + "\n", encoding="utf-8")
+        if damage:
+            path.write_bytes(mutated(path.read_bytes(), draw))
+        run = refused_or(lambda: load_run(folder))
+        if run is not None and seed % 16 == 0:  # drawing it takes long
+            page = refused_or(lambda: render([run]))
+            assert page is None or page.startswith("<!")
+
+
+def test_a_run_folder_without_faults_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for file, content in RUN.items():
+        Path(tmp_path, file).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    run = load_run(tmp_path)
+    assert run.rewards and run.history and run.samples and run.generations and run.timings and run.fingerprints
 
 
 # --- everything that text can hold -----------------------------------------------------------------------------------

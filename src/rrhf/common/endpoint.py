@@ -393,7 +393,7 @@ class EndpointClient:
         content = answer.http_response.content
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Failed(f"the answer is no JSON: {self._quote(content.decode('utf-8', 'replace'))}") from None
 
     def _status_failure(self, error: Any) -> _Failed:

@@ -48,7 +48,7 @@ def model_digest(name: str) -> str:
 def _base_digest(adapter: Path) -> str:
     try:
         base = json.loads((adapter / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return ""
     return model_digest(base) if base else ""
 

@@ -11,6 +11,7 @@ from typing import Any
 from rrhf import __version__
 from rrhf.common.files import read_object, write_text
 from rrhf.common.presentation import describe_shares, markdown_table
+from rrhf.common.yaml_text import read_yaml
 from rrhf.models.folders import model_folder
 from rrhf.records.sources import COUNTED, source_shares
 from rrhf.report.tables import evaluation_table, interval_side, models_of
@@ -131,9 +132,7 @@ def _metadata(folder: Path, settings: Mapping[str, Any], run: Path | None) -> st
     adapter = read_object(folder / "adapter_config.json")
     sources = []
     if run is not None and (run / "config.yaml").exists():
-        import yaml
-
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        config = read_yaml(run / "config.yaml")
         data = config.get("data") if isinstance(config, dict) else None
         sources = [name for key in ("source", "held_out") if (name := hub_id((data or {}).get(key)))]
     return metadata_block(
