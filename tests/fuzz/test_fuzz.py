@@ -25,6 +25,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrhf.cli.main import COMMANDS, main
+from rrhf.common.endpoint import _retry_after
 from rrhf.common.errors import UserError
 from rrhf.common.journal import Journal
 from rrhf.common.yaml_text import load_yaml
@@ -35,6 +36,8 @@ from rrhf.records.files import WRITERS, read_records, write_records, write_rows
 from rrhf.records.formats import FILE_READERS, FORMATS, file_rows, load_dataset_records
 from rrhf.records.parts import in_parts
 from rrhf.records.record import Record, record_from_row, record_line
+from rrhf.report.load import load_run
+from rrhf.report.page import render
 from rrhf.rewards.judges.parse import Refusal, Scale, parse_reply
 from rrhf.rewards.judges.template import read_template
 from rrhf.rewards.people import read_judgements
@@ -339,6 +342,22 @@ REPLY_PIECES = [
 ]
 
 
+DATE_PIECES = [
+    *"0123456789:,+- ",
+    "Mon",
+    "Jan",
+    "GMT",
+    "2026",
+    "9999",
+    "00:00:00",
+    "12" * 30,
+    "-2359",
+    "²",
+    "1e999",
+    "nan",
+]
+
+
 @cases(3.0)
 @given(st.lists(st.sampled_from(REPLY_PIECES) | st.text(max_size=5), max_size=60).map("".join), st.integers(1, 3))
 def test_replies_of_judges(reply: str, number: int) -> None:
@@ -358,6 +377,19 @@ def test_long_replies_do_not_hang(piece: str) -> None:
     watch()
     parse_reply(piece * (29_000 // len(piece)), Scale(("accuracy",), 1, 5, integers=False), 2)
     parse_reply(piece * 200_000, Scale(("accuracy",), 1, 5, integers=False), 2)
+
+
+@pytest.mark.parametrize("value", ["Jan " + "12" * 30 + " 01 23:59 01", "01 Jan +999923:59 9999319999 01", "1e999"])
+def test_waits_that_no_clock_knows(value: str) -> None:
+    assert _retry_after({"retry-after": value}) in (None, math.inf)
+
+
+@cases(1.0)
+@given(st.lists(st.sampled_from(DATE_PIECES) | st.text(max_size=3), max_size=12).map("".join))
+def test_waits_that_servers_ask_for(value: str) -> None:
+    watch()
+    seconds = _retry_after({"retry-after": value})
+    assert seconds is None or seconds >= 0
 
 
 @cases(0.7)
@@ -663,6 +695,20 @@ def test_damaged_journals(seed: int) -> None:
         assert all(isinstance(entry, dict) for entry in found) and found[-1] == {"key": "last"}
 
 
+def test_no_changed_byte_of_a_journal_changes_an_answer(tmp_path: Path) -> None:
+    journal = Journal(tmp_path, "settings")
+    kept = [{"key": number, "text": "5 x\u2028y\ty"} for number in range(3)]
+    for entry in kept:
+        journal.add(entry)
+    whole = journal.path.read_bytes()
+    for place in range(len(whole)):
+        journal.path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
+        found = list(journal.read())
+        assert len(found) in (1, 2) and all(entry in kept for entry in found)
+    journal.path.write_text('{"key": 9}\n{"key": 8', encoding="utf-8")  # as it was written before, and torn
+    assert list(journal.read()) == [{"key": 9}]
+
+
 @cases(0.3)
 @given(st.integers(0, 2**32))
 def test_damaged_checkpoints(seed: int) -> None:
@@ -682,6 +728,62 @@ def test_damaged_checkpoints(seed: int) -> None:
         if path.name == CHECKSUMS:  # its form may have changed alone
             return
         assert taken == str(Path(folder, "checkpoint-1" if after != before else "checkpoint-2"))
+
+
+RUN: dict[str, Any] = {
+    "config.yaml": {"model": "m", "seed": 1, "data": {"source": "d.jsonl"}, "score": {"reward": ["a:b"]}},
+    "evaluation.json": {
+        "rho": {"reward_mean": 0.1, "reward_std": 0.1, "perplexity": 9.0, "length_mean": 3.0, "n": 2},
+        "pi": {"reward_mean": 0.2, "reward_std": 0.1, "perplexity": 8.0, "length_mean": 3.0, "n": 2},
+        "reward_gain": {"mean": 0.1, "low": 0.0, "high": 0.2}, "seed": 1, "generations": "generations.jsonl",
+        "rewards": {"a:b": {"rho": {"mean": 0.1, "std": 0.1}, "pi": {"mean": 0.2, "std": 0.1},
+                            "gain": {"mean": 0.1, "low": 0.0, "high": 0.2}}},
+    },
+    "generations.jsonl": {"query": "q", "rho": "a", "pi": "b", "rho_rewards": {"a:b": 0.1}, "pi_rewards": {"a:b": 0.2}},
+    "timings.json": {"sample": 1.0, "train": 2.0},
+    "made-of.json": {"train": {"scored.jsonl": "0" * 64}},
+    "environment.json": {"environments": [{"stages": ["train"], "processor": "p"}]},
+    "scored.jsonl": {"query": "q", "responses": ["a", "b"], "scores": [0.1, 0.2], "rewards": {"a:b": [0.1, 0.2]}},
+    "model/training.json": {"settings": {"model": "m"}, "seconds": 1.0},
+    "model/trainer_state.json": {"log_history": [{"step": 1, "loss": 0.5}]},
+}  # fmt: skip
+
+
+def replaced(value: Any, draw: random.Random, new: Any) -> Any:
+    """The value with a part of it, at any depth, replaced by ``new``."""
+    if isinstance(value, dict) and value and draw.random() < 0.8:
+        key = draw.choice(sorted(value))
+        return {**value, key: replaced(value[key], draw, new)}
+    if isinstance(value, list) and value and draw.random() < 0.8:
+        return [replaced(value[0], draw, new), *value[1:]]
+    return new
+
+
+@cases(0.4)
+@given(st.sampled_from(sorted(RUN)), JSON, st.integers(0, 2**32), st.booleans())
+def test_run_folders_of_others(name: str, value: Any, seed: int, damage: bool) -> None:
+    """A run folder that somebody sent, with another value in it or damaged bytes."""
+    draw = random.Random(seed)
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "model").mkdir()
+        for file, content in RUN.items():
+            Path(folder, file).write_text(json.dumps(content) + "\n", encoding="utf-8")
+        path = Path(folder, name)
+        path.write_text(json.dumps(replaced(RUN[name], draw, value)) + "\n", encoding="utf-8")
+        if damage:
+            path.write_bytes(mutated(path.read_bytes(), draw))
+        run = refused_or(lambda: load_run(folder))
+        if run is not None and seed % 16 == 0:  # drawing it takes long
+            page = refused_or(lambda: render([run]))
+            assert page is None or page.startswith("<!")
+
+
+def test_a_run_folder_without_faults_is_shown(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    for file, content in RUN.items():
+        Path(tmp_path, file).write_text(json.dumps(content) + "\n", encoding="utf-8")
+    run = load_run(tmp_path)
+    assert run.rewards and run.history and run.samples and run.generations and run.timings and run.fingerprints
 
 
 # --- everything that text can hold -----------------------------------------------------------------------------------

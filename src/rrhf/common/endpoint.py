@@ -393,7 +393,7 @@ class EndpointClient:
         content = answer.http_response.content
         try:
             return json.loads(content)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Failed(f"the answer is no JSON: {self._quote(content.decode('utf-8', 'replace'))}") from None
 
     def _status_failure(self, error: Any) -> _Failed:
@@ -493,7 +493,7 @@ def _retry_after(headers: Any) -> float | None:
     except ValueError:
         try:
             seconds = email.utils.parsedate_to_datetime(value).timestamp() - time.time()
-        except (TypeError, ValueError):
+        except (TypeError, ValueError, LookupError, ArithmeticError):
             return None
     return max(0.0, seconds) if seconds == seconds else None
 

@@ -12,7 +12,7 @@ from rrhf.common.files import append_line
 
 
 class Journal:
-    """JSON objects, one a line, in a file whose name tells what they depend on.
+    """JSON objects, one a line with its checksum, in a file whose name tells what they depend on.
 
     Args:
         folder: where it lies; made when the first answer comes.
@@ -24,12 +24,15 @@ class Journal:
         self.path = folder / f"journal-{digest[:32]}.jsonl"
 
     def read(self) -> Iterator[dict[str, Any]]:
-        """What was kept, in order, without the line that a killed process was writing."""
+        """What was kept, in order, without lines that a killed process was writing or the disk has changed."""
         if not self.path.exists():
             return
         for line in self.path.read_bytes().splitlines():
+            text, marked, checksum = line.rpartition(b"\t")  # no JSON of ours holds a tab
+            if marked and _checksum(text) != checksum:
+                continue
             try:
-                entry = json.loads(line)
+                entry = json.loads(text or line)  # lines of older journals have no checksum
             except (ValueError, RecursionError):
                 continue
             if isinstance(entry, dict):
@@ -38,4 +41,9 @@ class Journal:
     def add(self, entry: Mapping[str, Any] | str) -> None:
         """Append an answer, given as an object or as its line of JSON."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        append_line(self.path, entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False))
+        text = entry if isinstance(entry, str) else json.dumps(entry, ensure_ascii=False)
+        append_line(self.path, f"{text}\t{_checksum(text.encode()).decode()}")
+
+
+def _checksum(text: bytes) -> bytes:
+    return hashlib.sha256(text).hexdigest()[:16].encode()

@@ -70,7 +70,7 @@ def base_of_adapter(folder: Path) -> str:
     """
     try:
         base = json.loads((folder / ADAPTER_CONFIG).read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"--model {folder}: {ADAPTER_CONFIG} cannot be read: {error}") from error
     if not base:
         raise UserError(

@@ -40,7 +40,7 @@ def _mapping(path: Path, parse: Callable[[str], Any]) -> dict[str, Any]:
     """Parse a small file that must hold a mapping."""
     try:
         value = parse(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise UserError(
             f"{path}: cannot be read: {error}. Remove it and run the stage that writes it again."
         ) from error
@@ -110,7 +110,7 @@ def _rows(path: Path) -> Iterator[dict[str, Any]]:
             if line.strip():
                 try:
                     yield {**json.loads(line), "number": number}
-                except (ValueError, TypeError) as error:
+                except (ValueError, TypeError, RecursionError) as error:
                     raise _no_generation(path, number, error) from error
 
 
@@ -351,6 +351,16 @@ def load_run(folder: str | Path, name: str | None = None, most: int = 500, budge
             f"{folder}: {what}; expected a run folder written by `rrhf run CONFIG.yaml --output RUN`, with at least "
             f"one of {', '.join(RUN_FILES)}, or a model's folder written by `rrhf train` or `rrhf baseline`"
         )
+    try:
+        return _read(folder, clean(name or folder.resolve().name), most, budget)
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
+        raise UserError(
+            f"{folder}: one of its files holds other values than rrhf writes there ({type(error).__name__}: {error}). "
+            "Remove it and run the stage that writes it again."
+        ) from error
+
+
+def _read(folder: Path, name: str, most: int, budget: int) -> Run:
     files = _Folder(folder)
     settings, evaluation, training = files.settings(), files.evaluation(), files.of_model(TRAINED)
     rewards = _rewards(evaluation, settings)
@@ -359,7 +369,7 @@ def load_run(folder: str | Path, name: str | None = None, most: int = 500, budge
     held, kept = files.generations(generations, main, most, budget)
     ranked = "evaluation.pairs.jsonl"
     return Run(
-        name=clean(name or folder.resolve().name),
+        name=name,
         settings=settings,
         training=training,
         environments=files.environments(training),

@@ -35,7 +35,7 @@ def read_results(paths: Sequence[str | Path]) -> Results:
     for path in map(Path, paths):
         try:
             value = json.loads(path.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path}: cannot be read: {error}") from error
         kind = _kind(value, found)
         if kind is None:

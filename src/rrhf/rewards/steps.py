@@ -75,7 +75,7 @@ class _Kept:
         self.journal: Journal | None = None
         self.entries: dict[int, Any] = {}
         if any(folder.glob("journal-*")):
-            self.entries = {entry["start"]: entry["values"] for entry in self._opened().read()}
+            self.entries = {entry["start"]: entry["values"] for entry in self._opened().read() if "values" in entry}
 
     def _opened(self) -> Journal:
         if self.journal is None:

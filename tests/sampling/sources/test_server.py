@@ -264,6 +264,7 @@ BROKEN = {
     "429": bad.status(429),
     "cut": bad.cut,
     "no JSON": bad.raw("<html>welcome</html>"),
+    "lists in lists": bad.raw("[" * 100_000),
     "half JSON": bad.raw('{"choices": [{"te'),
     "nothing": bad.raw(""),
     "a list": bad.raw("[1]"),
