@@ -51,6 +51,7 @@ __all__ = [
     "most_queries",
     "nucleus",
     "packed",
+    "parts",
     "sampling_rows",
     "spare_rows",
     "steps_between_checks",
@@ -58,13 +59,19 @@ __all__ = [
     "tree_attention",
 ]
 
-MOST_QUERIES = 32  # with four responses each, products are as fast as they get
+MOST_QUERIES = 64  # with four responses each, products of half of them are as fast as they get
+PART_ROWS = 32  # of a part of a batch that is decoded beside others
 PACK_ROWS, PACK_STEPS = 32, 32  # from so many rows a step and steps on, laying weights out anew pays
 
 
 def products_beat_fused(dtype: torch.dtype) -> bool:
     """In bfloat16 torch's fused attention takes twice as long as plain products do, its backward 2-3 times."""
     return dtype == torch.bfloat16
+
+
+def parts(rows: int) -> int:
+    """A thread a part, as long as its products have rows enough to be fast."""
+    return max(1, min(torch.get_num_threads(), rows // PART_ROWS))
 
 
 def most_queries() -> int:
