@@ -22,7 +22,7 @@ T = TypeVar("T")
 
 
 def parts_of(model: PreTrainedModel, queries: int, width: int) -> int:
-    """Into how many parts a batch of ``queries`` with ``width`` rows each is cut; 1 where parts might disturb each other.
+    """Into how many parts a batch of ``queries`` of ``width`` rows is cut; 1 where parts might disturb each other.
 
     Parts are computed at the same time: rotary embeddings that change with the length of what they see, and processes
     that talk to each other during a forward pass, forbid that. Threads do not know of a caller's autocast.
