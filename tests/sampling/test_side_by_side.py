@@ -1,4 +1,4 @@
-"""A batch in parts, each by threads of its own: the same responses, and nothing left behind where a part fails."""
+"""A batch in lanes, each by threads of its own: the same responses, and nothing left behind where a lane fails."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from rrhf.models.kernels.cpu import products
 from rrhf.sampling.decoding import decode
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
-from rrhf.sampling.side_by_side import parts_of, side_by_side
+from rrhf.sampling.side_by_side import lanes_of, side_by_side
 from support.models import tiny_model, tiny_tokenizer
 
 QUERIES = [[5 + i, *range(7, 7 + 3 * (i % 4))] for i in range(7)]
@@ -23,7 +23,7 @@ QUERIES = [[5 + i, *range(7, 7 + 3 * (i % 4))] for i in range(7)]
 
 @pytest.fixture(autouse=True)
 def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    monkeypatch.setattr(cpu, "PART_ROWS", 4)
+    monkeypatch.setattr(cpu, "LANE_ROWS", 4)
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
@@ -43,7 +43,7 @@ def drawn(sampler: Sampler) -> list[list[Any]]:
 
 @pytest.mark.parametrize("laid_out", [False, True])
 @pytest.mark.parametrize("policy", ["greedy", "top-p", "beam", "diverse-beam"])
-def test_parts_give_the_responses_of_the_whole_batch(
+def test_lanes_give_the_responses_of_the_whole_batch(
     policy: str, laid_out: bool, model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if laid_out:
@@ -59,29 +59,29 @@ def test_parts_give_the_responses_of_the_whole_batch(
         return forward(*args, **kwargs)
 
     monkeypatch.setattr(model.model, "forward", watched)
-    parts = drawn(sampler)
+    lanes = drawn(sampler)
     width = 1 if policy == "greedy" else 4
     assert len(seen) == min(3, 7 * width // 4) and set.union(*seen.values()) == {3 // len(seen)}
     assert threading.get_ident() not in seen or len(seen) == 1
     seen.clear()
-    monkeypatch.setattr(cpu, "PART_ROWS", 1000)
-    assert drawn(sampler) == parts
+    monkeypatch.setattr(cpu, "LANE_ROWS", 1000)
+    assert drawn(sampler) == lanes
     assert len(seen) == 1
     assert not any("forward" in vars(module) for module in model.modules() if module is not model.model)
     assert not any(map(products.is_packed, model.parameters()))
-    assert len({len(response.tokens) for responses in parts for response in responses}) > 1  # some end before others
+    assert len({len(response.tokens) for responses in lanes for response in responses}) > 1  # some end before others
 
 
-def test_models_that_parts_would_disturb_are_decoded_whole(
+def test_models_that_lanes_would_disturb_are_decoded_whole(
     model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    assert parts_of(model, 7, 4) == 3
-    assert parts_of(model, 2, 4) == 2
-    assert parts_of(model, 7, 1) == 1
+    assert lanes_of(model, 7, 4) == 3
+    assert lanes_of(model, 2, 4) == 2
+    assert lanes_of(model, 7, 1) == 1
     with torch.autocast("cpu", torch.bfloat16):
-        assert parts_of(model, 7, 4) == 1
+        assert lanes_of(model, 7, 4) == 1
     rotary = model.model.rotary_emb
-    for kind, parts in [
+    for kind, lanes in [
         ("dynamic", 1),
         ("longrope", 1),
         ({"full_attention": "default", "sliding_attention": "longrope"}, 1),
@@ -89,22 +89,22 @@ def test_models_that_parts_would_disturb_are_decoded_whole(
         ("yarn", 3),
     ]:
         monkeypatch.setattr(rotary, "rope_type", kind)
-        assert parts_of(model, 7, 4) == parts
+        assert lanes_of(model, 7, 4) == lanes
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
-    assert parts_of(model, 7, 4) == 1
+    assert lanes_of(model, 7, 4) == 1
 
 
-def test_a_part_that_fails_ends_the_others_and_is_what_is_raised() -> None:
+def test_a_lane_that_fails_ends_the_others_and_is_what_is_raised() -> None:
     ended: list[int] = []
 
     def work(share: Sequence[int], given_up: threading.Event) -> list[int]:
         if share[0] == 1:
-            raise MemoryError("of part 1")
+            raise MemoryError("of lane 1")
         assert given_up.wait(60)
         ended.append(share[0])
         return list(share)
 
-    with pytest.raises(MemoryError, match="of part 1"):
+    with pytest.raises(MemoryError, match="of lane 1"):
         side_by_side(work, 7, 3)
     assert sorted(ended) == [0, 2]
 

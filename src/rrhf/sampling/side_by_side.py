@@ -1,7 +1,7 @@
-"""A batch decoded in parts side by side, each by processor threads of its own.
+"""A batch decoded in lanes side by side, each by processor threads of its own.
 
 Most operations of a decode step are too small to be shared by several threads, and one that is shared ends when its
-slowest thread does. Parts share nothing but the weights, and wait for nothing.
+slowest thread does. Lanes share nothing but the weights, and wait for nothing.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from rrhf.sampling.stepping import device_of
 T = TypeVar("T")
 
 
-def parts_of(model: PreTrainedModel, queries: int, width: int) -> int:
-    """Into how many parts a batch of ``queries`` of ``width`` rows is cut; 1 where parts might disturb each other.
+def lanes_of(model: PreTrainedModel, queries: int, width: int) -> int:
+    """Into how many lanes a batch of ``queries`` of ``width`` rows is cut; 1 where they might disturb each other.
 
-    Parts are computed at the same time: rotary embeddings that change with the length of what they see, and processes
+    Lanes are computed at the same time: rotary embeddings that change with the length of what they see, and processes
     that talk to each other during a forward pass, forbid that. Threads do not know of a caller's autocast.
     """
     device = device_of(model)
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
     if spread or torch.is_autocast_enabled(device.type) or any(map(_changes_with_length, model.modules())):
         return 1
-    return min(queries, kernels_for(device).parts(queries * width))
+    return min(queries, kernels_for(device).lanes(queries * width))
 
 
 def _changes_with_length(module: Any) -> bool:
@@ -41,18 +41,18 @@ def _changes_with_length(module: Any) -> bool:
     return any("dynamic" in str(kind) or kind == "longrope" for kind in named)
 
 
-def side_by_side(work: Callable[[Sequence[int], threading.Event], list[T]], count: int, parts: int) -> list[T]:
-    """What ``work`` returns for the numbers 0 to ``count`` − 1, of which every part takes each ``parts``-th.
+def side_by_side(work: Callable[[Sequence[int], threading.Event], list[T]], count: int, lanes: int) -> list[T]:
+    """What ``work`` returns for the numbers 0 to ``count`` − 1, of which every lane takes each ``lanes``-th.
 
     Args:
         work: returns one result a number; it ends early, with whatever result, once the event is set, which happens
-            where another part fails or the program is told to stop.
+            where another lane fails or the program is told to stop.
     """
     threads, given_up = torch.get_num_threads(), threading.Event()
-    shares = [range(part, count, parts) for part in range(parts)]
+    shares = [range(lane, count, lanes) for lane in range(lanes)]
 
     def run(share: Sequence[int]) -> list[T]:
-        torch.set_num_threads(max(1, threads // parts))  # of this thread
+        torch.set_num_threads(max(1, threads // lanes))  # of this thread
         try:
             return work(share, given_up)
         except BaseException:
@@ -60,7 +60,7 @@ def side_by_side(work: Callable[[Sequence[int], threading.Event], list[T]], coun
             raise
 
     results: list[Any] = [None] * count
-    with ThreadPoolExecutor(parts) as pool:
+    with ThreadPoolExecutor(lanes) as pool:
         try:
             futures = [pool.submit(contextvars.copy_context().run, run, share) for share in shares]
             for share, future in zip(shares, futures, strict=True):

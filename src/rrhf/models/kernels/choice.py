@@ -103,8 +103,8 @@ class Kernels(Protocol):
         """
         ...
 
-    def parts(self, rows: int) -> int:
-        """Into how many parts, computed at the same time, decoding ``rows`` rows a step is best cut."""
+    def lanes(self, rows: int) -> int:
+        """Into how many lanes, computed at the same time, decoding ``rows`` rows a step is best cut."""
         ...
 
     def most_queries(self) -> int:

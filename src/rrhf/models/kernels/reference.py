@@ -240,7 +240,7 @@ def steps_between_checks() -> int:
     return STEPS_BETWEEN_CHECKS
 
 
-def parts(rows: int) -> int:
+def lanes(rows: int) -> int:
     return 1
 
 

@@ -41,6 +41,7 @@ __all__ = [
     "exp_less_",
     "fp64_device",
     "key_cache",
+    "lanes",
     "lean",
     "linear",
     "logit_rows",
@@ -51,7 +52,6 @@ __all__ = [
     "most_queries",
     "nucleus",
     "packed",
-    "parts",
     "sampling_rows",
     "spare_rows",
     "steps_between_checks",
@@ -60,7 +60,7 @@ __all__ = [
 ]
 
 MOST_QUERIES = 64  # with four responses each, products of half of them are as fast as they get
-PART_ROWS = 32  # of a part of a batch that is decoded beside others
+LANE_ROWS = 32  # of a lane of a batch, decoded beside others
 PACK_ROWS, PACK_STEPS = 32, 32  # from so many rows a step and steps on, laying weights out anew pays
 
 
@@ -69,9 +69,9 @@ def products_beat_fused(dtype: torch.dtype) -> bool:
     return dtype == torch.bfloat16
 
 
-def parts(rows: int) -> int:
-    """A thread a part, as long as its products have rows enough to be fast."""
-    return max(1, min(torch.get_num_threads(), rows // PART_ROWS))
+def lanes(rows: int) -> int:
+    """A thread a lane, as long as its products have rows enough to be fast."""
+    return max(1, min(torch.get_num_threads(), rows // LANE_ROWS))
 
 
 def most_queries() -> int:
