@@ -319,7 +319,7 @@ def test_the_batch_size_changes_nothing(
     assert backwards[::-1] == whole
 
 
-@pytest.mark.parametrize(("free", "fitting"), [(None, 32), (10**12, 32), (20.5, 8), (1.9, 1), (0, 1)])
+@pytest.mark.parametrize(("free", "fitting"), [(None, 64), (10**12, 64), (20.5, 8), (1.9, 1), (0, 1)])
 def test_the_batch_size_by_default_is_what_fits_into_half_of_the_free_memory(
     free: float | None,
     fitting: int,
@@ -329,7 +329,7 @@ def test_the_batch_size_by_default_is_what_fits_into_half_of_the_free_memory(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     settings = SamplingSettings(policy="top-p", num_responses=2, max_new_tokens=20)
-    records = [Record(query=f"{i % 7} things", id=str(i)) for i in range(40)]
+    records = [Record(query=f"{i % 7} things", id=str(i)) for i in range(70)]
     expected = texts(list(sample(records, model, tokenizer, dataclasses.replace(settings, batch_size=32))))
     size = batch_size.query_bytes(model, settings, longest=len("1 things"))
     # Two layers of two heads of eight numbers, keys and values, in fp32; the logits of both responses beside them.

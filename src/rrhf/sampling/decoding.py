@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -64,6 +65,7 @@ def decode(
     max_new_tokens: int,
     path: str = "tree",
     nucleus: Nucleus | None = None,
+    given_up: threading.Event | None = None,
 ) -> list[list[Response]]:
     """Draw responses to ``queries`` (token ids) by ``policy``.
 
@@ -74,6 +76,7 @@ def decode(
         max_new_tokens: most tokens of a response.
         path: "tree" for models that take our attention, "padded" for others (transformers' own cache, slower).
         nucleus: another model of the same kind that says which tokens may be drawn at all.
+        given_up: once it is set, decoding ends with what there is.
 
     Returns:
         For each query its responses, in the policy's order.
@@ -81,17 +84,27 @@ def decode(
     make = STEPPERS[path]
     if path == "tree" and getattr(policy, "independent", False) and policy.width > 1 and max_new_tokens >= LONG:
         make = SlotColumns
-    models = [model] if nucleus is None else [model, nucleus.model]
-    steppers = [make(each, queries, policy.width, max_new_tokens) for each in models]
+    steppers = [make(each, queries, policy.width, max_new_tokens) for each in models_of(model, nucleus)]
     stepper = steppers[0] if nucleus is None else NucleusStepper(steppers[0], steppers[1], nucleus.top_p)
-    rows, device = len(queries) * policy.width, device_of(model)
-    with contextlib.ExitStack() as stack:
-        for causal in map(causal_lm, models if path == "tree" else []):
-            stack.enter_context(kernels_for(device).packed(causal, rows, max_new_tokens))
-            stack.enter_context(our_attention(causal))
-        slots = torch.arange(len(queries), device=device) * policy.width
+    with prepared(models_of(model, nucleus), len(queries) * policy.width, max_new_tokens, path):
+        slots = torch.arange(len(queries), device=device_of(model)) * policy.width
         advance = policy.advance(stepper.prefill(), slots)
-        while len(advance.slots):
+        while len(advance.slots) and not (given_up and given_up.is_set()):
             advance = policy.advance(stepper.step(advance), advance.slots)
         stepper.finite.look()
     return policy.results()
+
+
+def models_of(model: PreTrainedModel, nucleus: Nucleus | None) -> list[PreTrainedModel]:
+    """All that run in a decode loop."""
+    return [model] if nucleus is None else [model, nucleus.model]
+
+
+@contextlib.contextmanager
+def prepared(models: Sequence[PreTrainedModel], rows: int, max_new_tokens: int, path: str) -> Iterator[None]:
+    """While it lasts, the models are made for decoding ``rows`` rows at a time; within another one it does nothing."""
+    with contextlib.ExitStack() as stack:
+        for causal in map(causal_lm, models if path == "tree" else []):
+            stack.enter_context(kernels_for(device_of(causal)).packed(causal, rows, max_new_tokens))
+            stack.enter_context(our_attention(causal))
+        yield

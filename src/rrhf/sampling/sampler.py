@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -43,15 +44,27 @@ class Sampler:
 
     def draw(self, queries: Sequence[list[int]], keys: Sequence[str], ends: Sequence[set[int]]) -> list[list[Response]]:
         """Responses to token ids, as many queries at once as there are."""
-        from rrhf.sampling.decoding import decode
+        from rrhf.sampling.decoding import decode, models_of, prepared
+        from rrhf.sampling.side_by_side import lanes_of, side_by_side
 
         device = self.model.get_input_embeddings().weight.device
         stops = self._stop_check() if self.settings.stop else None
-        policy = self.settings.how(self.settings, keys, ends, stops, device)
+        width, steps = self.settings.width, self.settings.max_new_tokens
+
+        def lane(numbers: Sequence[int], given_up: threading.Event) -> list[list[Response]]:
+            own_keys, own_ends = [keys[i] for i in numbers], [ends[i] for i in numbers]
+            policy = self.settings.how(self.settings, own_keys, own_ends, stops, device)
+            return decode(self.model, [queries[i] for i in numbers], policy, steps, self.path, self.nucleus, given_up)
+
+        lanes = lanes_of(self.model, len(queries), width) if self.path == "tree" else 1
         was_training = self.model.training
         self.model.eval()
         try:
-            return decode(self.model, queries, policy, self.settings.max_new_tokens, self.path, self.nucleus)
+            if lanes == 1:
+                return lane(range(len(queries)), threading.Event())
+            rows = -(-len(queries) // lanes) * width
+            with prepared(models_of(self.model, self.nucleus), rows, steps, self.path):
+                return side_by_side(lane, len(queries), lanes)
         finally:
             self.model.train(was_training)
 

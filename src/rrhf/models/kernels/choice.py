@@ -103,6 +103,10 @@ class Kernels(Protocol):
         """
         ...
 
+    def lanes(self, rows: int) -> int:
+        """Into how many lanes, computed at the same time, decoding ``rows`` rows a step is best cut."""
+        ...
+
     def most_queries(self) -> int:
         """How many queries are decoded together at most where nobody says so."""
         ...

@@ -240,6 +240,10 @@ def steps_between_checks() -> int:
     return STEPS_BETWEEN_CHECKS
 
 
+def lanes(rows: int) -> int:
+    return 1
+
+
 def most_queries() -> int:
     return MOST_QUERIES
 

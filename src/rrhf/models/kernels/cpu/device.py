@@ -41,6 +41,7 @@ __all__ = [
     "exp_less_",
     "fp64_device",
     "key_cache",
+    "lanes",
     "lean",
     "linear",
     "logit_rows",
@@ -58,13 +59,19 @@ __all__ = [
     "tree_attention",
 ]
 
-MOST_QUERIES = 32  # with four responses each, products are as fast as they get
+MOST_QUERIES = 64  # with four responses each, products of half of them are as fast as they get
+LANE_ROWS = 32  # of a lane of a batch, decoded beside others
 PACK_ROWS, PACK_STEPS = 32, 32  # from so many rows a step and steps on, laying weights out anew pays
 
 
 def products_beat_fused(dtype: torch.dtype) -> bool:
     """In bfloat16 torch's fused attention takes twice as long as plain products do, its backward 2-3 times."""
     return dtype == torch.bfloat16
+
+
+def lanes(rows: int) -> int:
+    """A thread a lane, as long as its products have rows enough to be fast."""
+    return max(1, min(torch.get_num_threads(), rows // LANE_ROWS))
 
 
 def most_queries() -> int:
