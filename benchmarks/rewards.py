@@ -4,6 +4,8 @@ Both sides load the same weights in the same type and read the same texts, cut t
 compared. Type ``auto`` is each side's default: ours bfloat16 where the hardware has it, the pipeline's as stored. An
 encoder (MiniLM with a head of random weights) and a causal model (SmolLM2 with one) are measured: a head's values
 change no speed. Beside the wall clock stands the processor's time, which other work on the machine changes less.
+The last column replays our products alone, on random numbers of the same shapes: what the ratio (of processor time)
+would be if everything else took no time.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, pipeline, set_seed
 
 from common import SMOLLM2, arguments, data_name, machine, pair_records, report, table
+from rrhf.models.kernels.choice import kernels_for
 from rrhf.models.load import DTYPES
 from rrhf.models.locate import locate
 from rrhf.records.record import Record
@@ -48,8 +51,9 @@ def timed(work: Callable[[], list[float]]) -> tuple[list[float], float, float]:
     return found, time.perf_counter() - wall, time.process_time() - cpu
 
 
-def ours(folder: Path, records: list[Record], dtype: str) -> Callable[[], list[float]]:
-    scorer = make_scorer(str(folder), RewardContext(dtype=dtype))
+def ours(folder: Path, records: list[Record], dtype: str) -> tuple[Callable[[], list[float]], torch.nn.Module]:
+    """The work, and the model that does it."""
+    scorer: Any = make_scorer(str(folder), RewardContext(dtype=dtype))
     size = 64  # records that `rrhf score` hands over together
 
     def work() -> list[float]:
@@ -61,7 +65,27 @@ def ours(folder: Path, records: list[Record], dtype: str) -> Callable[[], list[f
         ]
 
     scorer([(records[0], 0), (records[0], 1)])  # loads, and checks its path
-    return work
+    return work, getattr(scorer.model, "model", None) or scorer.model.backbone
+
+
+@torch.inference_mode()
+def products_alone(model: torch.nn.Module, work: Callable[[], list[float]]) -> float:
+    """The processor's seconds that the linear layers of ``work`` take by themselves."""
+    called: list[tuple[Any, torch.Size]] = []
+    layers = [module for module in model.modules() if type(module) is torch.nn.Linear]
+    hooks = [layer.register_forward_pre_hook(lambda m, x: called.append((m, x[0].shape))) for layer in layers]
+    work()
+    for hook in hooks:
+        hook.remove()
+    inputs = {
+        (layer, shape): torch.randn(shape, dtype=layer.weight.dtype, device=layer.weight.device)
+        for layer, shape in called
+    }
+    kernels = kernels_for(next(model.parameters()).device)
+    begin = time.process_time()
+    for layer, shape in called:
+        kernels.linear(inputs[layer, shape], layer.weight, layer.bias)
+    return time.process_time() - begin
 
 
 def theirs(folder: Path, records: list[Record], dtype: str) -> Callable[[], list[float]]:
@@ -95,15 +119,27 @@ def main() -> None:
         for dtype in options.dtypes:
             with TemporaryDirectory() as place, quiet():
                 write(backbone, Path(place))
-                mine, wall, cpu = timed(ours(Path(place), records, dtype))
+                work, model = ours(Path(place), records, dtype)
+                mine, wall, cpu = timed(work)
                 other, their_wall, their_cpu = timed(theirs(Path(place), records, dtype))
+            bare = products_alone(model, work)
             apart = max(abs(a - b) for a, b in zip(mine, other, strict=True))
             count = len(mine)
             rows.append([backbone, dtype, f"{count / wall:.1f}", f"{count / their_wall:.1f}",
-                         f"{their_wall / wall:.2f}×", f"{their_cpu / cpu:.2f}×", f"{apart:.1g}"])  # fmt: skip
+                         f"{their_wall / wall:.2f}×", f"{their_cpu / cpu:.2f}×", f"{apart:.1g}",
+                         f"{their_cpu / bare:.2f}×"])  # fmt: skip
             print(rows[-1], flush=True)
     load = ", ".join(f"{value:.1f}" for value in os.getloadavg())
-    header = ["model", "type", "responses/s", "pipeline's", "ratio", "of processor time", "scores apart"]
+    header = [
+        "model",
+        "type",
+        "responses/s",
+        "pipeline's",
+        "ratio",
+        "of processor time",
+        "scores apart",
+        "products alone",
+    ]
     report(
         f"{machine()}; load {load}\n{len(records)} {data_name()}, k = {options.k}\n\n{table(header, rows)}",
         options.output,

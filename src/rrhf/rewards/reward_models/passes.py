@@ -86,7 +86,7 @@ class EncoderReward:
     model: PreTrainedModel
     reader: PairReader
     most_rows: int | None = None
-    cpu_tokens: ClassVar[int] = 1024  # of a forward pass on a CPU by default: rows that fit the caches are fastest
+    cpu_tokens: ClassVar[int] = 512  # of a forward pass on a CPU by default: rows that fit the caches are fastest
 
     @property
     def device(self) -> torch.device:
