@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from rrhf.common.errors import UserError, nearest
 
-SEEDS = range(2**32)  # that every library here takes
-
 if TYPE_CHECKING:
     from transformers import HfArgumentParser
+
+SEEDS = range(2**32)  # that every library here takes
 
 
 class Flags:

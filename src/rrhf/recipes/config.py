@@ -243,11 +243,15 @@ class Section:
     def parse(self, given: Mapping[str, Any]) -> dict[str, Any]:
         """The settings of each field. Raises ``UserError`` or ``ValueError`` for a value that does not fit."""
         known = {key: value for key, value in given.items() if key in self.keys}
-        for key in known.keys() & self.declared.keys():
-            if isinstance(known[key], list) and not takes_list(*self.declared[key]):
-                raise UserError(f"{key}: takes one value, not a list")
-            if isinstance(known[key], Mapping) and not takes_mapping(*self.declared[key]):
-                raise UserError(f"{key}: takes a value, not keys with values")
+        faults = []
+        for key, declared in self.declared.items():
+            value = known.get(key)
+            if isinstance(value, list) and len(value) != 1 and not takes_list(*declared):
+                faults.append(f"{key}: takes one value, not a list")
+            if isinstance(value, Mapping) and not takes_mapping(*declared):
+                faults.append(f"{key}: takes a value, not keys with values")
+        if faults:
+            raise UserError("; ".join(faults))
         return dict(zip(self.fields, self.flags.parse(as_arguments(known, self.name)), strict=True))
 
 
