@@ -10,6 +10,7 @@ from rrhf.cli.parser import PlainParser
 from rrhf.common.errors import UserError
 from rrhf.common.presentation import describe_counts
 from rrhf.common.progress import progress
+from rrhf.common.remote import origin
 from rrhf.records.export import EXPORTS, PAIRS, describe_export, exported
 from rrhf.records.files import write_records, write_rows
 from rrhf.records.foreign.ratings import weighted
@@ -30,7 +31,7 @@ def main(arguments: list[str]) -> None:
         rows = exported(records, options.to, options.pairing or "all", counts)
         written = write_rows(options.output, progress(rows, "convert", unit="rows"), options.overwrite)
     dropped = f"; {describe_counts(counts)}" if counts else ""
-    print(f"{written} {'rows' if options.to else 'records'} in {options.output}{dropped}", file=sys.stderr)
+    print(f"{written} {'rows' if options.to else 'records'} in {origin(options.output)}{dropped}", file=sys.stderr)
 
 
 def _parser() -> PlainParser:

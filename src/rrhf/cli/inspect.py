@@ -24,4 +24,4 @@ def main(arguments: list[str]) -> None:
     print(format_inspection(result))
     if options.html:
         write_text(options.html, inspection_html(result, origin(options.file)))
-        print(f"page: {options.html}")
+        print(f"page: {origin(options.html)}")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rrhf.cli.parser import PlainParser
 from rrhf.common.errors import UserError
+from rrhf.common.remote import origin
 from rrhf.models.gguf import WEIGHT_TYPES
 
 
@@ -24,7 +25,8 @@ def main(arguments: list[str]) -> None:
     hub.add_argument("--private", action="store_true", help="a repository that is made is private")
     hub.add_argument("--message", help="of the hub's commit")
     options = parser.parse_args(arguments)
-    print(TARGETS[options.to](options))
+    made = TARGETS[options.to](options)
+    print(origin(made) if isinstance(made, Path) else made)
 
 
 def _card(options: argparse.Namespace) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from rrhf.cli.parser import PlainParser
 from rrhf.common.files import refuse_existing
+from rrhf.common.remote import origin
 from rrhf.report import write_report
 
 
@@ -22,4 +23,4 @@ def main(arguments: list[str]) -> None:
     options = parser.parse_args(arguments)
     refuse_existing(options.output, options.overwrite)
     write_report([Path(run) for run in options.runs], Path(options.output), options.results)
-    print(options.output)
+    print(origin(options.output))

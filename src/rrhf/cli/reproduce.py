@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from rrhf.cli.parser import PlainParser
 from rrhf.common.errors import UserError
+from rrhf.common.remote import origin
 
 if TYPE_CHECKING:
     from rrhf.recipes.reproduce.place import Place
@@ -62,7 +63,7 @@ def _export(place: Place, file: Path) -> int:
     results = place.results()
     if not results:
         raise UserError(f"{place.folder}: no arm has ended there: nothing to export")
-    print(f"{file}: {export(results, place.folder, file)} results")
+    print(f"{origin(file)}: {export(results, place.folder, file)} results")
     return 0
 
 

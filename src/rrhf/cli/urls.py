@@ -90,13 +90,14 @@ def with_urls(command: str, arguments: list[str], work: Callable[[list[str]], in
         return work(arguments)
     _refuse(command, urls)
     local, outputs = list(arguments), []
-    brought: dict[str, str] = {}
+    stood_for: dict[str, str] = {}
     for value in urls:
         if value.kind in (WRITTEN, GROWN):
             outputs.append(_Output(command, value, arguments))
             place = str(outputs[-1].place)
+            stood_for[place] = shown(value.text)
         else:
-            place = _brought(command, value, brought)
+            place = _brought(command, value, stood_for)
         local[value.place] = value.before + place
     if _given("dry_run", arguments):
         return work(local)  # nothing is written
@@ -106,7 +107,7 @@ def with_urls(command: str, arguments: list[str], work: Callable[[list[str]], in
         return 0
     for output in outputs:
         output.begin()
-    code = _work(work, local, brought)
+    code = _work(work, local, stood_for)
     if code == 0:
         for output in outputs:
             output.finish()  # all, before one is sent: the same command sends what is left
@@ -167,24 +168,24 @@ def _refuse(command: str, urls: Sequence[_Value]) -> None:
         raise UserError("\n".join(faults))
 
 
-def _brought(command: str, value: _Value, brought: dict[str, str]) -> str:
-    """The local copy of what is read; ``brought`` takes down what it is a copy of."""
+def _brought(command: str, value: _Value, stood_for: dict[str, str]) -> str:
+    """The local copy of what is read; ``stood_for`` takes down what it is a copy of."""
     if value.kind is STUDY:
         return value.text
     line = re.search(r"(?<=\.jsonl):\d+$", value.text) if value.flag == "check" else None  # FILE.jsonl:LINE
     url = value.text[: line.start()] if line else value.text
     place = str(fetched(url, skip=WEIGHTS if command == "report" else ()))
-    brought[place] = shown(url)
+    stood_for[place] = shown(url)
     return place + (line[0] if line else "")
 
 
-def _work(work: Callable[[list[str]], int], arguments: list[str], brought: Mapping[str, str]) -> int:
-    """Run ``work``; its errors name what was read as it was given."""
+def _work(work: Callable[[list[str]], int], arguments: list[str], stood_for: Mapping[str, str]) -> int:
+    """Run ``work``; its errors name files as they were given."""
     try:
         return work(arguments)
     except UserError as error:
         message = str(error)
-        for place, url in brought.items():
+        for place, url in stood_for.items():
             message = message.replace(place, url)
         raise UserError(message) from error
 

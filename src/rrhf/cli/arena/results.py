@@ -8,6 +8,7 @@ from dataclasses import asdict
 from rrhf.cli.parser import PlainParser
 from rrhf.common.errors import UserError
 from rrhf.common.files import refuse_existing, write_text
+from rrhf.common.remote import origin
 
 
 def main(arguments: list[str], name: str) -> None:
@@ -55,7 +56,7 @@ def main(arguments: list[str], name: str) -> None:
             written = write_rows(options.export, exported(voted, options.to, options.pairing), options.overwrite)
         else:
             written = write_records(options.export, voted, options.overwrite)
-        print(f"\n{written} {'rows' if options.to else 'records'} in {options.export}")
+        print(f"\n{written} {'rows' if options.to else 'records'} in {origin(options.export)}")
 
 
 def _parser(name: str) -> PlainParser:
