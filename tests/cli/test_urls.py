@@ -99,7 +99,7 @@ def test_every_flag_takes_urls_or_refuses_them(command: tuple[str, ...], monkeyp
     actions, name = raised.value.args[0]._actions, " ".join(command)
     flags = {(action.option_strings or [""])[0][2:].replace("-", "_"): action for action in actions}
     for flag, action in flags.items():
-        truth = getattr(action.type, "__name__", "") == "string_to_bool"
+        truth = getattr(action.type, "__name__", "") in ("string_to_bool", "boolean")
         if action.nargs == 0 or action.choices or action.type in (int, float) or truth:
             assert flag not in KINDS, flag  # no place for a text
         elif flag:

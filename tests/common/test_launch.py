@@ -12,6 +12,7 @@ import pytest
 from rrhf.common.errors import UserError
 from rrhf.common.launch import check_connected, launched_processes, warn_of_whole_weights
 from rrhf.common.locks import LOCK, hold
+from rrhf.training.folder import SETTINGS
 from support import tiny
 from support.ports import free_port
 from support.tiny import count
@@ -101,12 +102,13 @@ def test_a_signal_that_one_process_gets_stops_both_at_one_step(place: Path) -> N
 def test_a_second_training_into_the_same_folder(place: Path) -> None:
     """Whatever started two processes that do not know of each other, the second finds the folder taken."""
     (place / "out").mkdir()
-    (place / "out" / "kept").write_text("of the other one")
+    for name in ("kept", SETTINGS):
+        (place / "out" / name).write_text("of the other one")
     other = hold(place / "out" / LOCK, "taken")
     refused = tiny.warm(*TRAIN, "--overwrite", cwd=place)
     assert refused.code == 2
     assert f"out: another process trains into this folder: process {os.getpid()} on " in refused.err
-    assert {path.name for path in (place / "out").iterdir()} == {"kept", LOCK}
+    assert {path.name for path in (place / "out").iterdir()} == {"kept", SETTINGS, LOCK}
     other.close()
     tiny.warm(*TRAIN, "--overwrite", cwd=place).done()
     assert not (place / "out" / "kept").exists()
