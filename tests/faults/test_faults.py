@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 
 import pytest
 
 from faults.injection import applies, inject
 from faults.stages import MOMENTS, STAGES, World, a_world
+from support import tiny
 
 pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
 pytest.importorskip("choix", reason="the extra `judging` is not installed")
@@ -34,6 +36,25 @@ def test_nothing_is_lost(fault: str, stage: str, world: World) -> None:
     outcome = inject(world, stage, fault, seed=1, moments=MOMENTS[stage])
     print(outcome.line())
     assert not outcome.lost
+
+
+@pytest.mark.parametrize(
+    ("command", "save"),
+    [("train", "rrhf.training.stage:_save"), ("reward-model", "rrhf.training.reward_model.stage:_save")],
+)
+def test_no_step_comes_after_the_last(command: str, save: str, world: World) -> None:
+    """Killed between the last checkpoint, which is within an epoch, and the weights: the steps are done."""
+    arguments = (*STAGES[command].command, "--lr_scheduler_type", "constant")
+    weights = []
+    for name, faults in (("whole", []), ("killed", [tiny.die(save, 1)])):
+        folder = world.folder(f"{command}-last-{name}", command)
+        ended = tiny.warm(*arguments, cwd=folder, faults=faults)
+        assert ended.code == (-signal.SIGKILL if faults else 0), ended.err
+        if faults:
+            ended = tiny.warm(*arguments, cwd=folder).done()
+            assert "going on from out/checkpoint-4" in ended.err and "5/4" not in ended.err
+        weights.append((folder / "out/model.safetensors").read_bytes())
+    assert weights[0] == weights[1]
 
 
 def test_every_stage_and_every_fault_is_met() -> None:

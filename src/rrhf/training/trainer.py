@@ -158,6 +158,11 @@ class RRHFTrainer(Trainer):
 
         Returns the batches and how many queries the step has over all processes.
         """
+        if (
+            self.state.global_step >= self.state.max_steps
+        ):  # gone on from a checkpoint of the last step: nothing is left
+            self.control.should_training_stop = True
+            return [], 0
         batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
         merged = [record for batch in batches for record in batch]
         self._step_ids = [record.id for record in merged]

@@ -77,6 +77,14 @@ class RewardTrainer(Trainer):
         use_masters(self)
         return super().create_optimizer(model)
 
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list[Any], Any]:
+        """The micro-batches of one optimiser step; none where a checkpoint of the last step is gone on from."""
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+            return [], None
+        found: tuple[list[Any], Any] = super().get_batch_samples(epoch_iterator, num_batches, device)
+        return found
+
     def train(self, *args: Any, **kwargs: Any) -> Any:
         # Held for the whole run: gradient checkpointing looks the attention up again in the backward pass.
         tree = isinstance(self.reward, CausalReward) and self.reward.path == "tree"
