@@ -75,6 +75,8 @@ def test_killed_in_every_kind_of_arm_and_resumed(shared_out: Path, model: Path, 
     for where, faults in KILLS.items():
         killed = tiny.warm(*COMMAND, "--output", "out", cwd=folder, faults=faults)
         assert killed.code == -signal.SIGKILL, (where, killed.err[-3000:])
+        if where == "DPO":  # as a folder that is removed while its arm runs
+            (folder / "out/arms/DPO/seed-0/rate-0.001/config.yaml").unlink()
     tiny.warm(*COMMAND, "--output", "out", cwd=folder).done()
     assert results(folder) == results(shared_out)
 

@@ -45,6 +45,8 @@ def carry(work: Work) -> dict[str, Any]:
     arm, run = work.item.arm, work.run
     log.info(f"{arm.name}: seed {work.item.seed}" + (f", learning rate {work.item.rate:g}" if work.item.rate else ""))
     measure.reset_peak_memory()
+    if run.folder.exists() and not run.config.exists():
+        shutil.rmtree(run.folder)  # it was removed, or a part of it, while the arm ran: the configuration stands first
     run.remember_config(work.noted)
     set_up_logging(run.log)
     with _rho_texts(work):
