@@ -105,7 +105,8 @@ def work_through(place: Place, scale: Scale, table: Table) -> None:
         if not any(_take(place, scale, item, failed) for item in waiting):
             time.sleep(WAIT)  # others have them all
     if failed:
-        raise UserError("not carried out:\n  " + "\n  ".join(f"{name}: {why}" for name, why in failed.items()))
+        reasons = "\n  ".join(f"{name}: {why}" for name, why in failed.items())
+        raise UserError(f"not carried out:\n  {reasons}\nWhat has ended stands; the same command does these again")
 
 
 def _take(place: Place, scale: Scale, item: Item, failed: dict[str, str]) -> bool:
