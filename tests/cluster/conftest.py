@@ -8,8 +8,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from support import tiny
-from support.nodes import PATIENT, Nodes, TooBusyError
+from support.nodes import PATIENT, Nodes, started
 
 
 @pytest.fixture(scope="package")
@@ -21,12 +20,7 @@ def nodes() -> Iterator[Nodes]:
             patch.setenv(name, value)
         patch.setenv("OMP_NUM_THREADS", "1")  # as the processes of the other tests: the same sums
         patch.setenv("PYTHONPATH", os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])]))
-        try:
-            running = Nodes(2)
-        except TooBusyError:
-            if tiny.LONG:
-                raise
-            pytest.skip("this machine is too busy for Ray to start its nodes, in three tries")
+        running = started(lambda: Nodes(2))
         try:
             yield running
         finally:

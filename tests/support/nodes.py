@@ -5,7 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
+
 from rrhf.cluster.settings import ClusterSettings
+from support.tiny import LONG
 
 NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 # A killed node refuses each check at once and is given up after five seconds; one that is merely slow has 10 s a check.
@@ -32,6 +35,17 @@ def patiently(start: Callable[[], Any]) -> Any:
             if "timed out during startup" not in str(error):
                 raise
     raise TooBusyError
+
+
+def started(start: Callable[[], Any]) -> Any:
+    """What ``start`` gives, in three tries; else the test is skipped, for Ray's seconds cannot be lengthened. The long
+    form fails."""
+    try:
+        return patiently(start)
+    except TooBusyError:
+        if LONG:
+            raise
+        pytest.skip("this machine is too busy for Ray to start its nodes, in three tries")
 
 
 class Nodes:

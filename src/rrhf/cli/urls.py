@@ -48,16 +48,8 @@ BARE = {
     **dict.fromkeys(("arena create", "arena serve", "arena results", "arena links"), STUDY),
 }
 FAMILIES = {"baseline", "arena"}  # commands of which the next word is the command
-SWITCHES = {
-    "overwrite",
-    "dry_run",
-    "page",
-    "private",
-    "quick",
-    "small",
-    "full",
-    "help",
-}  # flags without a value, where something stands bare
+# flags without a value, where something stands bare
+SWITCHES = {"overwrite", "dry_run", "page", "private", "quick", "small", "full", "help"}
 SEVERAL = {"results", "scores", "weights", "without", "raters", "add"}  # flags of several values there
 GONE_ON_WITH = {"run", "demo", "reproduce", "baseline best-of-n"}  # folders that a second command goes on in
 FINISHED = "finished.json"  # in a staging folder: which command's result lies there and may not be up yet

@@ -4,39 +4,29 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from rrhf.recipes.demo.data import Review
 from rrhf.recipes.micro.gold import DONE, TOKENS, GoldClassifier, GoldSettings, train_gold
-from rrhf.training.callbacks import ShowProgress
 from support.reward_models import write_encoder
+from support.stopping import stopped_at, went_on_at
 
 SETTINGS = GoldSettings(pieces=2, epochs=6.0, rows=8, learning_rate=3e-3, save_steps=4)
 GOOD, BAD = "the river was high and the bridge stood", "a letter in the drawer of the kitchen"
 REVIEWS = [Review(f"{(GOOD, BAD)[number % 2]} {number}", 1 - number % 2) for number in range(32)]
 
 
-def test_it_learns_and_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_it_learns_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     write_encoder(tmp_path / "encoder", {0: "negative", 1: "positive"}, context=TOKENS)
     found = train_gold(tmp_path / "encoder", REVIEWS, REVIEWS, tmp_path / "whole", SETTINGS)
     assert found["accuracy on held-out pieces"] == 1.0
     assert json.loads((tmp_path / "whole" / DONE).read_text()) == found
     assert not (tmp_path / "whole" / "training").exists()
 
-    shown = ShowProgress.on_step_end
-
-    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 6:
-            raise KeyboardInterrupt
-        shown(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ShowProgress, "on_step_end", stop)
-        train_gold(tmp_path / "encoder", REVIEWS, REVIEWS, tmp_path / "stopped", SETTINGS)
+    stopped_at(6, lambda: train_gold(tmp_path / "encoder", REVIEWS, REVIEWS, tmp_path / "stopped", SETTINGS))
     assert not (tmp_path / "stopped" / DONE).exists()
-    train_gold(tmp_path / "encoder", REVIEWS, REVIEWS, tmp_path / "stopped", SETTINGS)
+    went_on_at(5, lambda: train_gold(tmp_path / "encoder", REVIEWS, REVIEWS, tmp_path / "stopped", SETTINGS))
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert weights[0] == weights[1]
 

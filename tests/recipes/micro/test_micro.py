@@ -7,7 +7,6 @@ import math
 import re
 from collections import Counter, defaultdict
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -18,7 +17,7 @@ from rrhf.recipes.micro import reviews
 from rrhf.recipes.micro.language_model import LanguageModelSettings, make_tokenizer, packed, train_language_model
 from rrhf.recipes.micro.ngrams import DISCOUNT, Trigrams
 from rrhf.recipes.micro.prompts import PROMPT_TOKENS
-from rrhf.training.callbacks import ShowProgress
+from support.stopping import stopped_at, went_on_at
 from support.tiny import SENTENCES
 
 TINY = LanguageModelSettings(
@@ -64,26 +63,16 @@ def test_trigrams_are_those_of_a_plain_count() -> None:
     assert model.unigram_logprobs([0, 4]).tolist() == pytest.approx([math.log(2 / (19 + 6))])
 
 
-def test_a_language_model_is_trained_and_goes_on_where_it_stopped(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_language_model_is_trained_and_goes_on_where_it_stopped(tmp_path: Path) -> None:
     found = train_language_model(REVIEWS * 3, REVIEWS, tmp_path / "whole", TINY)
     assert list(found) == ["language model", "trigrams", "unigrams"] and found["trigrams"] < found["unigrams"] < 300
     assert json.loads((tmp_path / "whole" / "perplexity.json").read_text()) == found
     assert not (tmp_path / "whole" / "training").exists()
 
-    shown = ShowProgress.on_step_end
-
-    def stop(self: Any, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if state.global_step == 6:
-            raise KeyboardInterrupt
-        shown(self, args, state, control, **kwargs)
-
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
-        patch.setattr(ShowProgress, "on_step_end", stop)
-        train_language_model(REVIEWS * 3, REVIEWS, tmp_path / "stopped", TINY)
+    stopped_at(6, lambda: train_language_model(REVIEWS * 3, REVIEWS, tmp_path / "stopped", TINY))
     assert not (tmp_path / "stopped" / "perplexity.json").exists()
-    assert train_language_model(REVIEWS * 3, REVIEWS, tmp_path / "stopped", TINY) == found
+    again = went_on_at(5, lambda: train_language_model(REVIEWS * 3, REVIEWS, tmp_path / "stopped", TINY))
+    assert again == found
     weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("whole", "stopped")]
     assert weights[0] == weights[1]
 

@@ -11,19 +11,19 @@ import functools
 import hashlib
 import json
 import logging
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrhf.common.files import cache_folder, write_text
+from rrhf.common.files import cache_folder
 from rrhf.common.logging import set_up_logging
 from rrhf.models.folders import package_folder
 from rrhf.recipes.demo.classifiers import review_pieces
 from rrhf.recipes.demo.data import Review
 from rrhf.recipes.micro.reviews import GOLD, split_micro
+from rrhf.recipes.micro.training import keep, train_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -114,19 +114,9 @@ def train_gold(
     Returns:
         The share of held-out pieces that it puts on the side of their review's label.
     """
-    from transformers import (
-        AutoModelForSequenceClassification,
-        AutoTokenizer,
-        DataCollatorWithPadding,
-        Trainer,
-        TrainingArguments,
-        set_seed,
-    )
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
+    from transformers import AutoModelForSequenceClassification, AutoTokenizer, DataCollatorWithPadding, set_seed
 
     from rrhf.rewards.reward_models.load import quiet
-    from rrhf.training.callbacks import Seal, ShowProgress
-    from rrhf.training.folder import last_checkpoint
 
     tokenizer = AutoTokenizer.from_pretrained(encoder)
     texts, labels = review_pieces(reviews, settings.pieces)
@@ -136,30 +126,18 @@ def train_gold(
         model = AutoModelForSequenceClassification.from_pretrained(
             encoder, id2label={0: "negative", 1: "positive"}, label2id={"negative": 0, "positive": 1}
         )
-    work = folder / "training"
-    arguments = TrainingArguments(
-        output_dir=str(work), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.rows,
-        learning_rate=settings.learning_rate, lr_scheduler_type="linear", warmup_steps=0.1, weight_decay=0.01,
-        train_sampling_strategy="group_by_length", save_steps=settings.save_steps, save_total_limit=2,
-        logging_steps=50, seed=settings.seed, report_to="none", disable_tqdm=True, use_cpu=True,
-        dataloader_pin_memory=False,
-    )  # fmt: skip
-    collator = DataCollatorWithPadding(tokenizer)
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=rows, data_collator=collator, callbacks=[ShowProgress, Seal]
-    )
-    for replaced in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(replaced)
-    trainer.train(resume_from_checkpoint=last_checkpoint(work, check=True))
+    arguments = {
+        "num_train_epochs": settings.epochs, "per_device_train_batch_size": settings.rows,
+        "learning_rate": settings.learning_rate, "warmup_steps": 0.1, "weight_decay": 0.01,
+        "train_sampling_strategy": "group_by_length", "save_steps": settings.save_steps, "seed": settings.seed,
+    }  # fmt: skip
+    trained = train_in(folder, model, rows, arguments, data_collator=DataCollatorWithPadding(tokenizer))
     texts, labels = review_pieces(held_out, 1)
-    found = GoldClassifier(trainer.model.eval(), tokenizer).probabilities(texts)
+    found = GoldClassifier(trained, tokenizer).probabilities(texts)
     right = sum((value > 0.5) == bool(label) for value, label in zip(found, labels, strict=True))
     result = {"accuracy on held-out pieces": right / len(texts)}
     log.info(f"micro: gold reward: {right / len(texts):.1%} of {len(texts):,} held-out pieces are told rightly")
-    trainer.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_text(folder / DONE, json.dumps(result, indent=1) + "\n")
-    shutil.rmtree(work, ignore_errors=True)
+    keep(folder, trained, tokenizer, DONE, json.dumps(result, indent=1) + "\n")
     return result
 
 

@@ -11,17 +11,17 @@ import hashlib
 import json
 import logging
 import math
-import shutil
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrhf.common.files import cache_folder, write_text
+from rrhf.common.files import cache_folder
 from rrhf.common.logging import set_up_logging
 from rrhf.recipes.demo.data import Review
 from rrhf.recipes.micro.reviews import split_micro
+from rrhf.recipes.micro.training import keep, train_in
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -77,12 +77,6 @@ def train_language_model(
     Returns:
         Perplexities a token of the first tokens of the held-out reviews: of the model, of trigrams and of unigrams.
     """
-    from transformers import Trainer, TrainingArguments
-    from transformers.trainer_callback import PrinterCallback, ProgressCallback
-
-    from rrhf.training.callbacks import Seal, ShowProgress
-    from rrhf.training.folder import last_checkpoint
-
     tokenizer = make_tokenizer(reviews, settings)
     model = make_model(tokenizer, settings)
     texts = encoded(reviews, tokenizer)
@@ -91,27 +85,15 @@ def train_language_model(
         f"micro: a language model of {model.num_parameters() / 1e6:.1f} million parameters, trained once on "
         f"{len(reviews):,} reviews ({len(rows) * settings.context / 1e6:.1f} million tokens); kept in {folder}"
     )
-    work = folder / "training"
-    arguments = TrainingArguments(
-        output_dir=str(work), num_train_epochs=settings.epochs, per_device_train_batch_size=settings.rows,
-        learning_rate=settings.learning_rate, lr_scheduler_type="linear", warmup_steps=0.03,
-        save_steps=settings.save_steps, save_total_limit=2, logging_steps=50, seed=settings.seed,
-        report_to="none", disable_tqdm=True, use_cpu=True, dataloader_pin_memory=False,
-    )  # fmt: skip
-    trainer = Trainer(
-        model=model, args=arguments, train_dataset=rows, callbacks=[ShowProgress, Seal],
-        optimizers=(make_optimizer(model, settings), None),
-    )  # fmt: skip
-    for replaced in (ProgressCallback, PrinterCallback):
-        trainer.remove_callback(replaced)
-    trainer.train(resume_from_checkpoint=last_checkpoint(work, check=True))
-    trained = trainer.model.eval()
+    arguments = {
+        "num_train_epochs": settings.epochs, "per_device_train_batch_size": settings.rows,
+        "learning_rate": settings.learning_rate, "warmup_steps": 0.03, "save_steps": settings.save_steps,
+        "seed": settings.seed,
+    }  # fmt: skip
+    trained = train_in(folder, model, rows, arguments, optimizers=(make_optimizer(model, settings), None))
     found = perplexities(trained, tokenizer, texts, encoded(held_out, tokenizer))
     log.info("micro: perplexity on held-out reviews: " + ", ".join(f"{name} {x:.1f}" for name, x in found.items()))
-    trained.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    write_text(folder / DONE, json.dumps(found, indent=1) + "\n")
-    shutil.rmtree(work, ignore_errors=True)
+    keep(folder, trained, tokenizer, DONE, json.dumps(found, indent=1) + "\n")
     return found
 
 
