@@ -19,6 +19,8 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).parents[1]))  # support
+
 HANGS = 30  # seconds
 MEMORY = Path("/dev/shm")  # files that are written for a moment need no disk
 PLACE = Path(tempfile.gettempdir())  # a target's process has one of its own
@@ -32,16 +34,9 @@ WORDS = (
 
 def reply(data: bytes) -> None:
     """A judge's reply: scores of every aspect within their range, or a refusal with its reason."""
-    from rrhf.rewards.judges.parse import Refusal, Scale, parse_reply
+    from support.judge_replies import read_or_refused
 
-    text, number = data[1:].decode("utf-8", "replace"), 1 + (data[0] if data else 0) % 3
-    found = parse_reply(text, Scale(("accuracy", "coherence"), 1, 5, integers=False), number)
-    if isinstance(found, Refusal):
-        assert found.reason
-        return
-    assert len(found) == number
-    for scores in found:
-        assert list(scores) == ["accuracy", "coherence"] and all(1 <= score <= 5 for score in scores.values())
+    read_or_refused(data[1:].decode("utf-8", "replace"), 1 + (data[0] if data else 0) % 3)
 
 
 def lines(data: bytes) -> None:

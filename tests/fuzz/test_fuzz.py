@@ -38,11 +38,12 @@ from rrhf.records.parts import in_parts
 from rrhf.records.record import Record, record_from_row, record_line
 from rrhf.report.load import load_run
 from rrhf.report.page import render
-from rrhf.rewards.judges.parse import Refusal, Scale, parse_reply
+from rrhf.rewards.judges.parse import Scale, parse_reply
 from rrhf.rewards.judges.template import read_template
 from rrhf.rewards.people import read_judgements
 from rrhf.sampling.sources.parsing import parse_source, shown_source
 from rrhf.training.folder import CHECKSUMS, last_checkpoint, seal
+from support.judge_replies import read_or_refused
 
 CASES = int(os.environ.get("RRHF_FUZZ", "0"))
 HANGS = 30  # seconds of computing
@@ -361,15 +362,8 @@ DATE_PIECES = [
 @cases(3.0)
 @given(st.lists(st.sampled_from(REPLY_PIECES) | st.text(max_size=5), max_size=60).map("".join), st.integers(1, 3))
 def test_replies_of_judges(reply: str, number: int) -> None:
-    scale = Scale(("accuracy", "coherence"), 1, 5, integers=False)
     watch()
-    found = parse_reply(reply, scale, number)
-    if isinstance(found, Refusal):
-        assert found.reason
-        return
-    assert len(found) == number
-    for scores in found:
-        assert list(scores) == ["accuracy", "coherence"] and all(1 <= score <= 5 for score in scores.values())
+    read_or_refused(reply, number)
 
 
 @pytest.mark.parametrize("piece", ["[", "{", '{"a":', "| ", "-", "1 ", "**", "<think>", "Response 1: ", " \n"])

@@ -33,3 +33,16 @@ def replies() -> list[Reply]:
             )
             found.append(Reply(f"{path.stem}: {name}", int(number), text.removesuffix("\n"), scores))
     return found
+
+
+def read_or_refused(text: str, number: int) -> None:
+    """A reply gives each of its responses every score, within the range, or is refused with a reason."""
+    from rrhf.rewards.judges.parse import Refusal, Scale, parse_reply
+
+    found = parse_reply(text, Scale(("accuracy", "coherence"), 1, 5, integers=False), number)
+    if isinstance(found, Refusal):
+        assert found.reason
+        return
+    assert len(found) == number
+    for scores in found:
+        assert list(scores) == ["accuracy", "coherence"] and all(1 <= score <= 5 for score in scores.values())
