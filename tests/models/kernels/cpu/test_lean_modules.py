@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from transformers import BertConfig, BertForSequenceClassification
 
 from rrhf.models.attention import our_attention
 from rrhf.models.kernels.cpu.lean_modules import lean
+from rrhf.models.kernels.cpu.products import packed
 from support.models import in_fp64, tiny_model
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -64,6 +68,43 @@ def test_numbers_and_gradients_are_those_of_transformers(family: str) -> None:
     for name, gradient in stock_gradients.items():
         assert float(gradient.norm()) > 0, name
         assert torch.allclose(gradients[name], gradient, atol=1e-10, rtol=1e-9), name
+
+
+def encoder(activation: str = "gelu") -> Any:
+    torch.manual_seed(0)
+    config = BertConfig(vocab_size=97, hidden_size=32, num_hidden_layers=2, num_attention_heads=4,
+                        intermediate_size=64, initializer_range=0.4, hidden_act=activation)  # fmt: skip
+    return BertForSequenceClassification(config).eval()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("laid_out", [False, True])
+@torch.no_grad()
+def test_gelu_is_part_of_its_product(dtype: torch.dtype, laid_out: bool) -> None:
+    model = encoder()
+    exact = copy.deepcopy(model).double()(input_ids=IDS).logits
+    stock = model.to(dtype)(input_ids=IDS).logits
+    with packed(model, 40) if laid_out else contextlib.nullcontext(), lean(model):
+        assert changed(model) == {"BertIntermediate"}
+        found = model(input_ids=IDS).logits
+    bound = max(2 * float((stock.double() - exact).abs().max()), 1e-5)
+    assert float((found.double() - exact).abs().max()) <= bound
+
+
+@pytest.mark.parametrize("activation", ["gelu_new", "relu", "silu"])
+@torch.no_grad()
+def test_other_activations_are_left_to_transformers(activation: str) -> None:
+    model = encoder(activation)
+    with lean(model):
+        assert changed(model) == set()
+
+
+def test_gelu_with_gradients_is_transformers_own() -> None:
+    model = in_fp64(encoder())
+    _, stock = outcome(model)
+    with lean(model):
+        _, found = outcome(model)
+    assert all(torch.equal(found[name], gradient) for name, gradient in stock.items())
 
 
 def test_bfloat16_rounds_where_transformers_rounds() -> None:

@@ -149,6 +149,13 @@ def _mlp_forward(self: Any, x: Tensor) -> Tensor:
     return result
 
 
+def _gelu_forward(self: Any, x: Tensor) -> Tensor:
+    layer = self.dense
+    if torch.is_grad_enabled() or layer._forward_hooks or layer._forward_pre_hooks or not _plain(x, layer.weight):
+        return type(self).forward(self, x)
+    return products.linear_gelu(x, layer.weight, layer.bias)
+
+
 def _linear_forward(self: Any, x: Tensor) -> Tensor:
     if not _plain(x, self.weight):
         return type(self).forward(self, x)
@@ -188,6 +195,12 @@ def _is_mlp(module: nn.Module) -> bool:
     )
 
 
+def _is_gelu(module: nn.Module) -> bool:
+    """Whether it is what BERT's family calls intermediate: a linear layer and GELU of its result."""
+    children = dict(module.named_children())
+    return set(children) == {"dense", "intermediate_act_fn"} and type(children["dense"]) is nn.Linear
+
+
 def _is_linear(module: nn.Module) -> bool:
     if type(module) is not nn.Linear:
         return False
@@ -195,7 +208,7 @@ def _is_linear(module: nn.Module) -> bool:
     return exact or products.is_packed(module.weight)
 
 
-_FORWARDS = {_is_norm: _norm_forward, _is_mlp: _mlp_forward, _is_linear: _linear_forward}
+_FORWARDS = {_is_norm: _norm_forward, _is_mlp: _mlp_forward, _is_gelu: _gelu_forward, _is_linear: _linear_forward}
 
 
 _CHECKED = "_rrhf_checked"  # the attribute in which a model carries which forward pass fits its classes of modules
@@ -203,7 +216,7 @@ _CHECKED = "_rrhf_checked"  # the attribute in which a model carries which forwa
 
 @contextlib.contextmanager
 def lean(model: nn.Module) -> Iterator[None]:
-    """Give ``model``'s RMSNorms and gated MLPs the forward passes of this file, and theirs back again."""
+    """Give ``model``'s RMSNorms, MLPs and linear layers the forward passes of this file, and theirs back again."""
     kinds: dict[type[nn.Module], Any] = vars(model).setdefault(_CHECKED, {})  # by the first module of each
     changed: list[nn.Module] = []
     for module in model.modules():

@@ -88,6 +88,16 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return _onednn(x, weight, bias) if _by_onednn(x, weight, bias) else nn.functional.linear(x, weight, bias)
 
 
+def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """GELU(x · weightᵀ + bias), the exact one, without autograd; in one pass where oneDNN makes the product."""
+    laid_out: Tensor | None = getattr(weight, _LAID_OUT, None)
+    if (laid_out is None or not x.numel()) and not _by_onednn(x, weight, bias):
+        return nn.functional.gelu(nn.functional.linear(x, weight, bias))
+    weight = weight if laid_out is None else laid_out
+    activated: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
+    return activated
+
+
 def linear_sum(c: Tensor, x: Tensor, weight: Tensor) -> Tensor:
     """c + x · weightᵀ for matrices, without autograd."""
     laid_out: Tensor | None = getattr(weight, _LAID_OUT, None)
