@@ -1,7 +1,8 @@
 """Bad input for every reader, parser and configuration: it is read as it stands, or refused by a ``UserError``.
 
 A few hundred cases in ``make test``, always the same ones; 100,000 new ones by ``make test-fuzz`` (RRHF_FUZZ=7000 for a
-property, times its share), which prints what reproduces a failure. A case that takes longer than ``HANGS`` is a failure too.
+property, times its share), which prints what reproduces a failure. A case that takes longer than ``HANGS`` is a
+failure too.
 """
 
 from __future__ import annotations

@@ -33,7 +33,7 @@ def main(arguments: list[str]) -> int:
     scale = read_scale(options.task, options.scale, [*data, *model, *options.overrides])
     names = options.arms.split(",") if options.arms else scale.default_arms
     rates = [options.learning_rate] if options.learning_rate else scale.learning_rates
-    table = Table(arms_named(options.task, names), options.seeds, rates)
+    table = Table(arms_named(options.task, names), options.seeds, rates, scale.first_seed, options.every_rate)
     place = Place(Path(options.output or f"runs/reproduce-{options.task}-{Path(options.scale).stem}"))
     if options.export:
         return _export(place, Path(options.export))
@@ -103,6 +103,12 @@ def _parser() -> PlainParser:
     what.add_argument("--seeds", type=int, default=1, help="how many; default: 1")
     what.add_argument("--learning_rate", "--learning-rate", type=float, help="one for all arms; default: each arm's "
                       "best of three on prompts kept for that")  # fmt: skip
+    what.add_argument(
+        "--every_rate",
+        "--every-rate",
+        action="store_true",
+        help="run every seed at every rate, for comparisons at equal KL; default: seeds after the first run the best",
+    )
     what.add_argument("--page", action="store_true", help="write the page of what has ended, and do nothing else")
     what.add_argument("--export", metavar="FILE.jsonl", help="add the results that have ended to a file of lines, "
                       "without absolute paths, for the page of claims (python -m rrhf.recipes.study)")  # fmt: skip

@@ -51,6 +51,28 @@ def training_records(settings: DataSettings) -> Iterator[Record]:
     return records if settings.provided else (record.without_responses() for record in records)
 
 
+def set_aside_records(settings: DataSettings) -> list[Record]:
+    """As many held-out records as ``write_queries`` takes, none of them among those that it writes to either file.
+
+    Raises:
+        UserError: the data has not so many, or ``limit`` does not say how many are trained on.
+    """
+    count, counts = settings.held_out_limit, Counter[str]()
+    if settings.limit is None:
+        raise UserError("data.limit: prompts can be set aside where it says how many are trained on")
+    same = settings.held_out is None  # held-out records come first, then those to train on
+    read = settings.limit + (count if same else 0)
+    seen = {json.dumps(record.query) for record in _read(settings.source, settings, read, counts)}
+    start = read if same else count
+    records = _read(settings.held_out or settings.source, settings, start + 2 * count, counts)
+    fresh = [record for record in islice(records, start, None) if json.dumps(record.query) not in seen][:count]
+    if len(fresh) < count:
+        raise UserError(
+            f"data: only {len(fresh)} of {count} held-out records can be set aside; lower data.held_out_limit"
+        )
+    return fresh
+
+
 def write_queries(settings: DataSettings, queries: Path, held_out_file: Path) -> None:
     """Write the records to train on to ``queries`` and then the held-out ones; no query stands in both.
 

@@ -81,6 +81,29 @@ def test_killed_in_every_kind_of_arm_and_resumed(shared_out: Path, model: Path, 
     assert results(folder) == results(shared_out)
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_prompts_and_seeds_that_are_set_aside(model: Path, tmp_path: Path, apart: bool) -> None:
+    folder = workplace(tmp_path, model)
+    tiny.workplace(folder, {}, [{**row, "id": f"p{i}", "query": f"Prompt {i}?"} for i, row in enumerate(tiny.rows(30))])
+    (folder / "held.jsonl").write_text("".join(reversed((folder / "data.jsonl").read_text().splitlines(keepends=True))))
+    command = (*COMMAND[:4], "--arms", "start", *(["data.held_out=held.jsonl"] if apart else []))
+    tiny.warm(*command, "--output", "search", cwd=folder).done()
+    tiny.warm(*command, "reproduce.set_aside=true", "--output", "confirm", cwd=folder).done()
+
+    def queries(output: str, name: str) -> list[str]:
+        return [row["query"] for row in tiny.read_rows(folder / output / "prompts" / f"{name}.jsonl")]
+
+    for name in ("queries", "rates"):
+        assert queries("search", name) == queries("confirm", name)
+    seen = {query for name in ("queries", "rates", "held_out") for query in queries("search", name)}
+    assert len(queries("confirm", "held_out")) == 3 and not seen & set(queries("confirm", "held_out"))
+    assert [path.name for path in (folder / "confirm/results").iterdir()] == ["start-seed-1000.json"]
+    refused = tiny.warm(*command, "--output", "confirm", cwd=folder)
+    assert refused.code == 2 and "holds other prompts" in refused.err
+    few = tiny.warm(*command, "reproduce.set_aside=true", "data.held_out_limit=14", "--output", "few", cwd=folder)
+    assert few.code == 2 and "of 14 held-out records can be set aside" in few.err
+
+
 def test_what_two_processes_leave(shared_out: Path) -> None:
     found = results(shared_out)
     assert set(found) == set(ARMS)

@@ -60,6 +60,16 @@ def test_arms_by_name() -> None:
 A, B = Arm("a", ""), Arm("best-of-2", "", kind="best-of-n", number=2)
 
 
+def test_every_seed_at_every_rate_where_that_is_asked_for() -> None:
+    table = Table([A, B], 2, [1e-4, 1e-3], first=7, every_rate=True)
+    wanted = [(A, 7, 1e-4), (A, 7, 1e-3), (B, 7, None), (A, 8, 1e-4), (A, 8, 1e-3), (B, 8, None)]
+    assert list(table.items({})) == [Item(*one) for one in wanted]
+    done = by_key([result(*one) for one in wanted])
+    assert table.is_complete(done) and Table([A, B], 2, [1e-4, 1e-3], first=7).is_complete(done)
+    for missing in [(arm.name, seed, rate) for arm, seed, rate in wanted]:
+        assert not table.is_complete({key: one for key, one in done.items() if key != missing})
+
+
 def result(arm: Arm, seed: int, rate: float | None, reward: float = 0.0) -> Mapping[str, Any]:
     gain = {"mean": reward, "low": reward - 0.1, "high": reward + 0.1}
     return {

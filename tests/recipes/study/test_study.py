@@ -15,6 +15,7 @@ from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.check import read_result
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, judged
+from rrhf.recipes.study.frontier import at_equal_kl
 from rrhf.recipes.study.page import write_page
 from rrhf.recipes.study.results import Study, export, read_study, take
 
@@ -83,6 +84,34 @@ def test_two_seeds_resolve_nothing(file: Path) -> None:
     assert not verdicts & {HOLDS, FAILS} and OPEN in verdicts
 
 
+def frontier(name: str, points: dict[float, float], seed: int) -> list[dict[str, Any]]:
+    """Runs of an arm at rates that take it so far from ρ (KL → its gain in gold)."""
+    start = np.array(line("start", seed)["prompts"]["gold"])
+    found = []
+    for rate, (kl, up) in zip((1e-4, 3e-4, 1e-3), points.items()):
+        rewards = {"proxy": start.tolist(), "gold": (start + up).tolist()}
+        found.append({**line(name, seed, rate), "kl": {"mean": kl}, "prompts": rewards})
+    return found
+
+
+def test_gains_at_equal_kl_lie_on_the_line_between_two_runs_of_a_seed(tmp_path: Path) -> None:
+    runs = [line("start", seed) for seed in (0, 1, 2)]
+    for seed in (0, 1):
+        runs += frontier("RRHF-DP", {4.0: 0.1, 16.0: 0.2, 36.0: 0.1}, seed) + frontier(
+            "SFT", {1.0: 0.0, 25.0: 0.2}, seed
+        )
+    runs += frontier("RRHF-DP", {1.0: 0.9, 2.0: 0.9}, 2)  # comes nowhere near
+    study = Study(runs, tmp_path)
+    found = {kl: at_equal_kl(study, "RRHF-DP", kl, "gold") for kl in (2.0, 3.9, 4.0, 9.0, 25.0, 36.0, 37.0)}
+    known = {kl: (one.mean, one.seeds) for kl, one in found.items() if one}
+    assert known == {2.0: (pytest.approx(0.9), 1), 4.0: (pytest.approx(0.1), 2), 9.0: (pytest.approx(0.15), 2),
+                     25.0: (pytest.approx(0.15), 2), 36.0: (pytest.approx(0.1), 2)}  # fmt: skip
+    less = at_equal_kl(study, "RRHF-DP", 9.0, "gold", other="SFT")
+    assert less is not None and (less.mean, less.seeds) == (pytest.approx(0.15 - 0.1), 2)
+    assert less.low == pytest.approx(less.high)  # no prompt differs from another: paired by prompt
+    assert at_equal_kl(study, "RRHF-DP", 2.0, "gold", other="SFT") is None  # no seed has both there
+
+
 def test_differences_are_paired_by_seed_and_prompt(file: Path) -> None:
     study = read_study(file)
     paired = study.difference("RRHF-DP", "SFT", "gold")
@@ -97,8 +126,8 @@ def test_an_export_has_no_paths_and_replaces_what_was_there(file: Path, tmp_path
     kept = [json.loads(text) for text in file.read_text().splitlines()]
     assert {one["config"]["model"] for one in kept} == {"./model"}
     rejected = [one for one in kept if one["learning_rate"] not in (None, 1e-3)]
-    assert len(rejected) == 6 and not any("prompts" in one for one in rejected)
-    assert all("prompts" in one for one in kept if one not in rejected)
+    assert len(rejected) == 6 and not any("history" in one for one in rejected)
+    assert all("prompts" in one for one in kept) and all("history" in one for one in kept if one not in rejected)
     place = tmp_path / "lines.jsonl"
     named = {**line("PPO", 0), "config": {"model": "out/model", "why": "without", "at": "/somewhere/out/x"}}
     export([named], Path("out"), place)

@@ -13,7 +13,7 @@ from rrhf.common.files import read_object, write_text
 from rrhf.common.flags import Flags, as_arguments
 from rrhf.common.settings import refuse_other_settings
 from rrhf.recipes.config import DataSettings
-from rrhf.recipes.data import write_queries
+from rrhf.recipes.data import set_aside_records, write_queries
 from rrhf.recipes.reproduce.scale import Scale
 from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
@@ -64,6 +64,7 @@ def write_prompts(scale: Scale, prompts: Prompts) -> dict[str, Any]:
         UserError: the data cannot be read, or the files were made of other data.
     """
     wanted = {"model": scale.config["model"], "data": scale.config["data"], "rate_queries": scale.rate_queries}
+    wanted |= {"set_aside": True} if scale.set_aside else {}
     note = prompts.folder / "made-of.json"
     noted = read_object(note)
     if noted:
@@ -83,11 +84,15 @@ def _write(scale: Scale, prompts: Prompts) -> None:
     if given["source"] == MICRO:
         limits = {"queries": given["limit"], "held_out": given["held_out_limit"], "rates": scale.rate_queries}
         for name, records in _micro_records(str(scale.config["model"])).items():
-            write_records(prompts.folder / f"{name}.jsonl", islice(records, limits[name]), overwrite=True)
+            start = limits[name] if scale.set_aside and name == "held_out" else 0
+            chosen = islice(records, start, start + limits[name])
+            write_records(prompts.folder / f"{name}.jsonl", chosen, overwrite=True)
         return
     (settings,) = Flags([DataSettings], "reproduce").parse(as_arguments(_more(given, scale.rate_queries), "data"))
     both = prompts.folder / "both.jsonl"
     write_queries(settings, both, prompts.held_out)
+    if scale.set_aside:
+        write_records(prompts.held_out, set_aside_records(settings), overwrite=True)
     write_records(prompts.rates, islice(read_records(both), scale.rate_queries), overwrite=True)
     write_records(prompts.queries, islice(read_records(both), scale.rate_queries, None), overwrite=True)
     both.unlink()

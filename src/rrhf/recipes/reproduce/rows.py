@@ -60,8 +60,8 @@ def rows_of(table: Table, results: Results) -> list[Row]:
     """A row for each arm that has a result, in the table's order."""
     rows = []
     for arm in table.arms:
-        known, rate = chosen_rate(arm, table.rates, results)
-        ended = [results[arm.name, seed, rate] for seed in range(table.seeds) if (arm.name, seed, rate) in results]
+        known, rate = chosen_rate(arm, table.rates, results, table.first)
+        ended = [results[arm.name, seed, rate] for seed in table.range if (arm.name, seed, rate) in results]
         if known and ended:
             rows.append(Row(arm, rate, ended))
     return rows
@@ -147,10 +147,10 @@ def rate_table(table: Table, results: Results) -> Cells:
     for arm in table.arms:
         if not arm.has_rate:
             continue
-        _, chosen = chosen_rate(arm, table.rates, results)
+        _, chosen = chosen_rate(arm, table.rates, results, table.first)
         cells = []
         for rate in table.rates:
-            result = results.get((arm.name, 0, rate))
+            result = results.get((arm.name, table.first, rate))
             shown = number(result["rate_reward"]) if result else NONE
             cells.append(f"[{shown}]" if rate == chosen else shown)
         lines.append([arm.name, *cells])

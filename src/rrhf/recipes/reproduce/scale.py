@@ -12,6 +12,7 @@ from rrhf.common.errors import UserError, nearest
 from rrhf.recipes.config import merge, override, read_config
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, RUN, TASKS, Arm
 
+SET_ASIDE = 1_000  # the first seed of confirmations
 SECTION = "reproduce"  # of a scale's YAML; the rest is a run's configuration
 
 
@@ -30,6 +31,8 @@ class Scale:
         ppo: settings of PPO and NLPO beside those that ``config`` has.
         chosen: the tag of the data's response that SFT is trained on.
         arms: what is run where ``--arms`` is not given; default: all of the task.
+        set_aside: seeds from ``SET_ASIDE`` on and held-out prompts that no other run has seen: to confirm what a search
+            has found.
         asked: what was laid over the scale's YAML, as ``section.key=value``.
     """
 
@@ -43,12 +46,17 @@ class Scale:
     ppo: Mapping[str, Any] = field(default_factory=dict)
     chosen: str = "human/chosen"
     arms: Sequence[str] = ()
+    set_aside: bool = False
     asked: Sequence[str] = ()
 
     @property
     def steps(self) -> int:
         """Optimiser steps of every arm that trains."""
         return int(self.config["train"]["max_steps"])
+
+    @property
+    def first_seed(self) -> int:
+        return SET_ASIDE if self.set_aside else 0
 
     @property
     def default_arms(self) -> list[str]:

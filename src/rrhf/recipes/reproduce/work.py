@@ -1,6 +1,7 @@
 """Arms × seeds as a list of work that any number of processes share: each takes the next that nobody has.
 
-The first seed runs every rate of the grid; the other seeds run the rate that came out best for the arm.
+The first seed runs every rate of the grid; the other seeds run the rate that came out best for the arm, or, where that
+is asked for, every rate too.
 """
 
 from __future__ import annotations
@@ -28,42 +29,56 @@ Results = Mapping[tuple[str, int, float | None], Mapping[str, Any]]  # (arm, see
 
 @dataclass(frozen=True)
 class Table:
-    """What is to be done: arms × seeds, and the grid of rates."""
+    """What is to be done: arms × seeds, and the grid of rates.
+
+    Attributes:
+        first: the first seed.
+        every_rate: whether every seed runs every rate, as comparisons at equal KL need.
+    """
 
     arms: Sequence[Arm]
     seeds: int
     rates: Sequence[float]
+    first: int = 0
+    every_rate: bool = False
+
+    @property
+    def range(self) -> range:
+        return range(self.first, self.first + self.seeds)
 
     def items(self, results: Results) -> Iterator[Item]:
         """What can be begun, in order; an arm's later seeds wait until its rate is chosen."""
-        for arm in self.arms:
-            for rate in self.rates if arm.has_rate else (None,):
-                yield Item(arm, 0, rate)
-        for seed in range(1, self.seeds):
+        for seed in self.range:
             for arm in self.arms:
-                known, rate = chosen_rate(arm, self.rates, results)
-                if known:
+                for rate in self._rates(arm, seed, results):
                     yield Item(arm, seed, rate)
+
+    def _rates(self, arm: Arm, seed: int, results: Results) -> Sequence[float | None]:
+        if arm.has_rate and (seed == self.first or self.every_rate):
+            return self.rates
+        known, rate = chosen_rate(arm, self.rates, results, self.first)
+        return (rate,) if known else ()
 
     def is_complete(self, results: Results) -> bool:
         """Whether every arm has its rate and every seed at it."""
         for arm in self.arms:
-            known, rate = chosen_rate(arm, self.rates, results)
-            if not known or any((arm.name, seed, rate) not in results for seed in range(self.seeds)):
+            known, rate = chosen_rate(arm, self.rates, results, self.first)
+            if not known or any((arm.name, seed, rate) not in results for seed in self.range):
                 return False
-        return True
+        return not self.every_rate or all((i.arm.name, i.seed, i.rate) in results for i in self.items(results))
 
 
-def chosen_rate(arm: Arm, rates: Sequence[float], results: Results) -> tuple[bool, float | None]:
+def chosen_rate(arm: Arm, rates: Sequence[float], results: Results, first: int = 0) -> tuple[bool, float | None]:
     """Whether an arm's rate is known yet, and which: the best by the reward that trains, on prompts kept for that.
 
-    Of equal ones the lowest. Everybody who reads the same results finds the same, so the choice needs no file.
+    The ``first`` seed chooses; of equal ones the lowest. Everybody who reads the same results finds the same, so the
+    choice needs no file.
     """
     if not arm.has_rate:
         return True, None
     if len(rates) == 1:
         return True, rates[0]
-    found = [results.get((arm.name, 0, rate)) for rate in rates]
+    found = [results.get((arm.name, first, rate)) for rate in rates]
     if any(result is None for result in found):
         return False, None
     rewards = {rate: result["rate_reward"] for rate, result in zip(rates, found) if result is not None}
@@ -95,7 +110,7 @@ def work_through(place: Place, scale: Scale, table: Table) -> None:
         Stopped: a signal came; everything that is finished is kept.
     """
     for arm in table.arms:  # faults of any configuration are told before any work
-        plan(place, scale, Item(arm, 0, table.rates[0] if arm.has_rate else None))
+        plan(place, scale, Item(arm, table.first, table.rates[0] if arm.has_rate else None))
     failed: dict[str, str] = {}
     while True:
         results = by_key(place.results())

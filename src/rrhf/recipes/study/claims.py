@@ -326,7 +326,7 @@ def less_sensitive(study: Study) -> Finding:
         rewards = [
             float(line["rate_reward"])
             for line in study.lines
-            if line["arm"] == name and line["seed"] == 0 and line["rate_reward"] is not None
+            if (line["arm"], line["seed"]) == (name, study.first) and line["rate_reward"] is not None
         ]
         if len(rewards) > 1:
             spread[name] = max(rewards) - min(rewards)

@@ -12,6 +12,7 @@ from rrhf.common.presentation import NONE, markdown_table, number
 from rrhf.recipes.reproduce.plots import on_white
 from rrhf.recipes.study.claims import MISSING, SEEDS, Claim, Finding, judged, losses
 from rrhf.recipes.study.figures import figures
+from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
 from rrhf.recipes.study.results import REWARDS, Study
 from rrhf.recipes.study.statistics import Estimate, components
 
@@ -43,6 +44,7 @@ def _of_study(study: Study, page: Path) -> list[str]:
     compared = [name for name in losses(study) if study.seeds(name)]
     if len(compared) > 2:
         parts += ["### Losses on the same samples", _losses(study, compared)]
+    parts += _at_equal_kl(study)
     parts.append("### Figures")
     for name, caption, draw, size in figures(study):
         file = page.with_suffix("") / f"{study.task}-{Path(study.scale).stem}-{name}.svg"
@@ -147,6 +149,25 @@ def _losses(study: Study, names: Sequence[str]) -> str:
     )
     header = ["loss", "gain, gold", "gain, proxy", "gold less RRHF-DP's", "KL to ρ", "went astray"]
     return text + "\n\n" + markdown_table(header, rows)
+
+
+def _at_equal_kl(study: Study) -> list[str]:
+    """What arms gain at the same distances from ρ."""
+    rows = []
+    for name in study.names:
+        found = [at_equal_kl(study, name, distance, "gold") for distance in DISTANCES]
+        if any(found):
+            seeds = max(one.seeds for one in found if one)
+            rows.append((-max(one.mean for one in found if one), [name, str(seeds), *map(_shown, found)]))
+    if not rows:
+        return []
+    text = (
+        "Gain in gold reward where an arm is so many nats a response from ρ: linear in √KL between two runs of a seed "
+        "at different rates, one nearer and one further; over the seeds that have such two. More KL buys more reward, "
+        "so that the arms' rows above, each at its own rate, do not say this."
+    )
+    header = ["arm", "seeds", *(f"KL {distance:g}" for distance in DISTANCES)]
+    return ["### Gold reward at equal KL", text, markdown_table(header, [row for _, row in sorted(rows)])]
 
 
 def _shown(estimate: Estimate | None) -> str:

@@ -18,6 +18,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import cache_folder, write_text
 from rrhf.recipes.reproduce.arms import Arm, arm_named
 from rrhf.recipes.reproduce.place import Item, Place
+from rrhf.recipes.reproduce.scale import SET_ASIDE
 from rrhf.recipes.reproduce.work import by_key, chosen_rate
 from rrhf.recipes.study.statistics import Estimate, bootstrap
 
@@ -50,20 +51,30 @@ class Study:
         """Arms in the order in which their first results stand."""
         return list(dict.fromkeys(str(line["arm"]) for line in self.lines))
 
+    @cached_property
+    def first(self) -> int:
+        """The first seed, which chooses the rates."""
+        return min(int(line["seed"]) for line in self.lines)
+
+    @cached_property
+    def set_aside(self) -> bool:
+        """Whether seeds and prompts are those that are set aside to confirm what a search has found."""
+        return self.first >= SET_ASIDE
+
     def arm(self, name: str) -> Arm:
         return arm_named(self.task, name)
 
     def rates(self, name: str) -> list[float]:
         """The learning rates that the arm's first seed was run at, and whose results are here."""
-        of_first = {line["learning_rate"] for line in self.lines if line["arm"] == name and line["seed"] == 0}
+        of_first = {line["learning_rate"] for line in self.lines if (line["arm"], line["seed"]) == (name, self.first)}
         return sorted(rate for rate in of_first if rate is not None)
 
     def seeds(self, name: str) -> dict[int, Line]:
         """The arm's results at its chosen rate, by seed; none where it was not run."""
         if name not in self.names:
             return {}
-        _, rate = chosen_rate(self.arm(name), self.rates(name) or [0.0], by_key(self.lines))
-        # One that was not the best when it was exported has no prompts' rewards: it would have to be run again.
+        _, rate = chosen_rate(self.arm(name), self.rates(name) or [0.0], by_key(self.lines), self.first)
+        # Some that were not the best when they were exported have no prompts' rewards: they would have to be run again.
         found = {
             line["seed"]: line
             for line in self.lines
@@ -81,6 +92,11 @@ class Study:
         """The seeds that all these arms were run from."""
         each = [set(self.seeds(name)) for name in names]
         return sorted(set.intersection(*each)) if each else []
+
+    def common_of_any_rate(self, *names: str) -> list[int]:
+        """The seeds from which all these arms were run, at whatever rate."""
+        each = [{int(line["seed"]) for line in self.lines if line["arm"] == name} for name in names]
+        return sorted(set.intersection(*each))
 
     def difference(self, name: str, other: str, reward: str) -> Estimate | None:
         """An arm's reward less another's, paired by seed and prompt; None where they share no seed."""
@@ -129,7 +145,7 @@ def read_study(file: Path) -> Study:
 def export(results: Sequence[Line], folder: Path, file: Path) -> int:
     """Add results to a file of lines, those with the same arm, seed and rate replaced; paths become relative.
 
-    Of learning rates that were not chosen, what each prompt got and the history are left out.
+    Of learning rates that were not chosen the history is left out.
 
     Returns:
         How many lines the file has now.
@@ -145,8 +161,7 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
     ):
         kept_line = dict(line)
         if key not in chosen and study.seeds(key[0]):
-            for name in ("prompts", "history"):
-                kept_line.pop(name, None)
+            kept_line.pop("history", None)
         lines.append(json.dumps(kept_line, ensure_ascii=False))
     write_text(file, "\n".join(lines) + "\n")
     return len(lines)

@@ -1,0 +1,54 @@
+"""Rewards at equal KL to ρ: what an arm gains where it has moved as far as another.
+
+An arm at its own rate stands at its own KL, and more KL buys more reward. The runs of an arm from one seed, one a
+learning rate, are points of its frontier. Between two of them the gain is taken to be linear in √KL, as rewards near ρ
+are (arXiv 2210.10760); outside of them nothing is said.
+"""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import numpy as np
+
+from rrhf.recipes.study.results import Study
+from rrhf.recipes.study.statistics import Estimate, bootstrap
+
+DISTANCES = (2.0, 5.0, 10.0, 20.0)  # KL to ρ, nats a response
+
+
+def gains_at(study: Study, name: str, seed: int, distance: float, reward: str) -> np.ndarray | None:
+    """What the arm gains on every prompt [prompts] where its KL to ρ is ``distance``, in nats a response.
+
+    None where no two of its runs lie about it.
+    """
+    if seed not in study.seeds("start"):
+        return None
+    start = study.rewards("start", reward, [seed])[0]
+    points = sorted(
+        (
+            (float(line["kl"]["mean"]) ** 0.5, np.array(line["prompts"][reward], dtype=float) - start)
+            for line in study.lines
+            if (line["arm"], line["seed"]) == (name, seed) and "prompts" in line and line["kl"]["mean"] > 0
+        ),
+        key=lambda point: point[0],
+    )
+    for (near, low), (far, high) in pairwise(points):
+        if near <= distance**0.5 <= far:
+            share = (distance**0.5 - near) / (far - near)
+            return np.asarray((1 - share) * low + share * high)
+    return None
+
+
+def at_equal_kl(study: Study, name: str, distance: float, reward: str, other: str | None = None) -> Estimate | None:
+    """The arm's gain at that KL, or its gain less that of ``other`` there, paired by seed and prompt.
+
+    Over the seeds whose runs lie about it; None where there is none.
+    """
+    rows = []
+    for seed in study.common_of_any_rate(name, *([] if other is None else [other])):
+        found = gains_at(study, name, seed, distance, reward)
+        against = np.zeros(1) if other is None else gains_at(study, other, seed, distance, reward)
+        if found is not None and against is not None:
+            rows.append(found - against)
+    return bootstrap(np.array(rows)) if rows else None
