@@ -773,6 +773,22 @@ def test_run_folders_of_others(name: str, value: Any, seed: int, damage: bool) -
             assert page is None or page.startswith("<!")
 
 
+def test_names_longer_than_the_file_system_has(tmp_path: Path) -> None:
+    (tmp_path / "model").mkdir()
+    (tmp_path / "evaluation.json").write_text(json.dumps({**RUN["evaluation.json"], "generations": "x" * 300}))
+    with pytest.raises(UserError, match="name too long"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("begun", [{"setting": {"s": 1}, "replaces": None}, {"settings": 1, "replaces": 2}, [], {}])
+def test_settings_of_parts_with_a_changed_key(tmp_path: Path, begun: Any) -> None:
+    folder = tmp_path / "out.jsonl.parts"
+    folder.mkdir()
+    (folder / "settings.json").write_text(json.dumps(begun))
+    with pytest.raises(UserError, match="damaged"):
+        in_parts(lambda: iter([Record("q")]), tmp_path / "out.jsonl", {"w": _work}, {"s": 1}, part_size=2)
+
+
 def test_a_run_folder_without_faults_is_shown(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     for file, content in RUN.items():

@@ -148,7 +148,10 @@ class PartsFolder:
     def _begun(self) -> Any:
         """What the parts here were begun with, ``None`` where there are none."""
         try:
-            return json.loads(self.settings.read_text(encoding="utf-8"))
+            begun = json.loads(self.settings.read_text(encoding="utf-8"))
+            if not isinstance(begun, dict) or not isinstance(begun.get("settings"), dict) or "replaces" not in begun:
+                raise ValueError("it lacks what parts begin with")
+            return begun
         except FileNotFoundError:
             return None
         except (ValueError, RecursionError) as error:

@@ -353,6 +353,8 @@ def load_run(folder: str | Path, name: str | None = None, most: int = 500, budge
         )
     try:
         return _read(folder, clean(name or folder.resolve().name), most, budget)
+    except OSError as error:  # a name in one of them may be longer than the file system has names, too
+        raise UserError(f"{folder}: {clean(Path(error.filename or '').name)[:80]}: {error.strerror}") from error
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as error:
         raise UserError(
             f"{folder}: one of its files holds other values than rrhf writes there ({type(error).__name__}: {error}). "
