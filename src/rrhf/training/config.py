@@ -70,6 +70,14 @@ class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
             "sampled responses stays near so many nats each (arXiv 1909.08593); default: β is fixed"
         },
     )
+    interpolation: float = field(
+        default=1.0,
+        metadata={
+            "help": "what is saved at the end lies at this share of the straight line from the weights that training "
+            "began with to those it came to: below 1 a little less reward for much less KL (arXiv 2406.16768); 1: the "
+            "trained ones"
+        },
+    )
     keep_logits: bool = field(
         default=True,
         metadata={
@@ -84,6 +92,8 @@ class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
         faults = self.number_faults() + too_small(self, resample_steps=0)
         if self.kl_target is not None and not (self.kl_target > 0 and self.resample_steps):
             faults.append(f"--kl_target {self.kl_target}: must be above 0, and needs --resample_steps")
+        if not 0 < self.interpolation <= 1:
+            faults.append(f"--interpolation {self.interpolation}: must be above 0 and at most 1")
         faults += self.faults() + self.selection_faults()
         if self.deepspeed or os.environ.get("ACCELERATE_USE_DEEPSPEED", "").lower() == "true":
             faults.append(

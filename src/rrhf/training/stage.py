@@ -227,6 +227,8 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     if taken:
         log.info(f"train: {config.ranking_loss} as in its paper: {', '.join(taken)} (docs/losses.md)")
     warn_of_whole_weights(str(trainer.accelerator.distributed_type))
+    if config.interpolation < 1 and job.adapter.peft is not None and not job.adapter.merge_adapter:
+        raise UserError(f"--interpolation {config.interpolation}: is of whole weights: give --merge_adapter true")
     if job.merges and trainer.is_fsdp_enabled:
         raise UserError("an adapter cannot be merged into sharded weights: give --merge_adapter false")
     for replaced in (ProgressCallback, PrinterCallback):  # by ShowProgress
@@ -273,6 +275,9 @@ def _save(
         trainer.model = merged(trainer.model, job.model, quantised=job.adapter.peft == "qlora")
     if trainer.is_fsdp_enabled:  # checkpoints may be sharded; the result is one folder of whole weights
         trainer.accelerator.state.fsdp_plugin.set_state_dict_type("FULL_STATE_DICT")
+    if job.config.interpolation < 1 and trainer.is_world_process_zero():
+        start, _ = load_policy_or_adapter(replace(job.model, device="cpu"), training=True)
+        trainer.save_between(start.state_dict())
     with naming_full_disk(folder):
         trainer.save_model(str(folder))
     records = trainer.train_dataset

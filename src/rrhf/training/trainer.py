@@ -8,7 +8,7 @@ import logging
 import math
 import time
 from collections import defaultdict
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -26,6 +26,7 @@ from rrhf.models.attention import our_attention, takes_layouts
 from rrhf.models.batching import SIZES, Forward, plan_forwards, tree_tokens
 from rrhf.models.devices import free_memory
 from rrhf.models.forward import causal_lm
+from rrhf.models.interpolation import interpolated
 from rrhf.models.load import ModelSettings
 from rrhf.models.out_of_memory import attempt, smaller_forwards
 from rrhf.models.path_check import usable_path
@@ -108,6 +109,7 @@ class RRHFTrainer(Trainer):
             args.bf16, args.mixed_precision = False, "no"
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
+        self._start: Mapping[str, Tensor] | None = None
         self._step_ids: list[str] = []  # of the records of the step at hand
         self._not_finite_losses: list[tuple[float, list[str]]] = []  # of its forwards, with their records' ids
         accept_records(model)
@@ -126,6 +128,16 @@ class RRHFTrainer(Trainer):
         _keep_sums_exact(self.accelerator)
         if isinstance(train, OnlineRecords):
             train.attach(self)
+
+    def save_between(self, start: Mapping[str, Tensor]) -> None:
+        """Save weights at ``args.interpolation`` of the way from ``start``, which training began with, from now on."""
+        self._start = start
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        if self._start is not None:
+            weights = self.model.state_dict() if state_dict is None else state_dict
+            state_dict = interpolated(self._start, weights, self.args.interpolation)
+        super()._save(output_dir, state_dict)
 
     # -- batches
 
