@@ -129,6 +129,18 @@ class RRHFTrainer(Trainer):
         if isinstance(train, OnlineRecords):
             train.attach(self)
 
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the policy; with ``args.interpolation`` below 1, after ``save_between``.
+
+        Raises:
+            UserError: it was not called; `rrhf train` does.
+        """
+        missing = self.args.interpolation < 1 and self._start is None and self.is_world_process_zero()
+        if missing and not _internal_call:  # checkpoints have the weights that training goes on from
+            raise UserError(f"--interpolation {self.args.interpolation}: call save_between(start) with the state_dict "
+                            "of the model that training began with before save_model")  # fmt: skip
+        super().save_model(output_dir, _internal_call)
+
     def save_between(self, start: Mapping[str, Tensor]) -> None:
         """Save weights at ``args.interpolation`` of the way from ``start``, which training began with, from now on."""
         self._start = start

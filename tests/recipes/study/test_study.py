@@ -14,7 +14,7 @@ from rrhf.cli.main import main
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.check import read_result
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, judged
+from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, judged, rivalries
 from rrhf.recipes.study.frontier import at_equal_kl
 from rrhf.recipes.study.page import write_page
 from rrhf.recipes.study.results import Study, export, read_study, take
@@ -26,18 +26,19 @@ LEVEL = {  # an arm's mean proxy reward; its gold reward is half as far from 0.5
 }  # fmt: skip
 
 
-def line(name: str, seed: int, rate: float | None = 1e-3) -> dict[str, Any]:
+def line(name: str, seed: int, rate: float | None = 1e-3, level: float | None = None) -> dict[str, Any]:
+    level = LEVEL[name] if level is None else level
     generator = np.random.default_rng([seed, *name.encode()])
     prompts = np.random.default_rng(7).normal(0, 0.1, PROMPTS)
-    proxy = LEVEL[name] + prompts + generator.normal(0, 0.05, PROMPTS) * (1 if name == "start" else 0.5)
-    gold = 0.5 + (LEVEL[name] - 0.5) / 2 + prompts + generator.normal(0, 0.05, PROMPTS)
+    proxy = level + prompts + generator.normal(0, 0.05, PROMPTS) * (1 if name == "start" else 0.5)
+    gold = 0.5 + (level - 0.5) / 2 + prompts + generator.normal(0, 0.05, PROMPTS)
     has_rate = name not in ("start", "best-of-4")
     history = [{"step": step, "loss": 2 - step / 10, "eval_reward_mean": 0.5 + step / 40} for step in range(0, 12, 4)]
     curve = [{"n": n, "mean": value} for n, value in ((1, 0.5), (2, 0.6), (3, 0.7), (4, 0.75))]
     gain = {"rho": {"mean": 0.5}, "pi": {"mean": 0.7}, "gain": {"mean": 0.2 + seed / 1000}}
     return {
         "task": "imdb", "scale": "micro", "arm": name, "seed": seed, "learning_rate": rate if has_rate else None,
-        "rate_reward": LEVEL[name] - (0.1 if rate != 1e-3 else 0), "n": PROMPTS, "asked": [], "commit": "abc",
+        "rate_reward": level - (0.1 if rate != 1e-3 else 0), "n": PROMPTS, "asked": [], "commit": "abc",
         "proxy": {"mean": float(proxy.mean())}, "prompts": {"proxy": proxy.tolist(), "gold": gold.tolist()},
         "kl": {"mean": 3.0}, "perplexity": 20.0, "length_mean": 30.0, "distinct_2": 0.8,
         "looping": 0.9 if name == "loss:listmle" else 0.0, "history": history if "watched" in name else [],
@@ -90,7 +91,7 @@ def frontier(name: str, points: dict[float, float], seed: int) -> list[dict[str,
     found = []
     for rate, (kl, up) in zip((1e-4, 3e-4, 1e-3), points.items()):
         rewards = {"proxy": start.tolist(), "gold": (start + up).tolist()}
-        found.append({**line(name, seed, rate), "kl": {"mean": kl}, "prompts": rewards})
+        found.append({**line(name, seed, rate, 0.5), "kl": {"mean": kl}, "prompts": rewards})
     return found
 
 
@@ -110,6 +111,31 @@ def test_gains_at_equal_kl_lie_on_the_line_between_two_runs_of_a_seed(tmp_path: 
     assert less is not None and (less.mean, less.seeds) == (pytest.approx(0.15 - 0.1), 2)
     assert less.low == pytest.approx(less.high)  # no prompt differs from another: paired by prompt
     assert at_equal_kl(study, "RRHF-DP", 2.0, "gold", other="SFT") is None  # no seed has both there
+
+
+def test_what_a_search_found_is_held_against_its_rivals_at_equal_kl(tmp_path: Path) -> None:
+    runs = [line("start", seed) for seed in (1000, 1001, 1002)]
+    for seed in (1000, 1001, 1002):
+        runs += frontier("DPO", {4.0: 0.2, 16.0: 0.3}, seed) + frontier("RRHF-DP", {4.0: 0.1, 25.0: 0.2}, seed)
+        runs += frontier("SimPO", {1.0: 0.0, 9.0: 0.3}, seed)
+    file = tmp_path / "results" / "imdb-micro-set-aside.jsonl"
+    file.parent.mkdir()
+    export(runs, tmp_path, file)
+    study = read_study(file)
+    assert study.set_aside and not Study([line("start", 0)], file).set_aside
+    found = {test.what: (round(test.estimate.mean, 3), test.verdict) for test in rivalries(study)}
+    assert found["DPO − RRHF-DP at KL 10, gold"] == (pytest.approx(0.2 + 0.0581 - 0.1 - 0.0387, abs=1e-3), HOLDS)
+    assert found["DPO − SimPO at KL 5, gold"] == (pytest.approx(0.2118 - 0.1854, abs=1e-3), HOLDS)
+    assert found["DPO − RRHF-DP at KL 10, proxy"] == (0.0, OPEN)  # no proxy differs
+    assert set(found) == {
+        f"DPO − {rival} at KL {kl}, {reward}"
+        for rival, kls in (("RRHF-DP", (5, 10)), ("SimPO", (5,))) for kl in kls for reward in ("proxy", "gold")
+    }  # fmt: skip
+    page = tmp_path / "results.md"
+    write_page([study], page)
+    text = page.read_text()
+    assert "confirmed where no search has looked" in text and "| DPO − SimPO at KL 5, gold |" in text
+    assert "### The claims" not in text
 
 
 def test_differences_are_paired_by_seed_and_prompt(file: Path) -> None:

@@ -138,6 +138,8 @@ ARMS: dict[str, list[Arm]] = {
             config={"sample": DIVERSE}, online=True),
         Arm("OP+KL", "OP with the reward less β (log π − log ρ)", "Table 6, OP-32 + KL",
             config={"sample": DIVERSE}, online=True, kl=True),
+        Arm("RRHF-R", "as OP, ranking log π/ρ by DPO over all pairs, and 0.7 of the way from ρ to that",
+            config={"sample": DIVERSE, "train": RELATIVE}, online=True),
         Arm("PPO", "PPO with a KL penalty a token", "Table 2, PPO", PPO, kl=True),
     ],
     "wombat": [

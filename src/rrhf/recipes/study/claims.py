@@ -14,7 +14,8 @@ from statistics import NormalDist
 
 import numpy as np
 
-from rrhf.recipes.study.results import Study
+from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
+from rrhf.recipes.study.results import REWARDS, Study
 from rrhf.recipes.study.statistics import Estimate, bootstrap, holm
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not resolved", "not run"
@@ -87,6 +88,25 @@ def judged(study: Study) -> list[tuple[Claim, Finding]]:
         (claim, replace(finding, tests=[replace(test, adjusted=next(adjusted)) for test in finding.tests]))
         for claim, finding in zip(CLAIMS, found, strict=True)
     ]
+
+
+RIVALS = ("RRHF-DP", "OP", "SimPO")  # that a better recipe must beat: hinge on samples of ρ and of π, SimPO for lists
+
+
+def rivalries(study: Study) -> list[Test]:
+    """Every other arm against each rival at equal KL, in both rewards, p-values adjusted together."""
+    tests = []
+    for name in study.names:
+        if name in (*RIVALS, "start"):
+            continue
+        for rival in RIVALS:
+            for distance in DISTANCES:
+                for reward in REWARDS:
+                    found = at_equal_kl(study, name, distance, reward, rival) if rival in study.names else None
+                    if found is not None and found.seeds >= SEEDS:
+                        tests.append(Test(f"{name} − {rival} at KL {distance:g}, {reward}", found))
+    adjusted = holm([test.estimate.p for test in tests])
+    return [replace(test, adjusted=p) for test, p in zip(tests, adjusted, strict=True)]
 
 
 # -- parts of findings

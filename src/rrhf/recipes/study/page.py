@@ -10,7 +10,7 @@ import numpy as np
 from rrhf.common.files import write_text
 from rrhf.common.presentation import NONE, markdown_table, number
 from rrhf.recipes.reproduce.plots import on_white
-from rrhf.recipes.study.claims import MISSING, SEEDS, Claim, Finding, judged, losses
+from rrhf.recipes.study.claims import MISSING, RIVALS, SEEDS, Claim, Finding, judged, losses, rivalries
 from rrhf.recipes.study.figures import figures
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
 from rrhf.recipes.study.results import REWARDS, Study
@@ -32,6 +32,8 @@ def write_page(studies: Sequence[Study], page: Path) -> None:
 
 
 def _of_study(study: Study, page: Path) -> list[str]:
+    if study.set_aside:
+        return _confirmation(study)
     findings = judged(study)
     parts = [f"## {study.task} at the scale {Path(study.scale).stem}", _size(study), "### The claims", _rule(findings)]
     parts += [_claim(claim, finding) for claim, finding in findings if finding.verdict != MISSING]
@@ -51,6 +53,26 @@ def _of_study(study: Study, page: Path) -> list[str]:
         write_text(file, on_white(draw, size, name))
         parts.append(f"![{caption}]({_beside(file, page)})\n\n{caption}.")
     return parts
+
+
+def _confirmation(study: Study) -> list[str]:
+    """What a search has found, on the seeds and prompts that it has not seen."""
+    text = (
+        f"Arms that a search has chosen, against {', '.join(RIVALS)}, from seeds and on prompts that were set aside "
+        "before it: differences in reward at equal KL, paired by seed and prompt; p-values are adjusted together by "
+        "Holm's method. That an arm is better there holds where its adjusted p is below 0.05."
+    )
+    tests = rivalries(study)
+    rows = [
+        [test.what, str(test.estimate), f"{test.adjusted:.3f}" if test.adjusted >= 0.001 else "< 0.001",
+         str(test.estimate.seeds), test.verdict]
+        for test in tests
+    ]  # fmt: skip
+    return [
+        f"## {study.task} at the scale {Path(study.scale).stem}: confirmed where no search has looked",
+        _size(study), text, markdown_table(["difference", "estimate", "p, adjusted", "seeds", "it is better"], rows),
+        "### Every arm", _arms(study), *_at_equal_kl(study),
+    ]  # fmt: skip
 
 
 def _beside(file: Path, page: Path) -> str:
