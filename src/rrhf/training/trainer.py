@@ -67,6 +67,8 @@ class RRHFTrainer(Trainer):
     processes. Every other argument is ``transformers.Trainer``'s.
     """
 
+    _start: Mapping[str, Tensor] | None = None  # see ``save_between``
+
     def __init__(
         self,
         model: PreTrainedModel | str,
@@ -109,7 +111,6 @@ class RRHFTrainer(Trainer):
             args.bf16, args.mixed_precision = False, "no"
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
-        self._start: Mapping[str, Tensor] | None = None
         self._step_ids: list[str] = []  # of the records of the step at hand
         self._not_finite_losses: list[tuple[float, list[str]]] = []  # of its forwards, with their records' ids
         accept_records(model)
