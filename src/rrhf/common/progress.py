@@ -14,6 +14,7 @@ from tqdm.auto import tqdm
 T = TypeVar("T")
 
 PLAIN_SECONDS = 15.0  # between two plain lines
+PAUSE = 1.0  # seconds; units that come with less between them are of one batch
 
 
 def _clock(seconds: float) -> str:
@@ -30,7 +31,8 @@ class Progress:
     def __init__(self, description: str, total: int | None = None, unit: str = "it", done: int = 0) -> None:
         self.description, self.total, self.unit = description, total, unit
         self.initial = self.count = done
-        self.start = self.last = time.monotonic()
+        self.start = self.last = self.updated = time.monotonic()
+        self.before_pause = (done, self.start)  # units, and when, before the batch at hand
         self.bar: tqdm | None = None
         if sys.stderr.isatty():
             self.bar = tqdm(total=total, desc=description, unit=f" {unit}", initial=done, smoothing=0.1)
@@ -44,17 +46,21 @@ class Progress:
         if self.bar is not None:
             self.bar.close()
         elif kind is None and self.count > self.initial:
-            self._line()
+            self._line(self.count, time.monotonic())
 
     def update(self, n: int = 1, note: str = "") -> None:
         """Add ``n`` units; ``note`` is shown behind the numbers."""
+        now = time.monotonic()
+        if now - self.updated > PAUSE:
+            self.before_pause = self.count, self.updated
+        self.updated = now
         self.count += n
         if self.bar is not None:
             if note:
                 self.bar.set_postfix_str(note, refresh=False)
             self.bar.update(n)
-        elif time.monotonic() - self.last >= PLAIN_SECONDS:
-            self._line(note)
+        elif now - self.last >= PLAIN_SECONDS:
+            self._line(*self.before_pause, note)
 
     @contextlib.contextmanager
     def set_aside(self) -> Iterator[None]:
@@ -65,14 +71,22 @@ class Progress:
             with tqdm.external_write_mode(file=sys.stderr):
                 yield
 
-    def _line(self, note: str = "") -> None:
+    def _line(self, count: int, then: float, note: str = "") -> None:
+        """Print how far it is, with the rate at which ``count`` units were done ``then``.
+
+        The first units of a batch come when all of it is done, but before the others are counted: a rate with them
+        would be far too low.
+        """
         now = time.monotonic()
         self.last = now
-        rate = (self.count - self.initial) / max(now - self.start, 1e-9)
+        rate = (count - self.initial) / max(then - self.start, 1e-9)
         line = f"{self.description}: {self.count}"
         if self.total is not None:
             line += f"/{self.total}"
-        line += f" {self.unit}, {rate:.3g} {self.unit}/s, {_clock(now - self.start)} elapsed"
+        line += f" {self.unit}"
+        if rate > 0:
+            line += f", {rate:.3g} {self.unit}/s"
+        line += f", {_clock(now - self.start)} elapsed"
         if self.total is not None and rate > 0 and self.count < self.total:
             line += f", {_clock((self.total - self.count) / rate)} left"
         print(line + (f", {note}" if note else ""), file=sys.stderr, flush=True)
