@@ -19,7 +19,6 @@ from support.models import tiny_model, tiny_tokenizer, toy_records
 
 # Setting → the keys in which it differs from what its family shares: what the paper varies (Table 1, Appendix C).
 DP = {f"sample.{name}" for name in ("policy", "num_beams", "num_beam_groups", "diversity_penalty", "temperature")}
-RELATIVE = {"train.ranking_loss", "train.interpolation"}  # not of the paper
 VARIES: dict[str, dict[str, set[str]]] = {
     "hh": {
         "hh-bp": {"sample.policy", "sample.num_beams"},
@@ -32,7 +31,7 @@ VARIES: dict[str, dict[str, set[str]]] = {
         "hh-ip3": DP | {"iterations"},
         "hh-op32": DP | {"train.resample_steps"},
         "hh-op32-kl": DP | {"train.resample_steps", "score.kl_beta"},
-        "hh-r": DP | {"train.resample_steps", *RELATIVE},
+        "hh-r": DP | {"train.resample_steps", "train.ranking_loss"},
         "raft": DP | {"data.provided", "iterations", "train.ranking_loss"},
     },
     "imdb": {
@@ -40,7 +39,7 @@ VARIES: dict[str, dict[str, set[str]]] = {
         "imdb-b": {"data.provided"},
         "imdb-op128": {"train.resample_steps"},
         "imdb-op128-kl": {"train.resample_steps", "score.kl_beta"},
-        "imdb-r": {"train.resample_steps", *RELATIVE},
+        "imdb-r": {"train.resample_steps", "train.ranking_loss"},
     },
 }
 

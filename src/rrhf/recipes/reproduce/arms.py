@@ -23,7 +23,7 @@ TOP_P = {"policy": "top-p", "top_p": 1.0, "temperature": 0.8, "num_responses": 4
 TOP_K = {"policy": "top-k", "top_k": 50, "temperature": 1.0, "num_responses": 4}
 WHOLE = {"policy": "top-p", "top_p": 1.0, "temperature": 1.0, "num_responses": 4}  # π itself, as ratios of it need
 
-RELATIVE = {"ranking_loss": "dpo", "interpolation": 0.7}  # docs/relative.md
+RELATIVE = {"ranking_loss": "dpo"}  # of RRHF-R: docs/relative.md
 
 ALONE = {"provided": False}  # without the responses of the data set
 
@@ -116,7 +116,7 @@ ARMS: dict[str, list[Arm]] = {
             config={"sample": TOP_K}, online=True),
         Arm("OP+KL", "OP with the reward less β (log π − log ρ)", "Table 10, OP-128, β 0.1",
             config={"sample": TOP_K}, online=True, kl=True),
-        Arm("RRHF-R", "as OP, ranking log π/ρ by DPO over all pairs, and 0.7 of the way from ρ to that",
+        Arm("RRHF-R", "as OP, ranking log π/ρ by DPO over all pairs",
             config={"sample": TOP_K, "train": RELATIVE}, online=True),
         Arm("PPO", "PPO without a KL penalty", "Table 10, PPO, β 0", PPO),
         Arm("PPO+KL", "PPO with a KL penalty a token", "Table 10, PPO, β 0.1", PPO, kl=True),
@@ -138,7 +138,7 @@ ARMS: dict[str, list[Arm]] = {
             config={"sample": DIVERSE}, online=True),
         Arm("OP+KL", "OP with the reward less β (log π − log ρ)", "Table 6, OP-32 + KL",
             config={"sample": DIVERSE}, online=True, kl=True),
-        Arm("RRHF-R", "as OP, ranking log π/ρ by DPO over all pairs, and 0.7 of the way from ρ to that",
+        Arm("RRHF-R", "as OP, ranking log π/ρ by DPO over all pairs",
             config={"sample": DIVERSE, "train": RELATIVE}, online=True),
         Arm("PPO", "PPO with a KL penalty a token", "Table 2, PPO", PPO, kl=True),
     ],
