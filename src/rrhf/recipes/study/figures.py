@@ -51,7 +51,7 @@ def figures(study: Study) -> list[tuple[str, str, Draw, tuple[float, float]]]:
     found.append(
         (
             "frontier",
-            "Reward against KL to ρ, an arm a point: mean over seeds. Further up at the same KL is better",
+            "Reward against KL to ρ, an arm a point, with its name where there is room. Higher at equal KL is better",
             against(study, ("kl", "mean"), "KL to ρ, nats a response"),
             (8.5, 4.6),
         )
@@ -133,17 +133,32 @@ def sources(study: Study) -> Draw:
 def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
     def against_plot(figure: Figure) -> None:
         for axes, reward in zip(figure.subplots(1, 2), REWARDS):
+            points: dict[str, tuple[float, float]] = {}
             for name in study.names:
                 across = study.numbers(name, *path)
                 if across.size:
-                    point = float(across.mean()), float(np.nanmean(study.rewards(name, reward)))
-                    axes.plot(*([value] for value in point), MARKS[reward], color=COLOURS[reward], markersize=4)
-                    axes.annotate(name, point, (3, 2), textcoords="offset points", fontsize=6, color=INK)
+                    points[name] = float(across.mean()), float(np.nanmean(study.rewards(name, reward)))
+                    axes.plot(*([value] for value in points[name]), MARKS[reward], color=COLOURS[reward], markersize=4)
+            _name(axes, points)
             axes.set_xlabel(label)
             axes.set_title(f"{reward} reward", fontsize=9)
             _grid(axes)
 
     return against_plot
+
+
+def _name(axes: Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Write names beside points; one that would lie on another's is left out: the table has every arm."""
+    size, scale = 6, axes.figure.dpi / 72  # points, pixels a point
+    axes.autoscale_view()
+    taken: list[tuple[float, float, float]] = []  # where names begin and how long they are, in pixels
+    for name, point in points.items():
+        x, y = axes.transData.transform(point)
+        width, height = 0.6 * size * len(name) * scale, size * scale
+        if any(abs(y - y0) < height and x < x0 + w0 and x0 < x + width for x0, y0, w0 in taken):
+            continue
+        taken.append((float(x), float(y), width))
+        axes.annotate(name, point, (3, 2), textcoords="offset points", fontsize=size, color=INK)
 
 
 def best_of_n(study: Study) -> Draw:
