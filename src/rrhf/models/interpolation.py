@@ -1,7 +1,7 @@
 """Weights between those that training began with and those that it came to.
 
-A policy on the straight line from ρ to π has a part of π's reward at a smaller part of its KL to ρ: averaged weights
-lose what single steps did at random (WiSE-FT, arXiv 2109.01903; WARP, arXiv 2406.16768, for rewarded policies).
+A policy on the straight line from ρ to π is nearer to ρ than π, without another training (WiSE-FT, arXiv 2109.01903;
+WARP, arXiv 2406.16768, for rewarded policies). What it is worth here: docs/relative.md.
 """
 
 from __future__ import annotations

@@ -74,8 +74,8 @@ class RRHFConfig(PlacedArguments, LossSettings, SelectionSettings):
         default=1.0,
         metadata={
             "help": "what is saved at the end lies at this share of the straight line from the weights that training "
-            "began with to those it came to: below 1 a little less reward for much less KL (arXiv 2406.16768); 1: the "
-            "trained ones"
+            "began with to those it came to: below 1 nearer to the start, with less of the reward (arXiv 2406.16768; "
+            "docs/relative.md); 1: the trained ones"
         },
     )
     keep_logits: bool = field(

@@ -14,7 +14,7 @@ from rrhf.cli.main import main
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.check import read_result
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, judged, rivalries
+from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, judged, losses, rivalries
 from rrhf.recipes.study.frontier import at_equal_kl
 from rrhf.recipes.study.page import write_page
 from rrhf.recipes.study.results import Study, export, read_study, take
@@ -24,6 +24,9 @@ LEVEL = {  # an arm's mean proxy reward; its gold reward is half as far from 0.5
     "start": 0.5, "RRHF-BP": 0.8, "RRHF-DP": 0.8, "SFT": 0.6, "PPO": 0.7, "RRHF-DP+no-rank": 0.85,
     "IP-1": 0.7, "IP-2": 0.7, "best-of-4": 0.75, "RRHF-DP+watched": 0.8, "DPO": 0.9, "loss:listmle": 0.85,
 }  # fmt: skip
+
+
+TUNED = ("PPO", "RRHF-DP", "RRHF-BP", "DPO", "loss:listmle")  # run at three rates, the others at one
 
 
 def line(name: str, seed: int, rate: float | None = 1e-3, level: float | None = None) -> dict[str, Any]:
@@ -51,7 +54,7 @@ def line(name: str, seed: int, rate: float | None = 1e-3, level: float | None = 
 
 def lines() -> list[dict[str, Any]]:
     every = [line(name, seed) for name in LEVEL for seed in range(SEEDS)]
-    return every + [line(name, 0, rate) for name in ("PPO", "RRHF-DP", "RRHF-BP") for rate in (1e-4, 3e-4)]
+    return every + [line(name, 0, rate) for name in TUNED for rate in (1e-4, 3e-4)]
 
 
 @pytest.fixture(scope="module")
@@ -123,6 +126,10 @@ def test_what_a_search_found_is_held_against_its_rivals_at_equal_kl(tmp_path: Pa
     export(runs, tmp_path, file)
     study = read_study(file)
     assert study.set_aside and not Study([line("start", 0)], file).set_aside
+    export([line("start", 0)], tmp_path, tmp_path / "both.jsonl")
+    export(runs, tmp_path, tmp_path / "both.jsonl")
+    with pytest.raises(UserError, match="set aside and others"):
+        read_study(tmp_path / "both.jsonl")
     found = {test.what: (round(test.estimate.mean, 3), test.verdict) for test in rivalries(study)}
     assert found["DPO − RRHF-DP at KL 10, gold"] == (pytest.approx(0.2 + 0.0581 - 0.1 - 0.0387, abs=1e-3), HOLDS)
     assert found["DPO − SimPO at KL 5, gold"] == (pytest.approx(0.2118 - 0.1854, abs=1e-3), HOLDS)
@@ -136,6 +143,13 @@ def test_what_a_search_found_is_held_against_its_rivals_at_equal_kl(tmp_path: Pa
     text = page.read_text()
     assert "confirmed where no search has looked" in text and "| DPO − SimPO at KL 5, gold |" in text
     assert "### The claims" not in text
+
+
+def test_losses_are_compared_where_they_had_the_same_rates(file: Path) -> None:
+    study = read_study(file)
+    assert set(losses(study)) == {"RRHF-DP", "DPO", "loss:listmle"}
+    fewer = Study([one for one in study.lines if (one["arm"], one["learning_rate"]) != ("DPO", 1e-4)], file)
+    assert set(losses(fewer)) == {"RRHF-DP", "loss:listmle"}
 
 
 def test_differences_are_paired_by_seed_and_prompt(file: Path) -> None:
@@ -152,7 +166,7 @@ def test_an_export_has_no_paths_and_replaces_what_was_there(file: Path, tmp_path
     kept = [json.loads(text) for text in file.read_text().splitlines()]
     assert {one["config"]["model"] for one in kept} == {"./model"}
     rejected = [one for one in kept if one["learning_rate"] not in (None, 1e-3)]
-    assert len(rejected) == 6 and not any("history" in one for one in rejected)
+    assert len(rejected) == 2 * len(TUNED) and not any("history" in one for one in rejected)
     assert all("prompts" in one for one in kept) and all("history" in one for one in kept if one not in rejected)
     place = tmp_path / "lines.jsonl"
     named = {**line("PPO", 0), "config": {"model": "out/model", "why": "without", "at": "/somewhere/out/x"}}

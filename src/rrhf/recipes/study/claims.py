@@ -307,9 +307,10 @@ def _points(line: Mapping[str, object]) -> list[Mapping[str, float]]:
 
 
 def losses(study: Study) -> list[str]:
-    """The arms that differ from RRHF-DP in their loss alone."""
-    own = ("RRHF-DP", "DPO", "SimPO", "KTO")
-    return [name for name in study.names if name in own or name.startswith("loss:")]
+    """The arms that differ from RRHF-DP in their loss alone and were run at all of its learning rates."""
+    own, grid = ("RRHF-DP", "DPO", "SimPO", "KTO"), set(study.rates("RRHF-DP"))
+    named = [name for name in study.names if name in own or name.startswith("loss:")]
+    return [name for name in named if grid <= set(study.rates(name))]
 
 
 def best_loss(study: Study) -> Finding:

@@ -10,7 +10,7 @@ import numpy as np
 from rrhf.common.files import write_text
 from rrhf.common.presentation import NONE, markdown_table, number
 from rrhf.recipes.reproduce.plots import on_white
-from rrhf.recipes.study.claims import MISSING, RIVALS, SEEDS, Claim, Finding, judged, losses, rivalries
+from rrhf.recipes.study.claims import MISSING, RIVALS, SEEDS, Claim, Finding, Test, judged, losses, rivalries
 from rrhf.recipes.study.figures import figures
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
 from rrhf.recipes.study.results import REWARDS, Study
@@ -58,16 +58,12 @@ def _of_study(study: Study, page: Path) -> list[str]:
 def _confirmation(study: Study) -> list[str]:
     """What a search has found, on the seeds and prompts that it has not seen."""
     text = (
-        f"Arms that a search has chosen, against {', '.join(RIVALS)}, from seeds and on prompts that were set aside "
-        "before it: differences in reward at equal KL, paired by seed and prompt; p-values are adjusted together by "
+        f"The other arms against {', '.join(RIVALS)}, from seeds and on prompts that were set aside before a search "
+        "for better ones began: differences in reward at equal KL, paired by seed and prompt; p-values are adjusted together by "
         "Holm's method. That an arm is better there holds where its adjusted p is below 0.05."
     )
     tests = rivalries(study)
-    rows = [
-        [test.what, str(test.estimate), f"{test.adjusted:.3f}" if test.adjusted >= 0.001 else "< 0.001",
-         str(test.estimate.seeds), test.verdict]
-        for test in tests
-    ]  # fmt: skip
+    rows = [[test.what, str(test.estimate), _p(test), str(test.estimate.seeds), test.verdict] for test in tests]
     return [
         f"## {study.task} at the scale {Path(study.scale).stem}: confirmed where no search has looked",
         _size(study), text, markdown_table(["difference", "estimate", "p, adjusted", "seeds", "it is better"], rows),
@@ -120,13 +116,16 @@ def _rule(findings: Sequence[tuple[Claim, Finding]]) -> str:
 def _claim(claim: Claim, finding: Finding) -> str:
     lines = [f"**({claim.letter}) {claim.text}: {finding.verdict}.** The paper: {claim.paper}."]
     for test in finding.tests:
-        adjusted = f"{test.adjusted:.3f}" if test.adjusted >= 0.001 else "< 0.001"
-        lines.append(f"- {test.what}: {test.estimate}, p {adjusted} ({_count(test.estimate.seeds, 'seed')})")
+        lines.append(f"- {test.what}: {test.estimate}, p {_p(test)} ({_count(test.estimate.seeds, 'seed')})")
     if finding.said:
         lines.append(f"- {finding.said}")
     if claim.besides:
         lines.append(f"- What else could explain it: {claim.besides}")
     return "\n".join(lines)
+
+
+def _p(test: Test) -> str:
+    return f"{test.adjusted:.3f}" if test.adjusted >= 0.001 else "< 0.001"
 
 
 def _count(number: int, what: str) -> str:

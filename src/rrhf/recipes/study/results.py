@@ -139,6 +139,8 @@ def read_study(file: Path) -> Study:
     kinds = {(line.get("task"), line.get("scale")) for line in lines}
     if len(kinds) != 1 or None in next(iter(kinds)):
         raise UserError(f"{file}: needs results of one task at one scale, as `rrhf reproduce --export` writes them")
+    if len({int(line["seed"]) >= SET_ASIDE for line in lines}) > 1:
+        raise UserError(f"{file}: has results of prompts set aside and others: they belong into two files")
     return Study(lines, file)
 
 

@@ -50,8 +50,8 @@ def _onednn_works() -> bool:
         return False
 
 
-def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, activation: str = "none", kind: str = "") -> Tensor:
+    product: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, activation, [], kind)
     return product
 
 
@@ -64,6 +64,14 @@ def _by_onednn(*tensors: Tensor | None) -> bool:
     """Whether a product of these goes to oneDNN."""
     given = [tensor for tensor in tensors if tensor is not None]
     return all(t.dtype == torch.float32 and t.device.type == "cpu" and t.numel() for t in given) and onednn_is_faster()
+
+
+def _for_onednn(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor | None:
+    """The weight as oneDNN is to have it, laid out where it was; None where torch makes the product."""
+    laid_out: Tensor | None = getattr(weight, _LAID_OUT, None)
+    if laid_out is not None and x.numel():
+        return laid_out
+    return weight if _by_onednn(x, weight, bias) else None
 
 
 def matmul(a: Tensor, b: Tensor, out: Tensor | None = None) -> Tensor:
@@ -82,20 +90,16 @@ def addmm(c: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x · weightᵀ + bias, as ``torch.nn.functional.linear``, but without autograd."""
-    laid_out: Tensor | None = getattr(weight, _LAID_OUT, None)
-    if laid_out is not None and x.numel():
-        return _onednn(x, laid_out, bias)
-    return _onednn(x, weight, bias) if _by_onednn(x, weight, bias) else nn.functional.linear(x, weight, bias)
+    for_onednn = _for_onednn(x, weight, bias)
+    return nn.functional.linear(x, weight, bias) if for_onednn is None else _onednn(x, for_onednn, bias)
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """GELU(x · weightᵀ + bias), the exact one, without autograd; in one pass where oneDNN makes the product."""
-    laid_out: Tensor | None = getattr(weight, _LAID_OUT, None)
-    if (laid_out is None or not x.numel()) and not _by_onednn(x, weight, bias):
+    for_onednn = _for_onednn(x, weight, bias)
+    if for_onednn is None:
         return nn.functional.gelu(nn.functional.linear(x, weight, bias))
-    weight = weight if laid_out is None else laid_out
-    activated: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "gelu", [], "none")
-    return activated
+    return _onednn(x, for_onednn, bias, "gelu", "none")
 
 
 def linear_sum(c: Tensor, x: Tensor, weight: Tensor) -> Tensor:
