@@ -67,6 +67,25 @@ def test_an_encoder_scores_pairs_whatever_the_batch(budget: int, tmp_path: Path)
         close(make_scorer(str(tmp_path), context)(asked), [expected[r.id, i] for r, i in asked])
 
 
+def test_weights_are_laid_out_once_for_all_batches_but_not_while_they_train(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_encoder(tmp_path)
+    context = RewardContext(device="cpu", dtype="float32", max_tokens_per_forward=1)  # a row a batch
+    scorer: Any = make_scorer(str(tmp_path), context)
+    scorer(items(TEXTS))
+    asked: list[tuple[int, int]] = []
+    packed = KERNELS["cpu"].packed
+    monkeypatch.setattr(
+        KERNELS["cpu"], "packed", lambda model, rows, steps: asked.append((rows, steps)) or packed(model, rows, steps)
+    )
+    scorer(items(TEXTS))
+    assert asked == [(1, len(items(TEXTS)))]
+    rows = [row for record in TEXTS for row in scorer.model.encode(record, range(len(record.responses)))]
+    scorer.model.compute(rows, 1).sum().backward()
+    assert len(asked) == 1
+
+
 def test_messages_reach_an_encoder_without_a_template_as_text(tmp_path: Path) -> None:
     model = write_encoder(tmp_path)
     found = make_scorer(str(tmp_path), CPU)(items(CHAT))

@@ -59,8 +59,8 @@ def _confirmation(study: Study) -> list[str]:
     """What a search has found, on the seeds and prompts that it has not seen."""
     text = (
         f"The other arms against {', '.join(RIVALS)}, from seeds and on prompts that were set aside before a search "
-        "for better ones began: differences in reward at equal KL, paired by seed and prompt; p-values are adjusted together by "
-        "Holm's method. That an arm is better there holds where its adjusted p is below 0.05."
+        "for better ones began: differences in reward at equal KL, paired by seed and prompt; p-values are adjusted "
+        "together by Holm's method. That an arm is better there holds where its adjusted p is below 0.05."
     )
     tests = rivalries(study)
     rows = [[test.what, str(test.estimate), _p(test), str(test.estimate.seeds), test.verdict] for test in tests]
