@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import product
@@ -143,6 +143,8 @@ def evaluate_pairs(
     models: Mapping[str, ModelSettings],
     rewards: Sequence[str],
     context: RewardContext,
+    *,
+    brought: Collection[str] = (),
 ) -> dict[str, Any]:
     """The accuracy of ``models`` and ``rewards`` on preferences.
 
@@ -152,9 +154,11 @@ def evaluate_pairs(
     Args:
         pairs: records whose ``scores`` prefer one response to another, or a data set in any known format.
         output: the evaluation's file; it is not written here.
-        models: ``pi``, and ``rho`` where there is one: then DPO's implicit reward is judged too.
+        models: by name; where ``pi`` and ``rho`` are among them, DPO's implicit reward is judged too.
         rewards: names, judged beside the models.
         context: what they need; ``context.seed`` is that of the bootstrap too.
+        brought: those of ``models`` whose log-probabilities the records bring: ``pairs`` is what an evaluation by the
+            same models kept.
 
     Raises:
         UserError: nothing is preferred in the data, or a model or reward cannot be used.
@@ -165,7 +169,12 @@ def evaluate_pairs(
         raise UserError(f"{pairs}: no record prefers a response to another: give scores, or pairs in a known format")
     if counts:
         log.info(f"{pairs}: left out: {describe_counts(counts)}")
-    return {"file": origin(pairs), **_judge(records, output, models, rewards, context)}
+    return {"file": origin(pairs), **_judge(records, output, models, rewards, context, brought)}
+
+
+def kept_scores(output: Path) -> Path:
+    """Where ``evaluate_pairs`` keeps the judges' scores of every response."""
+    return output.with_name(f"{output.stem}.pairs.jsonl")
 
 
 def rank_samples(
@@ -219,14 +228,15 @@ def _judge(
     models: Mapping[str, ModelSettings],
     rewards: Sequence[str],
     context: RewardContext,
+    brought: Collection[str] = (),
 ) -> dict[str, Any]:
     """The accuracies on ``records``, whose scores by each judge are kept beside ``output``."""
-    place = output.with_name(f"{output.stem}.pairs.jsonl")
+    place = kept_scores(output)
     context = replace(context, journals=place.with_name(f"{place.name}.parts"))
     columns = {
         name: reference_sums_name(model.model, context.text, context.max_length) for name, model in models.items()
     }
-    held = {name: _model(model, context) for name, model in models.items()}
+    held = {name: _model(model, context) for name, model in models.items() if name not in brought}
     asked = Rewards(rewards, context=context) if rewards else None
     steps = {f"log-probabilities of {name}": _by_model(name, columns[name], held) for name in held}
     if asked is not None:

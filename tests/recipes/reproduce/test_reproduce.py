@@ -29,7 +29,8 @@ def settings(model: Path) -> dict[str, Any]:
     found["evaluate"] |= {"max_new_tokens": 4, "batch_size": 4, "top_k": 5}
     ppo = {"rollout_queries": 4, "num_responses": 2, "ppo_epochs": 2}
     found["reproduce"] = {
-        "learning_rates": [1e-3, 1e-2], "rate_queries": 2, "resample_steps": 2, "ppo": ppo, "chosen": "human/0",
+        "learning_rates": [1e-3, 1e-2], "rate_queries": 2, "held_out_samples": 2,
+        "resample_steps": 2, "ppo": ppo, "chosen": "human/0",
     }  # fmt: skip
     return found
 
@@ -96,7 +97,8 @@ def test_prompts_and_seeds_that_are_set_aside(model: Path, tmp_path: Path, apart
     for name in ("queries", "rates"):
         assert queries("search", name) == queries("confirm", name)
     seen = {query for name in ("queries", "rates", "held_out") for query in queries("search", name)}
-    assert len(queries("confirm", "held_out")) == 3 and not seen & set(queries("confirm", "held_out"))
+    kept = queries("confirm", "held_out")
+    assert len(set(kept)) == 3 and len(kept) == 6 and not seen & set(kept)
     assert [path.name for path in (folder / "confirm/results").iterdir()] == ["start-seed-1000.json"]
     refused = tiny.warm(*command, "--output", "confirm", cwd=folder)
     assert refused.code == 2 and "holds other prompts" in refused.err
@@ -115,7 +117,18 @@ def test_what_two_processes_leave(shared_out: Path) -> None:
     assert found["start"]["kl"]["mean"] == 0 and found["start"]["proxy"]["gain"]["mean"] == 0
     samples = tiny.read_rows(shared_out / "out/arms/best-of-2/seed-0/once/best-of-n/scored.jsonl")
     best = [max(row["scores"]) for row in samples]
-    assert found["best-of-2"]["proxy"]["mean"] == pytest.approx(sum(best) / 3) and found["best-of-2"]["samples"] == 6
+    assert found["best-of-2"]["proxy"]["mean"] == pytest.approx(sum(best) / 6) and found["best-of-2"]["samples"] == 12
+    texts = tiny.read_rows(shared_out / "out/arms/RRHF-DP/seed-0/rate-0.001/evaluation.generations.jsonl")
+    assert [row["id"] for row in texts[1::2]] == [f"{row['id']}/1" for row in texts[::2]] and len(texts) == 6
+    values = [[next(iter(row[f"{model}_rewards"].values())) for row in texts] for model in ("rho", "pi")]
+    rho, pi = ([(a + b) / 2 for a, b in zip(of_model[::2], of_model[1::2], strict=True)] for of_model in values)
+    dp = found["RRHF-DP"]
+    assert (dp["n"], dp["held_out_samples"], dp["kl"]["n"]) == (3, 2, 3)
+    assert dp["prompts"]["proxy"] == pytest.approx(pi, abs=1e-4) and len(set(values[1])) > 1
+    assert dp["proxy"]["gain"]["mean"] == pytest.approx(sum(pi) / 3 - sum(rho) / 3) and dp["proxy"]["gain"]["n"] == 3
+    least, most = min(gains := [b - a for a, b in zip(rho, pi, strict=True)]), max(gains)
+    low, high = dp["proxy"]["gain"]["low"], dp["proxy"]["gain"]["high"]
+    assert least <= low <= high <= most  # of three means, not of six texts
     trained = [result for result in found.values() if result["learning_rate"]]
     assert {result["steps"] for result in trained} == {4} and all(result["rate_reward"] >= 0 for result in trained)
     assert found["PPO"]["models_resident"] >= 2 and found["RRHF-DP"]["models_resident"] == 1

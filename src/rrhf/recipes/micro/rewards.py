@@ -25,6 +25,9 @@ from rrhf.recipes.demo.classifiers import (
 from rrhf.recipes.micro.gold import gold_classifier
 from rrhf.recipes.micro.reviews import REWARD, split_micro
 
+REMEMBERED = 20_000  # texts
+_judged: dict[str, float] = {}  # by the gold reward
+
 
 @functools.lru_cache(maxsize=1)
 def _classifier() -> TfidfClassifier:
@@ -46,5 +49,13 @@ def positive(prompts: Sequence[Any], completions: Sequence[str], **columns: Any)
 
 
 def gold(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> list[float]:
-    """Reward: P(positive) of each completion by MiniLM fine-tuned on other reviews."""
-    return gold_classifier().probabilities(completions)
+    """Reward: P(positive) of each completion by MiniLM fine-tuned on other reviews.
+
+    What this process has judged is remembered: many arms are held against the same texts of ρ.
+    """
+    new = list(dict.fromkeys(text for text in completions if text not in _judged))
+    _judged.update(zip(new, gold_classifier().probabilities(new) if new else [], strict=True))
+    found = [_judged[text] for text in completions]
+    while len(_judged) > REMEMBERED:
+        del _judged[next(iter(_judged))]  # the oldest
+    return found

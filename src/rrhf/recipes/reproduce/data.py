@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -65,6 +65,7 @@ def write_prompts(scale: Scale, prompts: Prompts) -> dict[str, Any]:
     """
     wanted = {"model": scale.config["model"], "data": scale.config["data"], "rate_queries": scale.rate_queries}
     wanted |= {"set_aside": True} if scale.set_aside else {}
+    wanted |= {"held_out_samples": scale.held_out_samples} if scale.held_out_samples > 1 else {}
     note = prompts.folder / "made-of.json"
     noted = read_object(note)
     if noted:
@@ -76,10 +77,24 @@ def write_prompts(scale: Scale, prompts: Prompts) -> dict[str, Any]:
         write_text(note, json.dumps(wanted, indent=1) + "\n")  # last: without it they are written again
     data = {"source": str(prompts.queries), "held_out": str(prompts.held_out)}
     held_out_limit = scale.config["data"].get("held_out_limit", DataSettings("").held_out_limit)
-    return {**scale.config, "data": {**data, "held_out_limit": held_out_limit}}
+    return {**scale.config, "data": {**data, "held_out_limit": held_out_limit * scale.held_out_samples}}
 
 
 def _write(scale: Scale, prompts: Prompts) -> None:
+    _write_each(scale, prompts)
+    if scale.held_out_samples > 1:
+        copies = list(_copies(read_records(prompts.held_out), scale.held_out_samples))
+        write_records(prompts.held_out, copies, overwrite=True)
+
+
+def _copies(records: Iterable[Record], number: int) -> Iterator[Record]:
+    """Each record so often, one after another; their ids, of which their samples' randomness comes, differ."""
+    for record in records:
+        yield record
+        yield from (replace(record, id=f"{record.id}/{copy}") for copy in range(1, number))
+
+
+def _write_each(scale: Scale, prompts: Prompts) -> None:
     given = scale.config["data"]
     if given["source"] == MICRO:
         limits = {"queries": given["limit"], "held_out": given["held_out_limit"], "rates": scale.rate_queries}

@@ -16,6 +16,7 @@ from rrhf.evaluation.metrics import distinct_n, paired_bootstrap
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
+from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.rewards.kl import log_ratios
@@ -26,7 +27,7 @@ RESET_PEAK = "5"  # in /proc/self/clear_refs: see proc(5)
 
 
 def kl_to_reference(
-    texts: Path, pi: ModelSettings, rho: ModelSettings, text: TextSettings, seed: int
+    texts: Path, pi: ModelSettings, rho: ModelSettings, text: TextSettings, seed: int, samples: int = 1
 ) -> dict[str, float | int]:
     """KL(π ‖ ρ) in nats a response: the mean of Σ_t log π − log ρ over responses that π drew, with its interval.
 
@@ -35,6 +36,7 @@ def kl_to_reference(
         pi, rho: the models.
         text: how they read queries.
         seed: of the bootstrap over prompts.
+        samples: records in a row that share a prompt.
     """
     records: Iterable[Record] = read_records(texts)
     for model in (pi, rho):
@@ -43,8 +45,17 @@ def kl_to_reference(
     ratios = [
         ratio for record in records for ratio in log_ratios(*(record.rewards.get(name, [None]) for name in names))
     ]
-    known = [ratio for ratio in ratios if ratio is not None]
+    known = [ratio for ratio in by_prompt(ratios, samples) if ratio is not None]
     return {**paired_bootstrap(known, seed), "n": len(known)}
+
+
+def by_prompt(values: Sequence[float | None], samples: int) -> list[float | None]:
+    """The mean of every ``samples`` values in a row, which are of one prompt; None where none of them is known."""
+    means: list[float | None] = []
+    for start in range(0, len(values), samples):
+        known = [value for value in values[start : start + samples] if value is not None]
+        means.append(fmean(known) if known else None)
+    return means
 
 
 def drawn_from_all(sampling: SamplingSettings) -> bool:
@@ -128,23 +139,36 @@ def seconds(timings: Path) -> dict[str, float]:
     return {name: float(value) for name, value in read_object(timings).items()}
 
 
-def evaluation_numbers(evaluation: Mapping[str, Any]) -> dict[str, Any]:
-    """What a row shows of an ``evaluation.json``: its first reward is the proxy, its second the gold one."""
-    numbers: dict[str, Any] = {}
-    for name, reward in zip(("proxy", "gold"), evaluation["rewards"].values()):
-        numbers[name] = {"start": reward["rho"]["mean"], "mean": reward["pi"]["mean"], "gain": reward["gain"]}
+def evaluation_numbers(evaluation: Mapping[str, Any], generations: Path, samples: int = 1) -> dict[str, Any]:
+    """What a row shows of an ``evaluation.json``: its first reward is the proxy, its second the gold one.
+
+    Args:
+        evaluation: the file's content.
+        generations: its texts.
+        samples: how many of them in a row are of one prompt. Intervals are over prompts.
+    """
     pi = evaluation["pi"]
-    return {**numbers, **{name: pi[name] for name in ("perplexity", "length_mean", "distinct_2", "n")}}
+    numbers = {name: pi[name] for name in ("perplexity", "length_mean", "distinct_2")}
+    numbers |= {"n": pi["n"] // samples, "held_out_samples": samples}
+    before, after = (prompt_rewards(generations, model, samples) for model in ("rho", "pi"))
+    for name, reward in zip(REWARDS, evaluation["rewards"].values()):
+        pairs = zip(before[name], after[name], strict=True)
+        gains = [value - start for start, value in pairs if start is not None and value is not None]
+        gain = {**paired_bootstrap(gains, evaluation["seed"]), "n": len(gains)} if gains else reward["gain"]
+        numbers[name] = {"start": reward["rho"]["mean"], "mean": reward["pi"]["mean"], "gain": gain}
+    return numbers
 
 
-def prompt_rewards(generations: Path) -> dict[str, list[float | None]]:
-    """Of each reward the values of π's texts, one a held-out prompt, in their order; rounded for keeping."""
+def prompt_rewards(generations: Path, model: str = "pi", samples: int = 1) -> dict[str, list[float | None]]:
+    """Of each reward the mean over a model's texts to each held-out prompt, in the prompts' order."""
     rows = [json.loads(line) for line in generations.read_text(encoding="utf-8").splitlines()]
-    values = [list(row["pi_rewards"].values()) for row in rows]
-    return {
-        name: [None if value is None else round(value, 4) for value in of_reward]
-        for name, of_reward in zip(("proxy", "gold"), zip(*values))
-    }
+    values = [list(row[f"{model}_rewards"].values()) for row in rows]
+    return {name: by_prompt(of_reward, samples) for name, of_reward in zip(REWARDS, zip(*values))}
+
+
+def rounded(rewards: Mapping[str, Sequence[float | None]]) -> dict[str, list[float | None]]:
+    """As they are kept."""
+    return {name: [None if one is None else round(one, 4) for one in values] for name, values in rewards.items()}
 
 
 def looping(generations: Path) -> float:

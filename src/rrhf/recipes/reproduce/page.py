@@ -77,10 +77,11 @@ def _blocks(scale: Scale, table: Table, results: Results) -> list[tuple[str, lis
 def _introduction(table: Table, rows: Sequence[Row], done: int, wanted: int) -> str:
     first = rows[0].results[0]
     commits = sorted({str(result["commit"]) for row in rows for result in row.results})
+    responses = "one response" if (samples := first.get("held_out_samples", 1)) == 1 else f"{samples} responses"
     state = "" if done == wanted else f" {done} of {wanted} have ended so far."
     return (
         f"{len(table.arms)} arms from {table.seeds} seed(s) each.{state} Rewards are means over {first['n']} held-out "
-        "prompts, the same for all arms, one response each; ± is the standard deviation over seeds. The proxy reward "
+        f"prompts, the same for all arms, {responses} each; ± is the standard deviation over seeds. The proxy reward "
         "trains, the gold reward only judges: a gain of the first without the second is reward hacking. KL to ρ is in "
         "nats a response, estimated on samples of π (of best-of-n a bound). Perplexity is under ρ. "
         f"ρ: proxy {first['proxy']['start']:.3f}"

@@ -6,7 +6,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from rrhf.common.svg import INK, STYLE, figure_svg
-from rrhf.recipes.reproduce.rows import REWARDS, Row
+from rrhf.recipes.reproduce.rows import Row
+from rrhf.recipes.reproduce.scale import REWARDS
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -10,7 +10,7 @@ from typing import Any
 from rrhf.common.environment import commit
 from rrhf.common.files import read_object
 from rrhf.evaluation.best_of_n import kl_bound
-from rrhf.evaluation.pairs import evaluate_pairs, verdict
+from rrhf.evaluation.pairs import evaluate_pairs, kept_scores, verdict
 from rrhf.evaluation.stage import EvaluationSettings, evaluate_models
 from rrhf.models.cache import PolicyCache
 from rrhf.models.identity import model_digest
@@ -18,6 +18,7 @@ from rrhf.recipes.reproduce import measure
 from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, START
 from rrhf.recipes.reproduce.item import Work
 from rrhf.recipes.reproduce.scale import queries_a_step
+from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.files import read_records
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.stage import RewardSettings, score_file
@@ -30,7 +31,7 @@ KL_FILE, RATE_FILE, PAIRS_FILE = "kl.jsonl", "rate.json", "accuracy.json"
 
 def result_of(work: Work) -> dict[str, Any]:
     item, run, config = work.item, work.run, work.config
-    arm = item.arm
+    arm, samples = item.arm, work.scale.held_out_samples
     generations = run.folder / "evaluation.generations.jsonl"
     rate_reward = _rate_reward(work) if arm.has_rate else None
     with run.timed("kl"):
@@ -46,13 +47,13 @@ def result_of(work: Work) -> dict[str, Any]:
         "seed": item.seed,
         "learning_rate": item.rate,
         "rate_reward": rate_reward,
-        **measure.evaluation_numbers(read_object(run.evaluation)),
+        **measure.evaluation_numbers(read_object(run.evaluation), generations, samples),
         "kl": kl,
         "accuracy": accuracy,
         "training_scores": _training_scores(work),
         "history": measure.training_history(work.last.model) if arm.has_rate else [],
         "best_of_n": read_object(work.best_of_n.evaluation).get("best_of_n"),
-        "prompts": measure.prompt_rewards(generations),
+        "prompts": measure.rounded(measure.prompt_rewards(generations, samples=samples)),
         "looping": measure.looping(generations),
         "steps": work.scale.steps // arm.rounds * arm.rounds if arm.has_rate else 0,
         **_tokens(work),
@@ -62,10 +63,19 @@ def result_of(work: Work) -> dict[str, Any]:
         "load": measure.load(),
         "processors": os.cpu_count(),
         "commit": commit(),
+        "trained_at": _trained_at(run) if arm.has_rate else None,
         "model": model_digest(config.model.model)[:16],
         "config": work.noted,
         "asked": list(work.scale.asked),
     }
+
+
+def _trained_at(run: RunFolder) -> str:
+    """The commit that trained the model, which an evaluation anew can be later than."""
+    for environment in read_object(run.environment).get("environments", []):
+        if "train" in environment["stages"]:
+            return str(environment["versions"]["rrhf"])
+    return commit()
 
 
 def _rate_reward(work: Work) -> float:
@@ -94,7 +104,9 @@ def _kl(work: Work) -> dict[str, Any]:
     texts = measure.texts_for_kl(evaluated, work.run.folder / KL_FILE, prompts, work.trained,
                                  replace(config.evaluate_sampling, num_responses=1), config.text,
                                  PolicyCache())  # fmt: skip
-    found = measure.kl_to_reference(texts, work.trained, config.model, config.text, work.item.seed)
+    found = measure.kl_to_reference(
+        texts, work.trained, config.model, config.text, work.item.seed, work.scale.held_out_samples
+    )
     return {**found, "how": "mean of log π − log ρ over responses of π"}
 
 
@@ -109,7 +121,11 @@ def _accuracy(work: Work) -> dict[str, Any] | None:
     models = {"rho": config.model, "pi": work.trained}
     context = RewardContext(device=config.model.device, dtype=config.model.dtype, text=config.text,
                             seed=work.item.seed)  # fmt: skip
-    found = evaluate_pairs(pairs, work.run.folder / PAIRS_FILE, models, [], context)
+    of_rho = work.place.shared / PAIRS_FILE
+    with work.place.claimed("shared/accuracy", wait=True):
+        if not kept_scores(of_rho).exists():
+            evaluate_pairs(pairs, of_rho, {"rho": config.model}, [], context)
+    found = evaluate_pairs(kept_scores(of_rho), work.run.folder / PAIRS_FILE, models, [], context, brought=["rho"])
     return {name: found[name]["accuracy"] for name in models} | {"gain": found["gain"], "n": found["pi"]["n"]}
 
 

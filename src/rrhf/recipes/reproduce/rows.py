@@ -9,9 +9,8 @@ from typing import Any
 
 from rrhf.common.presentation import NONE, number, quantity
 from rrhf.recipes.reproduce.arms import Arm
+from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.reproduce.work import Results, Table, chosen_rate
-
-REWARDS = ("proxy", "gold")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from rrhf.recipes.config import merge, override, read_config
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, RUN, TASKS, Arm
 
 SET_ASIDE = 1_000  # the first seed of confirmations
+REWARDS = ("proxy", "gold")  # the first that an evaluation has trains, the second only judges
 SECTION = "reproduce"  # of a scale's YAML; the rest is a run's configuration
 
 
@@ -26,6 +27,8 @@ class Scale:
         config: a run's configuration, over which an arm's is laid; ``train.max_steps`` are the steps of every arm.
         learning_rates: the grid.
         rate_queries: prompts on which a rate is chosen.
+        held_out_samples: responses that are judged to each held-out prompt. It stands in the file of prompts as often,
+            each time under an id of its own; intervals are over prompts, each with the mean of its responses.
         resample_steps: k of OP-k.
         kl_beta: β of the arms with KL.
         ppo: settings of PPO and NLPO beside those that ``config`` has.
@@ -41,6 +44,7 @@ class Scale:
     config: Mapping[str, Any]
     learning_rates: Sequence[float]
     rate_queries: int = 100
+    held_out_samples: int = 1
     resample_steps: int = 8
     kl_beta: float = 0.1
     ppo: Mapping[str, Any] = field(default_factory=dict)

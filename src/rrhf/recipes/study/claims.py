@@ -14,8 +14,9 @@ from statistics import NormalDist
 
 import numpy as np
 
+from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
-from rrhf.recipes.study.results import REWARDS, Study
+from rrhf.recipes.study.results import Study
 from rrhf.recipes.study.statistics import Estimate, bootstrap, holm
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not resolved", "not run"

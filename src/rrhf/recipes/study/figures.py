@@ -9,8 +9,9 @@ import numpy as np
 
 from rrhf.common.svg import INK
 from rrhf.recipes.reproduce.plots import COLOURS, MARKS, Draw
+from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.claims import SOURCES, best_of_n_curve, series
-from rrhf.recipes.study.results import REWARDS, Study
+from rrhf.recipes.study.results import Study
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -10,10 +10,11 @@ import numpy as np
 from rrhf.common.files import write_text
 from rrhf.common.presentation import NONE, markdown_table, number
 from rrhf.recipes.reproduce.plots import on_white
+from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.claims import MISSING, RIVALS, SEEDS, Claim, Finding, Test, judged, losses, rivalries
 from rrhf.recipes.study.figures import figures
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
-from rrhf.recipes.study.results import REWARDS, Study
+from rrhf.recipes.study.results import Study
 from rrhf.recipes.study.statistics import Estimate, components
 
 
@@ -79,10 +80,12 @@ def _size(study: Study) -> str:
     """What was run, and what that size can resolve."""
     seeds = sorted({len(study.seeds(name)) for name in study.names if study.seeds(name)})
     first = study.lines[0]
-    commits = ", ".join(sorted({str(line["commit"]) for line in study.lines}))
+    commits = ", ".join(
+        sorted({str(at) for line in study.lines for at in (line["commit"], line.get("trained_at")) if at})
+    )
     said = [
         f"{len(study.names)} arms, {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "") + " seeds an arm, "
-        f"{first['n']} held-out prompts with one response each from every seed; code {commits}.",
+        f"{first['n']} held-out prompts with {_responses(study)} each from every seed; code {commits}.",
         "Intervals are of 95 % by a bootstrap over seeds and prompts together (both drawn anew, all seeds share the "
         "prompts); differences are paired by seed and prompt. With few seeds such intervals are somewhat too narrow.",
     ]
@@ -101,6 +104,12 @@ def _size(study: Study) -> str:
                 f"{found.resolvable(10, values.shape[1]):.3f}."
             )
     return "\n\n".join(said)
+
+
+def _responses(study: Study) -> str:
+    """How many responses to each held-out prompt were judged."""
+    numbers = sorted({int(line.get("held_out_samples", 1)) for line in study.lines})
+    return " or ".join("one response" if number == 1 else f"{number} responses" for number in numbers)
 
 
 def _rule(findings: Sequence[tuple[Claim, Finding]]) -> str:

@@ -23,7 +23,6 @@ from rrhf.recipes.reproduce.work import by_key, chosen_rate
 from rrhf.recipes.study.statistics import Estimate, bootstrap
 
 Line = Mapping[str, Any]
-REWARDS = ("proxy", "gold")
 
 
 @dataclass(frozen=True)
