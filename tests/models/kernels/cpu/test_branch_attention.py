@@ -89,6 +89,19 @@ def test_scores_far_above_the_first_tokens_do_not_overflow() -> None:
     assert float(gaps.max()) > 128
 
 
+def test_rows_that_would_overflow_change_no_other_rows() -> None:
+    trees = laid_out(FORESTS[2])
+    query, key, value = (x.detach().float() for x in leaves(trees, 6, 2))
+    before = branch_attention(query, key, value, 0.7, branches(trees))
+    last = trees[-1].start + trees[-1].query + sum(trees[-1].responses[:-1])  # of the last response the first token
+    key[:, :, last], query[:, :, last] = 20.0, 20.0
+    after = branch_attention(query, key, value, 0.7, branches(trees))
+    scores = 0.7 * (query[0, 0, last] @ (key[0, 0, last] - key[0, 0, trees[-1].start]))
+    assert float(scores) > 128  # 2 to that power is no fp32 number
+    changed = (before != after).flatten(2).any(dim=2)[0].nonzero()[:, 0].tolist()
+    assert changed == list(range(last, last + trees[-1].responses[-1]))
+
+
 def grid_sizes(shapes: Sequence[tuple[int, Sequence[int]]]) -> list[tuple[int, int]]:
     """Responses and columns of every group."""
     found = branches(laid_out(shapes))

@@ -4,7 +4,7 @@ For row t of a record whose query has the columns X, in response i with the colu
 
     s_tj = scaling · q_t · k_j                             for j ∈ X ∪ Y_i, j ≤ t
     o_t  = (Σ_{j∈X} e^(s_tj − m_t) v_j + Σ_{j∈Y_i} e^(s_tj − m_t) v_j) / z_t,   z_t the same sums without v
-    m_t  = s_t1, the score with the record's first token, which every row sees; max_j s_tj where z_t overflows
+    m_t  = s_t1, the score with the record's first token, which every row sees; max_j s_tj in a row whose z_t overflows
 
 and backwards, with P_tj = e^(s_tj − m_t) / z_t made again from m_t + log z_t (FlashAttention, arXiv 2205.14135):
 
@@ -162,8 +162,9 @@ class _BranchAttention(torch.autograd.Function):
         q, k, v = _by_key_head(query, key.shape[1]), key[0] * (scaling * math.log2(math.e)), value[0].contiguous()
         reference = _first_scores(layout, q, k)
         output, total = _weighed(layout, q, k, v, reference)
-        if not bool(total.amax() < HIGHEST_SUM):
-            reference = _highest_scores(layout, q, k)
+        finite = total < HIGHEST_SUM  # false for NaN
+        if not bool(finite.all()):  # only those rows get another: no row's numbers depend on what it does not see
+            reference = torch.where(finite, reference, _highest_scores(layout, q, k))
             output, total = _weighed(layout, q, k, v, reference)
         result = _by_token(output.to(total.dtype).div_(total), query.dtype)
         partition = total.log2_().add_(reference)
