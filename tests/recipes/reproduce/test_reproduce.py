@@ -82,6 +82,21 @@ def test_killed_in_every_kind_of_arm_and_resumed(shared_out: Path, model: Path, 
     assert results(folder) == results(shared_out)
 
 
+def test_rrhf_after_an_sft_of_its_own(model: Path, tmp_path: Path) -> None:
+    folder = workplace(tmp_path, model)
+    command = (*COMMAND[:1], "hh", *COMMAND[2:4], *COMMAND[6:], "--arms", "RRHF-P,RRHF-P-after-SFT", "--output", "out")
+    assert tiny.warm(*command, cwd=folder, faults=[die(STEP, 4 + 4 + 2)]).code == -signal.SIGKILL
+    tiny.warm(*command, cwd=folder).done()
+    found = results(folder)
+    assert {name: result["steps"] for name, result in found.items()} == {"RRHF-P": 4, "RRHF-P-after-SFT": 8}
+    run = folder / "out/arms/RRHF-P-after-SFT/seed-0/rate-0.001"
+    made_of = json.loads((run / "made-of.json").read_text())
+    assert "sft/model" in made_of["train"] and "sft/model" not in made_of["evaluate"]  # ρ is still the first model
+    fitted = tiny.read_rows(run / "sft/scored.jsonl")
+    assert {len(row["responses"]) for row in fitted} == {1} and len(tiny.read_rows(run / "scored.jsonl")) == len(fitted)
+    assert found["RRHF-P"]["proxy"]["start"] == found["RRHF-P-after-SFT"]["proxy"]["start"]
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_prompts_and_seeds_that_are_set_aside(model: Path, tmp_path: Path, apart: bool) -> None:
     folder = workplace(tmp_path, model)

@@ -15,6 +15,7 @@ from rrhf.recipes.config import ablations, merge
 
 TASKS = ("imdb", "hh", "wombat")
 RUN, SFT, PPO, NLPO, BEST_OF, START = "run", "sft", "ppo", "nlpo", "best-of-n", "start"  # kinds
+AFTER_SFT = "after-sft"
 
 # How responses are sampled (Table 1 and Appendix C); 4 of a query in each.
 BEAM = {"policy": "beam", "num_beams": 4}
@@ -63,6 +64,11 @@ class Arm:
     def folder(self) -> str:
         """Its name as a folder's."""
         return self.name.replace(":", "-")
+
+    @property
+    def trainings(self) -> int:
+        """How often it takes all the steps of the scale."""
+        return 2 if self.kind == AFTER_SFT else 1
 
     def with_ablation(self, name: str) -> Arm:
         return replace(
@@ -131,6 +137,8 @@ ARMS: dict[str, list[Arm]] = {
             config={"sample": DIVERSE}),
         Arm("RRHF-D", "diverse beam search by ρ alone", "Table 6, D", config={"data": ALONE, "sample": DIVERSE}),
         Arm("RRHF-P", "both provided responses alone", "Table 6, P", config={"sample": None}),
+        Arm("RRHF-P-after-SFT", "RRHF-P from what SFT came to, with as many steps again", "Table 6, P from Alpaca-sft",
+            AFTER_SFT, config={"sample": None}),
         Arm("RRHF-BP-no-rank", "RRHF-BP without L_rank", "Table 7, without L_rank",
             config={"sample": BEAM, "train": {"ranking_loss": "none"}}),
         *(rounds(number, f"Table 6, IP-{number}") for number in (1, 2, 3)),

@@ -145,7 +145,7 @@ def evaluation_numbers(evaluation: Mapping[str, Any], generations: Path, samples
     Args:
         evaluation: the file's content.
         generations: its texts.
-        samples: how many of them in a row are of one prompt. Intervals are over prompts.
+        samples: how many of them in a row are of one prompt. Intervals are over prompts, deviations over texts.
     """
     pi = evaluation["pi"]
     numbers = {name: pi[name] for name in ("perplexity", "length_mean", "distinct_2")}
@@ -155,7 +155,8 @@ def evaluation_numbers(evaluation: Mapping[str, Any], generations: Path, samples
         pairs = zip(before[name], after[name], strict=True)
         gains = [value - start for start, value in pairs if start is not None and value is not None]
         gain = {**paired_bootstrap(gains, evaluation["seed"]), "n": len(gains)} if gains else reward["gain"]
-        numbers[name] = {"start": reward["rho"]["mean"], "mean": reward["pi"]["mean"], "gain": gain}
+        means = {"start": reward["rho"]["mean"], "mean": reward["pi"]["mean"], "gain": gain}
+        numbers[name] = means | {"start_std": reward["rho"]["std"], "std": reward["pi"]["std"]}
     return numbers
 
 

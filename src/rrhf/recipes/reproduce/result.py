@@ -55,7 +55,7 @@ def result_of(work: Work) -> dict[str, Any]:
         "best_of_n": read_object(work.best_of_n.evaluation).get("best_of_n"),
         "prompts": measure.rounded(measure.prompt_rewards(generations, samples=samples)),
         "looping": measure.looping(generations),
-        "steps": work.scale.steps // arm.rounds * arm.rounds if arm.has_rate else 0,
+        "steps": arm.trainings * (work.scale.steps // arm.rounds * arm.rounds) if arm.has_rate else 0,
         **_tokens(work),
         "models_resident": training.get("models_resident") or _models_resident(work),
         "peak_memory_bytes": measure.peak_memory(config.model.device),

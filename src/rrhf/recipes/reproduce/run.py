@@ -20,10 +20,11 @@ from rrhf.models.load import ModelSettings
 from rrhf.recipes.baselines.best_of_n import BestOfN, BestOfNSettings, run_best_of_n
 from rrhf.recipes.baselines.ppo import Job, train_ppo
 from rrhf.recipes.baselines.sft import write_responses_of
+from rrhf.recipes.config import merge, parse_config
 from rrhf.recipes.offline import Pass, carry_out, data_stage, evaluate_stage, sample_stage, score_stage, train_stage
 from rrhf.recipes.recipe import run_recipe
 from rrhf.recipes.reproduce import measure
-from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, RUN, SFT, START
+from rrhf.recipes.reproduce.arms import AFTER_SFT, BEST_OF, NLPO, PPO, RUN, SFT, START
 from rrhf.recipes.reproduce.item import Work
 from rrhf.recipes.reproduce.result import result_of
 from rrhf.recipes.run_folder import RunFolder
@@ -71,6 +72,20 @@ def _sft(work: Work) -> None:
     if not whole.run.scored.exists():
         write_responses_of(work.scale.chosen, work.place.prompts.queries, whole.run.scored)
     carry_out([train_stage(whole), evaluate_stage(whole)], whole.run)
+
+
+def _after_sft(work: Work) -> None:
+    """RRHF from the model of an SFT of its own, which has the same rate and as many steps; ρ stays the first model."""
+    whole, config = work.whole, work.config
+    first = RunFolder(whole.run.folder / "sft")
+    sft = parse_config(merge(work.values, {"train": {"ranking_loss": "none"}}), first.model)
+    if not first.scored.exists():
+        write_responses_of(work.scale.chosen, work.place.prompts.queries, first.scored)
+    carry_out([train_stage(Pass(first, sft, config.model, whole.policies))], first, whole.run)
+    _take_shared(work)
+    then = replace(whole, config=replace(config, model=replace(config.model, model=str(first.model))))
+    stages = (data_stage, sample_stage, score_stage, train_stage, evaluate_stage)
+    carry_out([make(then) for make in stages], whole.run)
 
 
 def _ppo(work: Work) -> None:
@@ -121,7 +136,7 @@ def _best_of(work: Work) -> None:
         _evaluate(work, {"rho": whole.rho, "pi": whole.rho}, [(one.responses[0], one.finish[0]) for one in best])
 
 
-KINDS = {RUN: _run, SFT: _sft, PPO: _ppo, NLPO: _ppo, BEST_OF: _best_of, START: _start}
+KINDS = {RUN: _run, SFT: _sft, PPO: _ppo, NLPO: _ppo, BEST_OF: _best_of, START: _start, AFTER_SFT: _after_sft}
 
 
 def _evaluate(work: Work, models: Mapping[str, ModelSettings], texts: list[tuple[str, str]] | None = None) -> None:

@@ -265,12 +265,10 @@ def series(line: Mapping[str, object], key: str) -> dict[int, float]:
 def spreads_less(study: Study) -> Finding:
     tests = []
     for name in MAIN:
-        seeds = study.common(name, "start")
-        if seeds:
-            pi, rho = (np.nanstd(study.rewards(one, "proxy", seeds), axis=1) for one in (name, "start"))
-            found = study.over_seeds(pi - rho)
-            assert found is not None
-            tests.append(Test(f"{name}: standard deviation over prompts of π − of ρ", found, -1))
+        pi, rho = (study.numbers(name, "proxy", key) for key in ("std", "start_std"))
+        found = study.over_seeds(pi - rho)
+        if found is not None:
+            tests.append(Test(f"{name}: standard deviation over texts of π − of ρ", found, -1))
     return Finding(tests)
 
 
@@ -343,21 +341,30 @@ def order_of_sources(study: Study) -> Finding:
 
 
 def less_sensitive(study: Study) -> Finding:
-    spread = {}
-    for name in (*MAIN, "PPO", "PPO+KL", "DPO"):
-        rewards = [
-            float(line["rate_reward"])
-            for line in study.lines
-            if (line["arm"], line["seed"]) == (name, study.first) and line["rate_reward"] is not None
-        ]
-        if len(rewards) > 1:
-            spread[name] = max(rewards) - min(rewards)
-    ours = [spread[name] for name in MAIN if name in spread]
-    if not ours or "PPO" not in spread:
-        return Finding()
-    own = HOLDS if max(ours) < spread["PPO"] - NEAR else FAILS if min(ours) > spread["PPO"] + NEAR else OPEN
-    said = ", ".join(f"{name} {value:.3f}" for name, value in spread.items())
-    return Finding((), f"best less worst of the grid's rates, one seed: {said} (holds: by more than {NEAR})", own)
+    names = (*MAIN, "PPO", "PPO+KL", "DPO")
+    spreads = {name: found for name in names if (found := _spreads(study, name))}
+    tests = []
+    for name in MAIN:
+        seeds = sorted(set(spreads.get(name, ())) & set(spreads.get("PPO", ())))
+        if seeds:
+            less = study.over_seeds(spreads[name][seed] - spreads["PPO"][seed] for seed in seeds)
+            assert less is not None
+            tests.append(Test(f"{name}: best less worst of the grid's rates − that of PPO", less, -1))
+    said = ", ".join(f"{name} {np.mean(list(found.values())):.3f}" for name, found in spreads.items())
+    return Finding(tests, f"best less worst of the grid's rates: {said}" if tests else "")
+
+
+def _spreads(study: Study, name: str) -> dict[int, float]:
+    """By seed what an arm earns at the best of the grid's rates less what it earns at the worst, on the same prompts.
+
+    Of the seeds that were run at every rate that the first was.
+    """
+    by_seed: dict[int, list[float]] = {}
+    for line in study.lines:
+        if line["arm"] == name and line["rate_reward"] is not None:
+            by_seed.setdefault(int(line["seed"]), []).append(float(line["rate_reward"]))
+    whole = len(by_seed.get(study.first, ()))
+    return {seed: max(found) - min(found) for seed, found in by_seed.items() if len(found) == whole > 1}
 
 
 def cheaper_than_ppo(study: Study) -> Finding:
@@ -378,9 +385,19 @@ def cheaper_than_ppo(study: Study) -> Finding:
     return Finding((), said + " (holds: less of all three)", own)
 
 
-def elsewhere(_: Study) -> Finding:
-    """A claim that this task cannot show."""
-    return Finding()
+def starts_end_alike(study: Study) -> Finding:
+    """Alike is within ±``NEAR`` of ρ's spread, as this reward has no scale of its own."""
+    found = study.difference("RRHF-P-after-SFT", "RRHF-P", "proxy")
+    if found is None:
+        return Finding()
+    near = NEAR * float(study.numbers("RRHF-P", "proxy", "start_std").mean())
+    alike = HOLDS if found.low >= -near and found.high <= near else OPEN
+    own = FAILS if found.low > near or found.high < -near else alike
+    return Finding((), f"RRHF-P-after-SFT − RRHF-P: {found} (holds: within ±{near:.3f}, {NEAR} of ρ's spread)", own)
+
+
+def beats_sft_on_one_system(study: Study) -> Finding:
+    return Finding(differences(study, [("Wombat", "SFT")]))
 
 
 CLAIMS = [
@@ -415,12 +432,14 @@ CLAIMS = [
           "each loss stands at its own KL: see the picture of both", best_loss),
     Claim("n", "rank weights of 10 and 100 are worse than 1", "said in the text",
           "a heavier ranking loss at the same rate moves further from ρ", heavier_rank_is_worse),
-    Claim("o", "with P alone all starts end alike, and SFT first does not help", "HH: −1.31 from all three", "",
-          elsewhere),
+    Claim("o", "with P alone all starts end alike, and SFT first does not help", "HH: −1.31 from all three",
+          "one model here, as it is and after SFT on the chosen responses; the paper has LLaMA and Alpaca too",
+          starts_end_alike),
     Claim("p", "how the sources order: DP, BP and SP", "HH: −1.02, −1.03, −0.96 (DP, BP, SP)", "", order_of_sources),
     Claim("q", "RRHF is less sensitive to its learning rate than PPO", "said in the text",
-          "one seed and a grid of three rates", less_sensitive),
+          "a grid of three rates, on prompts kept for choosing among them", less_sensitive),
     Claim("r", "RRHF needs less memory, fewer models and less time than PPO", "1 or 2 models against 4",
           "at this size libraries are most of the memory", cheaper_than_ppo),
-    Claim("s", "Wombat's recipe beats SFT on one strong system", "Table 9: 612 against 574", "", elsewhere),
+    Claim("s", "Wombat's recipe beats SFT on one strong system", "Table 9: 612 against 574",
+          "a reward judges here, GPT-4 there", beats_sft_on_one_system),
 ]  # fmt: skip
