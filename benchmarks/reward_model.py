@@ -12,7 +12,6 @@ import hashlib
 import json
 import math
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -27,13 +26,12 @@ from common import SMOLLM2, table
 from rrhf.common.files import append_line
 from rrhf.evaluation.metrics import paired_bootstrap
 from rrhf.evaluation.ranking import calibration, pair_margins, right
+from rrhf.recipes.study.dialogues import preferences, split_by_first_turn
 from rrhf.records.files import read_records, write_records
-from rrhf.records.formats import load_dataset_records
 from rrhf.records.record import Record
 from rrhf.rewards.scoring import RewardContext, score_records
 
 HELD_OUT = 420  # pairs, at least
-FIRST_TURN = re.compile(r"\n\nHuman:(.*?)(?:\n\nAssistant:|$)", re.S)
 
 SAME = ["--max_length", "192", "--dtype", "auto", "--save_steps", "0.34", "--save_total_limit", "1"]
 # backbone → its name, and the flags of its training
@@ -52,23 +50,9 @@ BACKBONES: dict[str, tuple[str, list[str]]] = {
 SIZES = {"minilm": [100, 200, 400, 800, 0], "smollm2": [200, 0]}  # training pairs; 0: all there are
 
 
-def first_turn(record: Record) -> str:
-    """What the user says first, by which dialogues are kept together."""
-    found = FIRST_TURN.search(str(record.query))
-    return " ".join((found[1] if found else str(record.query)).lower().split())
-
-
 def split(data: Path) -> tuple[list[Record], list[Record]]:
     """Training and held-out pairs: no first user turn is on both sides."""
-    groups: defaultdict[str, list[Record]] = defaultdict(list)
-    for record in load_dataset_records(str(data), "hh"):
-        if len(record.responses) == 2:
-            groups[first_turn(record)].append(record)
-    order = sorted(groups, key=lambda turn: hashlib.sha256(turn.encode()).hexdigest())
-    held_out: list[Record] = []
-    train: list[Record] = []
-    for turn in order:
-        (held_out if len(held_out) < HELD_OUT else train).extend(groups[turn])
+    held_out, train = split_by_first_turn(preferences(str(data)), (HELD_OUT,))
     return train, held_out
 
 

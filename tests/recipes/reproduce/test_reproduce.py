@@ -84,6 +84,7 @@ def test_killed_in_every_kind_of_arm_and_resumed(shared_out: Path, model: Path, 
 
 def test_rrhf_after_an_sft_of_its_own(model: Path, tmp_path: Path) -> None:
     folder = workplace(tmp_path, model)
+    tiny.workplace(folder, {}, tiny.rows(14))  # with preferences, which p_i is held against
     command = (*COMMAND[:1], "hh", *COMMAND[2:4], *COMMAND[6:], "--arms", "RRHF-P,RRHF-P-after-SFT", "--output", "out")
     assert tiny.warm(*command, cwd=folder, faults=[die(STEP, 4 + 4 + 2)]).code == -signal.SIGKILL
     tiny.warm(*command, cwd=folder).done()
@@ -95,6 +96,10 @@ def test_rrhf_after_an_sft_of_its_own(model: Path, tmp_path: Path) -> None:
     fitted = tiny.read_rows(run / "sft/scored.jsonl")
     assert {len(row["responses"]) for row in fitted} == {1} and len(tiny.read_rows(run / "scored.jsonl")) == len(fitted)
     assert found["RRHF-P"]["proxy"]["start"] == found["RRHF-P-after-SFT"]["proxy"]["start"]
+    held_out = tiny.read_rows(folder / "out/prompts/held_out.jsonl")
+    judged = tiny.read_rows(folder / "out/shared/pairs.jsonl")
+    assert [row["id"] for row in judged] == [row["id"] for row in held_out[::2]] and judged[0]["scores"]
+    assert found["RRHF-P"]["accuracy"]["n"] == 3
 
 
 @pytest.mark.parametrize("apart", [False, True])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,8 @@ from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, START
 from rrhf.recipes.reproduce.item import Work
 from rrhf.recipes.reproduce.scale import queries_a_step
 from rrhf.recipes.run_folder import RunFolder
-from rrhf.records.files import read_records
+from rrhf.records.files import read_records, write_records
+from rrhf.records.record import Record
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.stage import RewardSettings, score_file
 from rrhf.training.folder import TRAINED
@@ -111,12 +113,12 @@ def _kl(work: Work) -> dict[str, Any]:
 
 
 def _accuracy(work: Work) -> dict[str, Any] | None:
-    """How often p_i of ρ and of π order two of ρ's own samples as the reward that trains does (Table 5)."""
+    """How often p_i of ρ and of π order two responses as people do (Table 5), or as the reward that trains does."""
     arm, config = work.item.arm, work.config
     if not arm.has_rate:
         return None
     pairs = _pairs(work)
-    if not any(verdict(record.scores or [], record.scores or []) for record in read_records(pairs)):
+    if not any(map(_prefers, read_records(pairs))):
         return None
     models = {"rho": config.model, "pi": work.trained}
     context = RewardContext(device=config.model.device, dtype=config.model.dtype, text=config.text,
@@ -129,21 +131,33 @@ def _accuracy(work: Work) -> dict[str, Any] | None:
     return {name: found[name]["accuracy"] for name in models} | {"gain": found["gain"], "n": found["pi"]["n"]}
 
 
+def _prefers(record: Record) -> bool:
+    """Whether the record's scores prefer a response to another."""
+    return verdict(record.scores or [], record.scores or []) is not None
+
+
 def _pairs(work: Work) -> Path:
-    """4 scored samples from the whole of ρ to each prompt that chooses rates; made once for all arms."""
+    """The held-out prompts whose own responses are preferred one to another; made once for all arms.
+
+    Where the data has no such, 4 scored samples from the whole of ρ to each prompt that chooses rates.
+    """
     from rrhf.sampling.stage import sample_file
 
     place, config = work.place, work.config
     drawn, scored = place.shared / "pairs.responses.jsonl", place.shared / "pairs.jsonl"
     with place.claimed("shared/pairs", wait=True):
+        held_out = islice(read_records(place.prompts.held_out), None, None, work.scale.held_out_samples)
+        if not scored.exists() and (preferred := [record for record in held_out if _prefers(record)]):
+            write_records(scored, preferred)
+        if scored.exists():
+            return scored
         if not drawn.exists():
             prompts = [record.without_responses() for record in read_records(place.prompts.rates)]
             sampling = replace(measure.from_all(config.evaluate_sampling), num_responses=4, seed=0)
             sample_file(prompts, drawn, config.model, sampling, config.text, policies=PolicyCache())
-        if not scored.exists():
-            rewards = RewardSettings(config.evaluate_rewards.reward[:1])
-            scoring = replace(config.scoring, kl_beta=0.0, reference_model=None)
-            score_file(drawn, scored, rewards, scoring, config.text, config.score_remote)
+        rewards = RewardSettings(config.evaluate_rewards.reward[:1])
+        scoring = replace(config.scoring, kl_beta=0.0, reference_model=None)
+        score_file(drawn, scored, rewards, scoring, config.text, config.score_remote)
     return scored
 
 

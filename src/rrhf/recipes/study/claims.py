@@ -421,7 +421,7 @@ CLAIMS = [
           "HH: OP-32 0.34 at perplexity 63.78, with KL −0.86 at 19.76", "hacking is the gap of two imperfect rewards",
           hacks_without_kl),
     Claim("i", "the accuracy of p_i as a reward rises far above ρ's", "HH, Table 5: 45.13 % → 61.75 % (PPO: 46.03 %)",
-          "judged here on ρ's own samples by the reward that trains; the paper judges people's pairs", accuracy_rises),
+          "on IMDB the reward that trains orders ρ's own samples; on HH, as in the paper, people do", accuracy_rises),
     Claim("j", "loss and reward are negatively correlated in training", "HH, Figure 3",
           "both have a trend over steps: this is a correlation of trends", loss_against_reward),
     Claim("k", "π's rewards spread less than ρ's", "HH (the text)",
