@@ -9,6 +9,7 @@ import pytest
 
 from rrhf.common.errors import UserError
 from rrhf.evaluation.perplexity import fit_context, nll_under, refuse_short_context
+from rrhf.models import passes
 from rrhf.models.load import context_length
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.records.record import Record
@@ -60,6 +61,31 @@ def test_a_row_longer_than_the_context_is_measured_on_what_fits() -> None:
     assert (both.tokens, both.queries_cut) == (36, 1)
     with pytest.raises(UserError, match="a response of 513 tokens"):
         under([Record(query=query)], [("x" * 512, "stop")])
+
+
+def test_texts_to_one_query_are_read_together_and_what_was_said_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = tiny_model("llama", len(TOKENIZER))
+    texts = [("one", "stop"), ("two more", "length"), ("one", "length"), ("one", "stop"), ("", "stop")]
+    records = [Record(query=query) for query in ("a b", "a b", "a b", "a b", "c")]
+    alone = [nll_under(model, TOKENIZER, show=False)([record], [text]) for record, text in zip(records, texts)]
+    said: dict[tuple[str, str, str], tuple[float, int]] = {}
+    under = nll_under(model, TOKENIZER, show=False, said=said)
+    together = under(records, texts)
+    assert [number for number, _ in together.of_text] == pytest.approx([one.nll for one in alone], abs=1e-4)
+    assert [tokens for _, tokens in together.of_text] == [4, 8, 3, 4, 1] and together.tokens == 20
+    assert len(said) == 4  # the first text came twice
+    read: list[EncodedRecord] = []
+    forward = passes.response_logprobs
+    monkeypatch.setattr(
+        passes, "response_logprobs", lambda m, rows, path: (read.extend(rows), forward(m, rows, path))[1]
+    )
+    again = under([*records, Record(query="c")], [*texts, ("new", "stop")])
+    assert again.of_text[:-1] == together.of_text and again.tokens == 24
+    assert [len(record.responses) for record in read] == [1]  # the new one alone
+    query = "".join(chr(97 + i % 26) for i in range(600))
+    short = nll_under(tiny_model("gpt2", len(TOKENIZER)), TOKENIZER, show=False, said=(kept := {}))
+    assert short([Record(query=query)] * 2, [("one", "stop"), ("two", "stop")]).queries_cut == 2
+    assert not kept  # what was said of a cut query holds for its texts of this call alone
 
 
 def test_a_perplexity_model_with_a_short_context_is_refused_by_its_configuration_alone(tmp_path: Path) -> None:

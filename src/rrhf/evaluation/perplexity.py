@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+from collections.abc import MutableMapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rrhf.common.errors import UserError
 from rrhf.evaluation.texts import Likelihood, Perplexity, Text
+from rrhf.models.cache import TextKey
 from rrhf.models.load import context_length
 from rrhf.models.locate import locate
 from rrhf.models.tokenization import EncodedRecord, TextFormat, TextSettings, cut_left
@@ -16,16 +18,29 @@ from rrhf.records.record import Record
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from rrhf.models.batching import Forward
+
 SCORING_TOKENS = 4096  # tokens of one forward pass that scores texts
 
 
 def nll_under(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, text: TextSettings | None = None, show: bool = True
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    text: TextSettings | None = None,
+    show: bool = True,
+    said: MutableMapping[TextKey, tuple[float, int]] | None = None,
+    what: str = "perplexity",
 ) -> Perplexity:
     """The function (records, texts) → ``Likelihood`` of the texts given the records' queries, under ``model``.
 
-    A query that does not fit the model's context together with its text is cut from the left. All lengths are
-    checked before the first forward pass. ``show`` shows a progress bar.
+    A query that does not fit the model's context together with its texts is cut from the left. All lengths are
+    checked before the first forward pass. Texts to one query are read together.
+
+    Args:
+        show: whether a progress bar is shown.
+        said: (query, text, finish) → its number: what is there is not computed again, what is computed is put there.
+            Texts whose query was cut are not.
+        what: the progress bar's name.
 
     Raises (the function):
         UserError: a text alone does not fit the model's context.
@@ -35,7 +50,6 @@ def nll_under(
     from rrhf.common.progress import progress
     from rrhf.models.batching import plan_forwards
     from rrhf.models.out_of_memory import run_forwards
-    from rrhf.models.passes import response_logprobs
     from rrhf.models.path_check import usable_path
 
     format = TextFormat(tokenizer, text)
@@ -44,25 +58,49 @@ def nll_under(
 
     @torch.inference_mode()
     def measure(records: Sequence[Record], texts: Sequence[Text]) -> Likelihood:
-        encoded = [
-            format.encode_record(replace(record, responses=[t], finish=[f], sources=["evaluated/0"], scores=[]))
-            for record, (t, f) in zip(records, texts, strict=True)
-        ]
-        fitting, queries_cut = fit_context(encoded, context, tokenizer.bos_token_id)
-        place = {id(record): index for index, record in enumerate(fitting)}  # forwards take them in an order of theirs
-        of_text: list[tuple[float, int]] = [(0.0, 0)] * len(fitting)
-        passes = run_forwards(
-            model, fitting, SCORING_TOKENS, path, lambda forward: response_logprobs(model, forward.records, path)
-        )
+        keys = [(json.dumps(record.query), *text) for record, text in zip(records, texts, strict=True)]
+        known = {key: said[key] for key in keys if key in said} if said else {}
+        groups: dict[str, tuple[Record, list[TextKey]]] = {}  # what is to be read, by query
+        for record, key in zip(records, keys, strict=True):
+            if key not in known and key not in (group := groups.setdefault(key[0], (record, []))[1]):
+                group.append(key)
+        encoded = [format.encode_record(_with_texts(record, group)) for record, group in groups.values()]
+        fitting = fit_context(encoded, context, tokenizer.bos_token_id)[0]
+        asked = {id(fits): group for fits, (_, group) in zip(fitting, groups.values(), strict=True)}
+        passes = run_forwards(model, fitting, SCORING_TOKENS, path, lambda forward: _numbers(model, forward, path))
         total = len(plan_forwards(fitting, SCORING_TOKENS, path))
-        for forward, logprobs in progress(passes, "perplexity", total, "batches") if show else passes:
-            both = zip(logprobs.sums.double().tolist(), logprobs.lengths.tolist(), strict=True)
-            for record, (logprob, length) in zip(forward.records, both, strict=True):
-                of_text[place[id(record)]] = (-logprob, int(length))
+        for forward, numbers in progress(passes, what, total, "batches") if show else passes:
+            found = iter(numbers)
+            known |= {key: next(found) for record in forward.records for key in asked[id(record)]}
+        cut = {key for fits, whole in zip(fitting, encoded, strict=True) if len(fits.query) < len(whole.query)
+               for key in asked[id(fits)]}  # fmt: skip
+        if said is not None:
+            for key in dict.fromkeys(keys):
+                if key not in cut:
+                    said[key] = known[key]
+        of_text = [known[key] for key in keys]
         nll, tokens = sum(nll for nll, _ in of_text), sum(tokens for _, tokens in of_text)
-        return Likelihood(nll, tokens, queries_cut, of_text)
+        return Likelihood(nll, tokens, sum(key in cut for key in keys), of_text)
 
     return measure
+
+
+def _numbers(model: PreTrainedModel, forward: Forward, path: str) -> list[tuple[float, int]]:
+    """−Σ log P and the number of tokens of every response, in order."""
+    from rrhf.models.passes import response_logprobs
+
+    parts = [response_logprobs(model, part, path) for part in forward.parts()]
+    return [
+        (-logprob, int(length))
+        for found in parts
+        for logprob, length in zip(found.sums.double().tolist(), found.lengths.tolist(), strict=True)
+    ]
+
+
+def _with_texts(record: Record, keys: Sequence[TextKey]) -> Record:
+    texts, finishes = [text for _, text, _ in keys], [finish for _, _, finish in keys]
+    tags = [f"evaluated/{number}" for number in range(len(keys))]
+    return replace(record, responses=texts, finish=finishes, sources=tags, scores=[], rewards={})
 
 
 def fit_context(

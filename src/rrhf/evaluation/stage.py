@@ -132,7 +132,7 @@ def evaluate_models(
         texts.get("rho"),
         texts["pi"],
         rewards.reward,
-        perplexity=nll_under(*policies.get(replace(models["pi"], model=judge)), text),
+        perplexity=nll_under(*policies.get(replace(models["pi"], model=judge)), text, said=policies.said(judge)),
         perplexity_model=judge,
         seed=sampling.seed,
         cut_markers=settings.cut_markers,

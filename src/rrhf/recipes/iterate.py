@@ -40,7 +40,7 @@ from rrhf.records.files import read_records, write_records
 log = logging.getLogger("rrhf")
 
 
-def run_iterated(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+def run_iterated(run: RunFolder, config: RunConfig, policies: PolicyCache) -> dict[str, Any]:
     """Bring a run of ``config.rounds.iterations`` rounds to its end; what is complete is not done again.
 
     The results in the run's folder are links to those of the last round; the report shows all rounds.
@@ -52,7 +52,7 @@ def run_iterated(run: RunFolder, config: RunConfig) -> dict[str, Any]:
         UserError: the rounds cannot be iterated, or as ``run_offline``.
     """
     _refuse(run, config)
-    policies, last = PolicyCache(), config.rounds.iterations
+    last = config.rounds.iterations
     passes = list(_passes(run, config, policies))
     check_evaluation(passes[-1])
     carry_out([data_stage(Pass(run, config, config.model, policies))], run)

@@ -81,7 +81,7 @@ class Pass:
         return {"rho": self.rho, "pi": replace(self.rho, model=str(self.run.model))}
 
 
-def run_offline(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+def run_offline(run: RunFolder, config: RunConfig, policies: PolicyCache) -> dict[str, Any]:
     """Bring the run to its end, stage by stage; a stage whose file is complete is not done again.
 
     Returns:
@@ -92,7 +92,7 @@ def run_offline(run: RunFolder, config: RunConfig) -> dict[str, Any]:
     """
     if run.rounds.exists():
         raise UserError(f"{run.folder} holds a run in rounds: give its iterations, or choose another --output")
-    whole = Pass(run, config, config.model, PolicyCache())
+    whole = Pass(run, config, config.model, policies)
     check_evaluation(whole)
     carry_out([make(whole) for make in (data_stage, sample_stage, score_stage, train_stage, evaluate_stage)], run)
     return finish(run, [run])

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from rrhf.training.online import Online
 
 
-def run_online(run: RunFolder, config: RunConfig) -> dict[str, Any]:
+def run_online(run: RunFolder, config: RunConfig, policies: PolicyCache) -> dict[str, Any]:
     """Bring a run to its end whose training samples every ``config.train.resample_steps`` steps.
 
     Returns:
@@ -42,7 +42,7 @@ def run_online(run: RunFolder, config: RunConfig) -> dict[str, Any]:
 
     cut = _as_trained(config)
     online = _online(run, cut)
-    whole = Pass(run, config, config.model, PolicyCache())
+    whole = Pass(run, config, config.model, policies)
     check_evaluation(whole)
     carry_out([data_stage(whole)], run)
     data, stages = run.queries, []

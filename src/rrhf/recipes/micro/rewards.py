@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.files import cache_folder
+from rrhf.common.recent import Recent
 from rrhf.recipes.demo.classifiers import (
     CODE_VERSION,
     SEED,
@@ -25,8 +26,7 @@ from rrhf.recipes.demo.classifiers import (
 from rrhf.recipes.micro.gold import gold_classifier
 from rrhf.recipes.micro.reviews import REWARD, split_micro
 
-REMEMBERED = 20_000  # texts
-_judged: dict[str, float] = {}  # by the gold reward
+_judged: Recent[str, float] = Recent(20_000)  # texts → their gold rewards
 
 
 @functools.lru_cache(maxsize=1)
@@ -54,8 +54,8 @@ def gold(prompts: Sequence[Any], completions: Sequence[str], **columns: Any) -> 
     What this process has judged is remembered: many arms are held against the same texts of ρ.
     """
     new = list(dict.fromkeys(text for text in completions if text not in _judged))
-    _judged.update(zip(new, gold_classifier().probabilities(new) if new else [], strict=True))
-    found = [_judged[text] for text in completions]
-    while len(_judged) > REMEMBERED:
-        del _judged[next(iter(_judged))]  # the oldest
-    return found
+    values = {text: _judged[text] for text in completions if text in _judged}
+    values |= zip(new, gold_classifier().probabilities(new) if new else [], strict=True)
+    for text in new:
+        _judged[text] = values[text]
+    return [values[text] for text in completions]

@@ -50,7 +50,7 @@ class Work:
         """The run as one pass; its held-out prompts are the shared ones."""
         inner = RunFolder(self.run.folder)
         inner.held_out = self.place.prompts.held_out
-        return Pass(inner, self.config, self.config.model, PolicyCache())
+        return Pass(inner, self.config, self.config.model, PolicyCache(self.place.said))
 
     @property
     def trained(self) -> ModelSettings:

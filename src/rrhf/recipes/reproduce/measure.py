@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -13,6 +13,7 @@ from typing import Any
 from rrhf.common.files import read_object
 from rrhf.evaluation.generations import draw_to_file
 from rrhf.evaluation.metrics import distinct_n, paired_bootstrap
+from rrhf.evaluation.perplexity import nll_under
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
@@ -20,15 +21,15 @@ from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.rewards.kl import log_ratios
-from rrhf.rewards.logprob import reference_sums_name, with_logprob_sums
 from rrhf.sampling.settings import SamplingSettings
 
 RESET_PEAK = "5"  # in /proc/self/clear_refs: see proc(5)
 
 
 def kl_to_reference(
-    texts: Path, pi: ModelSettings, rho: ModelSettings, text: TextSettings, seed: int, samples: int = 1
-) -> dict[str, float | int]:
+    texts: Path, pi: ModelSettings, rho: ModelSettings, text: TextSettings, seed: int, samples: int,
+    policies: PolicyCache,
+) -> dict[str, float | int]:  # fmt: skip
     """KL(π ‖ ρ) in nats a response: the mean of Σ_t log π − log ρ over responses that π drew, with its interval.
 
     Args:
@@ -37,14 +38,16 @@ def kl_to_reference(
         text: how they read queries.
         seed: of the bootstrap over prompts.
         samples: records in a row that share a prompt.
+        policies: where the models are, and what they have said before.
     """
-    records: Iterable[Record] = read_records(texts)
-    for model in (pi, rho):
-        records = list(with_logprob_sums(records, model, text=text))
-    names = [reference_sums_name(model.model, text, None) for model in (pi, rho)]
-    ratios = [
-        ratio for record in records for ratio in log_ratios(*(record.rewards.get(name, [None]) for name in names))
-    ]
+    records = list(read_records(texts))
+    given = [(record.responses[0], record.finish[0]) for record in records]
+    sums: list[list[float | None]] = []
+    for model, said in ((pi, None), (rho, policies.said(rho.model))):
+        under = nll_under(*policies.get(model), text, said=said, what="log-probabilities")
+        of_text = under([record.without_responses() for record in records], given).of_text
+        sums.append([-nll if tokens else None for nll, tokens in of_text])
+    ratios = log_ratios(*sums)
     known = [ratio for ratio in by_prompt(ratios, samples) if ratio is not None]
     return {**paired_bootstrap(known, seed), "n": len(known)}
 

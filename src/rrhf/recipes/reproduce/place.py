@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from rrhf.common.files import claimed_place, read_object, write_text
+from rrhf.models.cache import Said
 from rrhf.recipes.reproduce.arms import Arm
 from rrhf.recipes.reproduce.data import Prompts
 
@@ -46,6 +47,7 @@ class Place:
     """The folder, as one process sees it."""
 
     folder: Path
+    said: Said = field(default_factory=dict, repr=False)  # by models of held-out texts, in this process
     _claims: IO[bytes] | None = field(default=None, repr=False)
 
     @property

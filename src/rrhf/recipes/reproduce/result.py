@@ -102,12 +102,13 @@ def _kl(work: Work) -> dict[str, Any]:
         bound = kl_bound(arm.number)
         return {"mean": bound, "low": None, "high": None, "n": 0, "how": "bound log n − (n − 1)/n"}
     prompts = [record.without_responses() for record in read_records(work.place.prompts.held_out)]
+    policies = PolicyCache(work.place.said)
     evaluated = work.last.folder / "evaluation.pi.jsonl"
     texts = measure.texts_for_kl(evaluated, work.run.folder / KL_FILE, prompts, work.trained,
                                  replace(config.evaluate_sampling, num_responses=1), config.text,
-                                 PolicyCache())  # fmt: skip
+                                 policies)  # fmt: skip
     found = measure.kl_to_reference(
-        texts, work.trained, config.model, config.text, work.item.seed, work.scale.held_out_samples
+        texts, work.trained, config.model, config.text, work.item.seed, work.scale.held_out_samples, policies
     )
     return {**found, "how": "mean of log π − log ρ over responses of π"}
 

@@ -64,7 +64,7 @@ def _run(work: Work) -> None:
     """A configuration, as `rrhf run` has it; samples that other arms train on too are drawn once."""
     if not work.item.arm.online:
         _take_shared(work)
-    run_recipe(work.run, work.config)
+    run_recipe(work.run, work.config, PolicyCache(work.place.said))
 
 
 def _sft(work: Work) -> None:
@@ -152,7 +152,8 @@ def _evaluate(work: Work, models: Mapping[str, ModelSettings], texts: list[tuple
     judge = config.evaluate.judge(dict(models))
     result, rows = evaluate_texts(
         prompts, drawn, drawn if texts is None else texts, config.evaluate_rewards.reward,
-        perplexity=nll_under(*policies.get(replace(whole.rho, model=judge)), config.text), perplexity_model=judge,
+        perplexity=nll_under(*policies.get(replace(whole.rho, model=judge)), config.text, said=policies.said(judge)),
+        perplexity_model=judge,
         seed=sampling.seed, cut_markers=config.evaluate.cut_markers, generations="evaluation.generations.jsonl",
     )  # fmt: skip
     lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
