@@ -26,6 +26,8 @@ WHOLE = {"policy": "top-p", "top_p": 1.0, "temperature": 1.0, "num_responses": 4
 
 RELATIVE = {"ranking_loss": "dpo"}  # of RRHF-R: docs/relative.md
 
+MARGINS = {"margin": {"margin": 0.01}, "constant-margin": {"margin": 0.1}}  # with 0 they are the hinge; nats a token
+
 ALONE = {"provided": False}  # without the responses of the data set
 
 
@@ -84,11 +86,13 @@ def rounds(number: int, paper: str) -> Arm:
 
 def of_loss(name: str, label: str | None = None) -> Arm:
     """The arm of a ranking loss: on the samples of RRHF-DP, or, for policy gradients, on π's own while it trains."""
-    train = {"train": {"ranking_loss": name}}
+    train: dict[str, Any] = {"train": {"ranking_loss": name} | MARGINS.get(name, {})}
     if name in ("grpo", "rloo"):
         meaning = f"loss {name} on π's own samples while it trains, without the data set's responses"
         return Arm(label or f"loss:{name}", meaning, config={"data": ALONE, "sample": WHOLE, **train}, online=True)
-    return Arm(label or f"loss:{name}", f"loss {name} on the samples of RRHF-DP", config={"sample": DIVERSE, **train})
+    meaning = f"loss {name} on the samples of RRHF-DP"
+    meaning += "".join(f", {key} {value:g}" for key, value in MARGINS.get(name, {}).items())
+    return Arm(label or f"loss:{name}", meaning, config={"sample": DIVERSE, **train})
 
 
 COMMON = [

@@ -16,7 +16,7 @@ import numpy as np
 
 from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
-from rrhf.recipes.study.results import Study
+from rrhf.recipes.study.results import Study, making
 from rrhf.recipes.study.statistics import Estimate, bootstrap, holm
 
 HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not resolved", "not run"
@@ -165,7 +165,8 @@ def better_than_sft(study: Study) -> Finding:
 
 
 def worse_without_rank(study: Study) -> Finding:
-    return Finding(differences(study, [("RRHF-DP", "RRHF-DP+no-rank")], ("proxy", "gold")))
+    without = [("RRHF-BP", "RRHF-BP+no-rank"), ("RRHF-BP", "RRHF-BP-no-rank"), ("RRHF-DP", "RRHF-DP+no-rank")]
+    return Finding(differences(study, without, ("proxy", "gold")))
 
 
 SOURCES = ("RRHF-B", "RRHF-BP", "RRHF-D", "RRHF-DP", "RRHF-DP+diverse-2", "RRHF-DP+diverse-8", "IP-2", "IP-3", "OP")
@@ -204,7 +205,7 @@ def near_the_maxima(study: Study) -> Finding:
         verdicts.append(HOLDS if near else FAILS if found.low > NEAR or found.high < -NEAR else OPEN)
     if not verdicts:
         return Finding()
-    own = verdicts[0] if len(set(verdicts)) == 1 else OPEN
+    own = next(verdict for verdict in (FAILS, OPEN, HOLDS) if verdict in verdicts)
     return Finding((), "; ".join(said) + f" (holds: within ±{NEAR})", own)
 
 
@@ -372,13 +373,13 @@ def cheaper_than_ppo(study: Study) -> Finding:
         return Finding()
 
     def cost(name: str) -> tuple[float, float, float]:
-        seconds = [sum(line["seconds"].values()) for line in study.seeds(name).values()]
+        seconds = [making(line) for line in study.seeds(name).values()]
         memory = study.numbers(name, "peak_memory_bytes").mean() / 1e9
         return float(study.numbers(name, "models_resident").mean()), float(memory), float(np.median(seconds))
 
     ours, theirs = cost("RRHF-DP"), cost("PPO")
     said = "; ".join(
-        f"{name}: {models:.0f} models, {memory:.2f} GB, {seconds:.0f} s"
+        f"{name}: {models:.0f} models, {memory:.2f} GB, {seconds:.0f} s to sample, score and train"
         for name, (models, memory, seconds) in (("RRHF-DP", ours), ("PPO", theirs))
     )
     own = HOLDS if all(a < b for a, b in zip(ours, theirs)) else FAILS if ours[0] >= theirs[0] else OPEN

@@ -14,7 +14,7 @@ from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.claims import MISSING, RIVALS, SEEDS, Claim, Finding, Test, judged, losses, rivalries
 from rrhf.recipes.study.figures import figures
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
-from rrhf.recipes.study.results import Study
+from rrhf.recipes.study.results import Study, making
 from rrhf.recipes.study.statistics import Estimate, components
 
 
@@ -143,14 +143,14 @@ def _count(number: int, what: str) -> str:
 
 def _arms(study: Study) -> str:
     header = ["arm", "seeds", "rate", "gain, proxy", "gain, gold", "KL to ρ", "perplexity", "length", "distinct-2",
-              "looping", "accuracy of p_i", "seconds, median"]  # fmt: skip
+              "looping", "accuracy of p_i", "seconds to make it"]  # fmt: skip
     rows = []
     for name in study.names:
         lines = study.seeds(name)
         if not lines:
             continue
         rate = next(iter(lines.values()))["learning_rate"]
-        seconds = [sum(line["seconds"].values()) for line in lines.values()]
+        seconds = [making(line) for line in lines.values()]
         rows.append([
             name, str(len(lines)), NONE if rate is None else f"{rate:g}",
             *(_shown(study.gain(name, reward)) for reward in REWARDS),

@@ -125,6 +125,11 @@ class Study:
         return bootstrap(column) if column.size else None
 
 
+def making(line: Line) -> float:
+    """Seconds to sample, score and train; what measures the result is not in them."""
+    return sum(float(line["seconds"].get(stage, 0.0)) for stage in ("sample", "score", "train"))
+
+
 def read_study(file: Path) -> Study:
     """The results in a file of lines.
 
