@@ -23,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from common import SMOLLM2, table
-from rrhf.common.files import append_line
+from rrhf.common.files import append_line, json_lines
 from rrhf.evaluation.metrics import paired_bootstrap
 from rrhf.evaluation.ranking import calibration, pair_margins, right
 from rrhf.recipes.study.dialogues import preferences, split_by_first_turn
@@ -133,7 +133,7 @@ def main() -> None:
     place = Path(options.output)
 
     def results() -> list[dict[str, Any]]:
-        return [json.loads(line) for line in place.read_text().splitlines()] if place.exists() else []
+        return json_lines(place) if place.exists() else []
 
     if options.table:
         print(show(results(), held_out))

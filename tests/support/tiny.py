@@ -28,6 +28,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from rrhf.common.files import json_lines
+
 LONG = bool(os.environ.get("RRHF_LONG"))
 FAULTS = "RRHF_TEST_FAULTS"
 HANGS_AFTER = 240  # seconds
@@ -140,7 +142,7 @@ def write_rows(path: Path, lines: Iterable[dict[str, Any]]) -> Path:
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return json_lines(path)
 
 
 def config(model: Path) -> dict[str, Any]:

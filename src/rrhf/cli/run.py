@@ -61,7 +61,7 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
     import json
     from dataclasses import replace
 
-    from rrhf.common.files import inside
+    from rrhf.common.files import inside, json_lines
     from rrhf.common.logging import set_up_logging
     from rrhf.recipes.recipe import run_recipe
     from rrhf.recipes.run_folder import RunFolder
@@ -80,12 +80,12 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
         except Stopped as stopped:
             print(f"rrhf run: {stopped}", file=sys.stderr)
             return stopped.code
-    generations = inside(output, evaluation["generations"]).read_text(encoding="utf-8").splitlines()
+    generations = json_lines(inside(output, evaluation["generations"]))
     print()
     print(format_evaluation(evaluation))
     print(format_timings(json.loads(run.timings.read_text(encoding="utf-8"))))
     print()
-    print(format_examples([json.loads(line) for line in generations]))
+    print(format_examples(generations))
     print()
     print(f"report: {run.report}")
     return 0

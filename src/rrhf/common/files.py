@@ -137,6 +137,19 @@ def read_object(path: Path) -> dict[str, Any]:
     return found
 
 
+def json_lines(path: str | Path) -> list[Any]:
+    """What the lines of a file hold, one JSON value each; empty lines are passed over.
+
+    Only a line feed ends a line: ``str.splitlines`` also cuts at U+2028, U+0085 and others, which JSON leaves as they
+    are within a text.
+
+    Raises:
+        ValueError: a line is no JSON.
+    """
+    with Path(path).open(encoding="utf-8", newline="\n") as file:
+        return [json.loads(line) for line in file if line.strip()]
+
+
 def inside(folder: Path, name: str) -> Path:
     """The file ``name`` of ``folder``, where a file says so that somebody else may have written.
 

@@ -11,11 +11,12 @@ import pytest
 import yaml
 
 from rrhf.common.errors import UserError
+from rrhf.common.files import json_lines
 from rrhf.losses import RANKING_LOSSES
 from rrhf.recipes.config import parse_config
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
 from rrhf.recipes.reproduce.check import compared, read_result
-from rrhf.recipes.reproduce.measure import drawn_from_all, response_tokens
+from rrhf.recipes.reproduce.measure import drawn_from_all, looping, prompt_rewards, response_tokens
 from rrhf.recipes.reproduce.place import Item
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
 from rrhf.recipes.reproduce.scale import read_scale, shipped_scales
@@ -127,6 +128,21 @@ def test_numbers_beside_the_evaluation(tmp_path: Path) -> None:
     file = tiny.write_rows(tmp_path / "r.jsonl", [row])
     found = response_tokens(file, lambda texts: sum(map(len, texts)))
     assert found == {"responses": 3, "tokens": 6, "sampled": 2, "sampled_tokens": 4}
+
+
+def test_texts_with_separators_of_lines_are_one_line(tmp_path: Path) -> None:
+    """JSON leaves U+2028 and U+0085 as they are within a text."""
+    rows = [
+        {"pi": "a\u2028b a\x85b", "pi_rewards": {"r": 0.5, "s": None}},
+        {"pi": "c d c d", "pi_rewards": {"r": 1.0, "s": 0.25}},
+    ]
+    file = tmp_path / "generations.jsonl"
+    file.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    assert len(file.read_text(encoding="utf-8").splitlines()) == 4
+    assert json_lines(file) == rows
+    assert prompt_rewards(file) == {"proxy": [0.5, 1.0], "gold": [None, 0.25]}
+    assert prompt_rewards(file, samples=2) == {"proxy": [0.75], "gold": [0.25]}
+    assert looping(file) == 0.0
 
 
 def test_what_is_wrong_with_a_scale_is_told(tmp_path: Path) -> None:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import read_object
+from rrhf.common.files import json_lines, read_object
 from rrhf.common.presentation import number
 from rrhf.recipes.reproduce.arms import arm_named
 from rrhf.recipes.reproduce.item import plan
@@ -34,10 +33,10 @@ def read_result(place: str) -> dict[str, Any]:
     of_a_line = file.endswith(".jsonl") and number.isdigit()
     require_file(Path(file if of_a_line else place))
     if of_a_line:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = json_lines(file)
         if not 1 <= int(number) <= len(lines):
             raise UserError(f"{place}: there is no such line: the file has {len(lines)}")
-        result = json.loads(lines[int(number) - 1])
+        result = lines[int(number) - 1]
     else:
         result = read_object(Path(place))
     if missing := [name for name in ("task", "scale", "arm", "seed", "asked", "proxy") if name not in result]:

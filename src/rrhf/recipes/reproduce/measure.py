@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from rrhf.common.files import read_object
+from rrhf.common.files import json_lines, read_object
 from rrhf.evaluation.generations import draw_to_file
 from rrhf.evaluation.metrics import distinct_n, paired_bootstrap
 from rrhf.evaluation.perplexity import nll_under
@@ -165,7 +165,7 @@ def evaluation_numbers(evaluation: Mapping[str, Any], generations: Path, samples
 
 def prompt_rewards(generations: Path, model: str = "pi", samples: int = 1) -> dict[str, list[float | None]]:
     """Of each reward the mean over a model's texts to each held-out prompt, in the prompts' order."""
-    rows = [json.loads(line) for line in generations.read_text(encoding="utf-8").splitlines()]
+    rows = json_lines(generations)
     values = [list(row[f"{model}_rewards"].values()) for row in rows]
     return {name: by_prompt(of_reward, samples) for name, of_reward in zip(REWARDS, zip(*values))}
 
@@ -177,7 +177,7 @@ def rounded(rewards: Mapping[str, Sequence[float | None]]) -> dict[str, list[flo
 
 def looping(generations: Path) -> float:
     """The share of π's texts in which fewer than half of the pairs of neighbouring words are different ones."""
-    texts = [json.loads(line)["pi"].split() for line in generations.read_text(encoding="utf-8").splitlines()]
+    texts = [row["pi"].split() for row in json_lines(generations)]
     return sum(distinct_n([words], 2) < 0.5 for words in texts if len(words) > 1) / len(texts)
 
 

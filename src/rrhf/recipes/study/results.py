@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import cache_folder, write_text
+from rrhf.common.files import cache_folder, json_lines, write_text
 from rrhf.recipes.reproduce.arms import Arm, arm_named
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.scale import SET_ASIDE
@@ -137,7 +137,7 @@ def read_study(file: Path) -> Study:
         UserError: the file cannot be read, holds no result, or results of several tasks or scales.
     """
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines() if line.strip()]
+        lines = json_lines(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: no file of results: {error}") from error
     kinds = {(line.get("task"), line.get("scale")) for line in lines}
@@ -156,7 +156,7 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
     Returns:
         How many lines the file has now.
     """
-    before = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()] if file.exists() else []
+    before = json_lines(file) if file.exists() else []
     places = {str(folder.absolute()): ".", str(cache_folder()): "cache"}
     kept = {**by_key(before), **by_key([_without_places(result, places, str(folder)) for result in results])}
     study = Study(list(kept.values()), file)
