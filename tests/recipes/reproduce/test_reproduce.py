@@ -85,14 +85,9 @@ def test_killed_in_every_kind_of_arm_and_resumed(shared_out: Path, model: Path, 
 def test_rrhf_after_an_sft_of_its_own(model: Path, tmp_path: Path) -> None:
     folder = workplace(tmp_path, model)
     tiny.workplace(folder, {}, tiny.rows(14))  # with preferences, which p_i is held against
-    command = (*COMMAND[:1], "hh", *COMMAND[2:4], *COMMAND[6:], "--arms", "RRHF-P,RRHF-P-after-SFT", "--output", "out",
-               "train.save_strategy=steps", "train.save_steps=2")  # fmt: skip
+    command = (*COMMAND[:1], "hh", *COMMAND[2:4], *COMMAND[6:], "--arms", "RRHF-P,RRHF-P-after-SFT", "--output", "out")
     assert tiny.warm(*command, cwd=folder, faults=[die(STEP, 4 + 4 + 2)]).code == -signal.SIGKILL
-    arms = folder / "out/arms"
-    kept = {path.relative_to(arms).parts[0] for path in arms.rglob("checkpoint-*")}
-    assert kept == {"RRHF-P-after-SFT"}  # of an arm that has ended they are gone
     tiny.warm(*command, cwd=folder).done()
-    assert not list(arms.rglob("checkpoint-*"))
     found = results(folder)
     assert {name: result["steps"] for name, result in found.items()} == {"RRHF-P": 4, "RRHF-P-after-SFT": 8}
     run = folder / "out/arms/RRHF-P-after-SFT/seed-0/rate-0.001"

@@ -7,11 +7,9 @@ is asked for, every rate too.
 from __future__ import annotations
 
 import logging
-import shutil
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
@@ -126,12 +124,6 @@ def work_through(place: Place, scale: Scale, table: Table) -> None:
         raise UserError(f"not carried out:\n  {reasons}\nWhat has ended stands; the same command does these again")
 
 
-def _clear_up(run: Path) -> None:
-    """Remove the checkpoints of an arm that has ended, with their optimiser's states; its models stay."""
-    for checkpoint in run.rglob("checkpoint-*"):
-        shutil.rmtree(checkpoint, ignore_errors=True)
-
-
 def _take(place: Place, scale: Scale, item: Item, failed: dict[str, str]) -> bool:
     """Carry an item out, unless another process has it; whether this one did."""
     with place.claimed(item.name) as mine:
@@ -140,7 +132,6 @@ def _take(place: Place, scale: Scale, item: Item, failed: dict[str, str]) -> boo
         if not place.is_done(item):
             try:
                 place.write_result(item, carry(plan(place, scale, item)))
-                _clear_up(place.run(item))
             except UserError as error:
                 log.warning(f"{item.name}: {error}")
                 failed[item.name] = str(error)
