@@ -191,6 +191,16 @@ def test_differences_are_paired_by_seed_and_prompt(file: Path) -> None:
     assert fewer.difference("RRHF-DP", "NLPO", "gold") is None
 
 
+def test_a_result_that_was_made_in_another_folder_is_exported_without_it(tmp_path: Path) -> None:
+    made = line("SFT", 0) | {
+        "config": {"model": "/else/where/model", "data": {"source": "/else/where/prompts/q.jsonl"}}
+    }
+    export([made], tmp_path, tmp_path / "kept.jsonl")
+    assert "/else" not in (tmp_path / "kept.jsonl").read_text()
+    (kept,) = read_study(tmp_path / "kept.jsonl").lines
+    assert kept["config"] == {"model": "./model", "data": {"source": "./prompts/q.jsonl"}}
+
+
 def test_an_export_has_no_paths_and_replaces_what_was_there(file: Path, tmp_path: Path) -> None:
     kept = [json.loads(text) for text in file.read_text().splitlines()]
     assert {one["config"]["model"] for one in kept} == {"./model"}

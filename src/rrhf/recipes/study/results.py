@@ -158,7 +158,7 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
     """
     before = json_lines(file) if file.exists() else []
     places = {str(folder.absolute()): ".", str(cache_folder()): "cache"}
-    kept = {**by_key(before), **by_key([_without_places(result, places, str(folder)) for result in results])}
+    kept = {**by_key(before), **by_key([_portable(result, places, str(folder)) for result in results])}
     study = Study(list(kept.values()), file)
     chosen = {(name, seed, line["learning_rate"]) for name in study.names for seed, line in study.seeds(name).items()}
     lines = []
@@ -190,6 +190,14 @@ def take(file: Path, place: Place, task: str, scale: str) -> int:
         if not place.is_done(item):
             place.write_result(item, line)
     return len(study.lines)
+
+
+def _portable(result: Line, places: Mapping[str, str], folder: str) -> Line:
+    """A result without absolute paths; the folder where it was made, by its prompts, may have been another one."""
+    source = Path(str(result["config"].get("data", {}).get("source", "")))
+    made_in = {str(source.parent.parent): "."} if source.is_absolute() and source.parent.name == "prompts" else {}
+    portable: Line = _without_places(result, {**made_in, **places}, folder)
+    return portable
 
 
 def _without_places(value: Any, places: Mapping[str, str], folder: str) -> Any:
