@@ -14,7 +14,7 @@ from rrhf.common.errors import UserError
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.record import Record
 from rrhf.rewards.kind import RewardContext
-from rrhf.rewards.logprob import ResponseSums, reference_sums_name, with_logprob_sums
+from rrhf.rewards.logprob import LogprobModel, ResponseSums, fill_sums, reference_sums_name
 from rrhf.rewards.scoring import Rewards, reward_digest, score_records
 from support.logprobs import flat, naive, records, settings
 from support.models import tiny_model, tiny_tokenizer
@@ -57,15 +57,16 @@ def test_with_a_reference_the_score_is_the_difference(rho: Path, pi: Path) -> No
 
 def test_sums_are_computed_once_and_only_where_they_are_missing(rho: Path, asked: list[int]) -> None:
     name = reference_sums_name(str(rho))
-    first = list(with_logprob_sums(records(), settings(rho), batch_size=3))
+    model = LogprobModel(settings(rho))
+    first = fill_sums(records(), name, model)
     assert flat([record.rewards[name] for record in first]) == pytest.approx([s for s, _ in flat(naive(rho))], abs=1e-4)
     assert sum(asked) == sum(len(record.responses) for record in first)
     asked.clear()
-    assert list(with_logprob_sums(first, settings(rho))) == first
+    assert fill_sums(first, name, model) == first
     assert asked == []
     # A response that was drawn later has none yet; the reward by the sum takes those that are there.
     longer = first[0].with_responses(["new"], ["stop"], ["top-p/0"])
-    (filled,) = with_logprob_sums([longer], settings(rho))
+    (filled,) = fill_sums([longer], name, model)
     assert asked == [1] and None not in filled.rewards[name]
     asked.clear()
     list(score_records([filled], [f"logprob-sum:{rho}"], context=CPU))
@@ -95,8 +96,8 @@ def test_the_name_follows_the_weights_and_what_changes_the_tokens(rho: Path, pi:
 
 def test_responses_are_cut_as_training_cuts_them(rho: Path) -> None:
     text, limit = TextSettings(max_query_length=4), 12
-    given = list(with_logprob_sums(records(), settings(rho), text=text, max_length=limit))
     name = reference_sums_name(str(rho), text, limit)
+    given = fill_sums(records(), name, LogprobModel(settings(rho), text, max_length=limit))
     expected = flat(naive(rho, text, limit))
     assert min(n for _, n in expected) < 8 == max(n for _, n in expected)
     assert flat([record.rewards[name] for record in given]) == pytest.approx([s for s, _ in expected], abs=1e-4)

@@ -18,7 +18,7 @@ from rrhf.records.duplicates import merge_duplicates
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.rewards.kind import RewardContext
-from rrhf.rewards.logprob import reference_sums_name, with_logprob_sums
+from rrhf.rewards.logprob import LogprobModel, fill_sums, reference_sums_name
 from rrhf.sampling.sampler import sample
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.batching import MicroBatchSampler, Steps, StepSampler
@@ -99,7 +99,8 @@ def test_scores_are_shaped_by_the_policy_of_then_and_the_first_one(
     for name in (policy_of(trained, number, model), model):
         settings = ModelSettings(name, device="cpu", dtype="float32")
         plain = [replace(record, rewards={}) for record in records]
-        sums.append([r.rewards[reference_sums_name(name)] for r in with_logprob_sums(plain, settings)])
+        column = reference_sums_name(name)
+        sums.append([r.rewards[column] for r in fill_sums(plain, column, LogprobModel(settings))])
     ratios = [[pi - rho for pi, rho in zip(*row, strict=True)] for row in zip(*sums, strict=True)]
     for record, row in zip(records, ratios, strict=True):
         rewards = vowels([], record.responses)

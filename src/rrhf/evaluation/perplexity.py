@@ -65,7 +65,7 @@ def nll_under(
             if key not in known and key not in (group := groups.setdefault(key[0], (record, []))[1]):
                 group.append(key)
         encoded = [format.encode_record(_with_texts(record, group)) for record, group in groups.values()]
-        fitting = fit_context(encoded, context, tokenizer.bos_token_id)[0]
+        fitting = fit_context(encoded, context, tokenizer.bos_token_id)
         asked = {id(fits): group for fits, (_, group) in zip(fitting, groups.values(), strict=True)}
         passes = run_forwards(model, fitting, SCORING_TOKENS, path, lambda forward: _numbers(model, forward, path))
         total = len(plan_forwards(fitting, SCORING_TOKENS, path))
@@ -103,9 +103,7 @@ def _with_texts(record: Record, keys: Sequence[TextKey]) -> Record:
     return replace(record, responses=texts, finish=finishes, sources=tags, scores=[], rewards={})
 
 
-def fit_context(
-    encoded: Sequence[EncodedRecord], context: int | None, bos: int | None = None
-) -> tuple[list[EncodedRecord], int]:
+def fit_context(encoded: Sequence[EncodedRecord], context: int | None, bos: int | None = None) -> list[EncodedRecord]:
     """Cut queries from the left until each fits ``context`` tokens with its longest response.
 
     Args:
@@ -113,16 +111,12 @@ def fit_context(
         context: the most tokens of a row; None where there is no limit.
         bos: the token that begins a text; a query that has it in front keeps it there.
 
-    Returns:
-        The records, and how many queries were cut.
-
     Raises:
         UserError: a response leaves no room for a token of its query.
     """
     if context is None:
-        return list(encoded), 0
+        return list(encoded)
     fitting: list[EncodedRecord] = []
-    queries_cut = 0
     for record in encoded:
         longest = max(map(len, record.responses), default=0)
         room = context - longest
@@ -133,10 +127,9 @@ def fit_context(
                 "longer context"
             )
         if len(record.query) > room:
-            queries_cut += 1
             record = replace(record, query=cut_left(record.query, room, bos))
         fitting.append(record)
-    return fitting, queries_cut
+    return fitting
 
 
 def refuse_short_context(judge: str, max_new_tokens: int) -> None:

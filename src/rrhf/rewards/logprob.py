@@ -14,7 +14,7 @@ import json
 import logging
 import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from itertools import islice
@@ -240,39 +240,6 @@ def logprob_model(name: str, context: RewardContext) -> LogprobModel:
         max_length=context.max_length,
         max_tokens_per_forward=context.max_tokens_per_forward,
     )
-
-
-def with_logprob_sums(
-    records: Iterable[Record],
-    model: ModelSettings,
-    *,
-    text: TextSettings | None = None,
-    max_length: int | None = None,
-    max_tokens_per_forward: int | None = None,
-    batch_size: int = 64,
-) -> Iterator[Record]:
-    """The records with ``rewards[reference_sums_name(model.model, text, max_length)]``, in a stream and in order.
-
-    Values that stand there are kept; only the others are computed, and the model is loaded only where there are some.
-    It is released at the end. None stands where no token of a response is left (``max_length``).
-
-    Args:
-        batch_size: records whose responses are sorted by length into forward passes.
-
-    Raises:
-        UserError: the model cannot be found or loaded, or gives something else than numbers.
-    """
-    name = reference_sums_name(model.model, text, max_length)
-    asked = LogprobModel(model, text, max_length=max_length, max_tokens_per_forward=max_tokens_per_forward)
-    return _filled(iter(records), name, asked, batch_size)
-
-
-def _filled(records: Iterator[Record], name: str, model: LogprobModel, batch_size: int) -> Iterator[Record]:
-    try:
-        while batch := list(islice(records, batch_size)):
-            yield from fill_sums(batch, name, model)
-    finally:
-        model.close()
 
 
 def fill_sums(batch: Sequence[Record], name: str, model: LogprobModel | ResponseSums) -> list[Record]:
