@@ -8,8 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import yaml
 
+from oracles.logprobs import response_sum
+from rrhf.models.load import ModelSettings, load_policy
+from rrhf.models.tokenization import TextFormat
+from rrhf.records.files import read_records
 from support import tiny
 from support.tiny import die
 
@@ -126,6 +131,18 @@ def test_prompts_and_seeds_that_are_set_aside(model: Path, tmp_path: Path, apart
     assert few.code == 2 and "of 14 held-out records can be set aside" in few.err
 
 
+def log_ratios_of(run: Path) -> list[float]:
+    """Σ log π − log ρ of each text of π that the KL of an arm is estimated on, a row and a forward each."""
+    records = list(read_records(run / "kl.jsonl"))
+    rho = yaml.safe_load((run / "config.yaml").read_text())["model"]
+    sums = []
+    for folder in (str(run / "model"), rho):
+        policy, tokenizer = load_policy(ModelSettings(folder, device="cpu", dtype="float32"))
+        encoded = [TextFormat(tokenizer, None).encode_record(record) for record in records]
+        sums.append([float(response_sum(policy, one.query, one.responses[0])) for one in encoded])
+    return [pi - rho for pi, rho in zip(*sums, strict=True)]
+
+
 def test_what_two_processes_leave(shared_out: Path) -> None:
     found = results(shared_out)
     assert set(found) == set(ARMS)
@@ -146,6 +163,9 @@ def test_what_two_processes_leave(shared_out: Path) -> None:
     assert (dp["n"], dp["held_out_samples"], dp["kl"]["n"]) == (3, 2, 3)
     assert dp["prompts"]["proxy"] == pytest.approx(pi, abs=1e-4) and len(set(values[1])) > 1
     assert dp["proxy"]["gain"]["mean"] == pytest.approx(sum(pi) / 3 - sum(rho) / 3) and dp["proxy"]["gain"]["n"] == 3
+    with torch.no_grad():
+        ratios = log_ratios_of(shared_out / "out/arms/RRHF-DP/seed-0/rate-0.001")
+    assert dp["kl"]["mean"] == pytest.approx(sum(ratios) / len(ratios), abs=1e-3) and abs(dp["kl"]["mean"]) > 0.01
     least, most = min(gains := [b - a for a, b in zip(rho, pi, strict=True)]), max(gains)
     low, high = dp["proxy"]["gain"]["low"], dp["proxy"]["gain"]["high"]
     assert least <= low <= high <= most  # of three means, not of six texts

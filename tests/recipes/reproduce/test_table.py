@@ -16,11 +16,14 @@ from rrhf.losses import RANKING_LOSSES
 from rrhf.recipes.config import parse_config
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
 from rrhf.recipes.reproduce.check import compared, read_result
+from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.measure import drawn_from_all, looping, prompt_rewards, response_tokens
-from rrhf.recipes.reproduce.place import Item
+from rrhf.recipes.reproduce.place import Item, Place
+from rrhf.recipes.reproduce.result import trained_at
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
 from rrhf.recipes.reproduce.scale import read_scale, shipped_scales
 from rrhf.recipes.reproduce.work import Table, by_key
+from rrhf.recipes.run_folder import RunFolder
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.ppo_settings import PPOConfig
 from support import tiny
@@ -130,6 +133,13 @@ def test_numbers_beside_the_evaluation(tmp_path: Path) -> None:
     assert found == {"responses": 3, "tokens": 6, "sampled": 2, "sampled_tokens": 4}
 
 
+def test_the_commit_that_trained_is_not_the_one_that_evaluated_anew(tmp_path: Path) -> None:
+    each = (("first", ["data", "sample"]), ("old", ["train"]), ("new", ["evaluate"]))
+    found = {"environments": [{"versions": {"rrhf": name}, "stages": stages} for name, stages in each]}
+    (tmp_path / "environment.json").write_text(json.dumps(found))
+    assert trained_at(RunFolder(tmp_path)) == "old"
+
+
 def test_texts_with_separators_of_lines_are_one_line(tmp_path: Path) -> None:
     """JSON leaves U+2028 and U+0085 as they are within a text."""
     rows = [
@@ -148,6 +158,14 @@ def test_texts_with_separators_of_lines_are_one_line(tmp_path: Path) -> None:
 def test_what_is_wrong_with_a_scale_is_told(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="hh has full, small"):
         read_scale("hh", "micro")
+    for samples, policy, match in (
+        (0, "top-p", "at least 1"),
+        (2, "greedy", "same to a prompt"),
+        (2, "beam", "same to a"),
+    ):
+        asked = ["model=m", *REWARDS, f"reproduce.held_out_samples={samples}", f"evaluate.policy={policy}"]
+        with pytest.raises(UserError, match=match):
+            plan(Place(tmp_path), read_scale("imdb", "small", asked), Item(arm_named("imdb", "start"), 0, None))
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"reproduce": {"learning_rate": [1]}}))
     with pytest.raises(UserError, match=r"reproduce\.learning_rate: unknown key"):
         read_scale("hh", str(tmp_path / "own.yaml"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import Any
 
+from rrhf.common.errors import UserError
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import RunConfig, parse_config
@@ -67,4 +68,11 @@ def plan(place: Place, scale: Scale, item: Item) -> Work:
     """
     values = scale.configuration(item.arm, item.seed, item.rate)
     run = RunFolder(place.run(item))
-    return Work(place, scale, item, values, parse_config(values, run.model), run)
+    config, samples = parse_config(values, run.model), scale.held_out_samples
+    sampling = config.evaluate_sampling
+    if samples > 1 and (sampling.policy == "greedy" or sampling.is_beam):
+        raise UserError(
+            f"reproduce.held_out_samples {samples}: {sampling.policy} writes the same to a prompt each time: leave it "
+            "out, or sample: evaluate.policy=top-p"
+        )
+    return Work(place, scale, item, values, config, run)

@@ -65,14 +65,14 @@ def result_of(work: Work) -> dict[str, Any]:
         "load": measure.load(),
         "processors": os.cpu_count(),
         "commit": commit(),
-        "trained_at": _trained_at(run) if arm.has_rate else None,
+        "trained_at": trained_at(run) if arm.has_rate else None,
         "model": model_digest(config.model.model)[:16],
         "config": work.noted,
         "asked": list(work.scale.asked),
     }
 
 
-def _trained_at(run: RunFolder) -> str:
+def trained_at(run: RunFolder) -> str:
     """The commit that trained the model, which an evaluation anew can be later than."""
     for environment in read_object(run.environment).get("environments", []):
         if "train" in environment["stages"]:

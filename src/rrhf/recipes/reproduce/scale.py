@@ -131,6 +131,8 @@ def make_scale(task: str, name: str, config: Mapping[str, Any], asked: Sequence[
     known = {f.name for f in fields(Scale)} - {"task", "name", "config", "asked"}
     if unknown := [key for key in own if key not in known]:
         raise UserError("\n".join(f"{SECTION}.{key}: unknown key: {nearest(key, known)}" for key in unknown))
+    if own.get("held_out_samples", 1) < 1:
+        raise UserError(f"{SECTION}.held_out_samples {own['held_out_samples']}: must be at least 1")
     return Scale(task, name, {key: value for key, value in config.items() if key != SECTION}, asked=asked, **own)
 
 
