@@ -14,8 +14,10 @@ from rrhf.cli.main import main
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.check import read_result
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, judged, losses, rivalries
+from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, judged, rivalries
+from rrhf.recipes.study.figures import mean_point
 from rrhf.recipes.study.frontier import at_equal_kl
+from rrhf.recipes.study.losses import compared, losses
 from rrhf.recipes.study.page import write_page
 from rrhf.recipes.study.results import Study, export, read_study, take
 
@@ -49,7 +51,8 @@ def line(name: str, seed: int, rate: float | None = 1e-3, level: float | None = 
     return {
         "task": "imdb", "scale": "micro", "arm": name, "seed": seed, "learning_rate": rate if has_rate else None,
         "rate_reward": level - lost if rate != 1e-3 else level, "n": PROMPTS, "asked": [], "commit": "abc",
-        "proxy": {"mean": float(proxy.mean()), "std": float(proxy.std()), "start_std": 0.125},
+        "proxy": {"mean": float(proxy.mean()), "std": float(proxy.std()), "start_std": 0.125,
+                  "gain": {"mean": level - 0.5}},
         "prompts": {"proxy": proxy.tolist(), "gold": gold.tolist()},
         "kl": {"mean": 3.0}, "perplexity": 20.0, "length_mean": 30.0, "distinct_2": 0.8,
         "looping": 0.9 if name == "loss:listmle" else 0.0, "history": history if "watched" in name else [],
@@ -184,11 +187,49 @@ def test_what_a_search_found_is_held_against_its_rivals_at_equal_kl(tmp_path: Pa
     assert "### The claims" not in text
 
 
-def test_losses_are_compared_where_they_had_the_same_rates(file: Path) -> None:
+def test_losses_are_compared_where_they_had_the_same_samples_and_rates(file: Path) -> None:
     study = read_study(file)
-    assert set(losses(study)) == {"RRHF-DP", "DPO", "loss:listmle"}
+    assert set(losses(study, 4)) == {"RRHF-DP", "DPO", "loss:listmle"} and losses(study, 8) == []
     fewer = Study([one for one in study.lines if (one["arm"], one["learning_rate"]) != ("DPO", 1e-4)], file)
-    assert set(losses(fewer)) == {"RRHF-DP", "loss:listmle"}
+    assert set(losses(fewer, 4)) == {"RRHF-DP", "loss:listmle"}
+    eight = [{**one, "arm": f"{one['arm']}+diverse-8"} for one in study.lines if one["arm"] in losses(study, 4)]
+    both = Study([*study.lines, *eight], file)
+    assert set(losses(both, 4)) == set(losses(study, 4))  # other arms' names begin alike
+    assert set(losses(both, 8)) == {"RRHF-DP+diverse-8", "DPO+diverse-8", "loss:listmle+diverse-8"}
+
+
+def test_the_best_loss_is_named_for_each_number_of_samples(file: Path) -> None:
+    study = read_study(file)
+    eight = [{**one, "arm": f"{one['arm']}+diverse-8"} for one in study.lines
+             if one["arm"] in ("RRHF-DP", "DPO", "loss:listmle")]  # fmt: skip
+    for one in eight:
+        one["distinct_2"] = 0.05 if one["arm"].startswith("DPO") and one["seed"] == 2 else 0.8
+    both = Study([*study.lines, *eight], file)
+    (found,) = [finding for claim, finding in judged(both) if claim.letter == "m"]
+    assert found.verdict == "DPO of 3 with 4 samples; DPO+diverse-8 of 3 with 8 samples"
+    assert [(test.what, test.verdict) for test in found.tests] == [
+        ("DPO − loss:listmle, gold", HOLDS), ("DPO − RRHF-DP, gold", HOLDS),
+        ("DPO+diverse-8 − loss:listmle+diverse-8, gold", HOLDS), ("DPO+diverse-8 − RRHF-DP+diverse-8, gold", HOLDS),
+    ]  # fmt: skip
+    at_4, table_4, at_8, table_8 = compared(both)[2:]
+    assert at_4 == "#### 4 samples of ρ a query" and at_8 == "#### 8 samples of ρ a query"
+    order = [row.split(" | ")[0].strip("| ") for row in table_8.splitlines()[2:]]
+    assert order == ["DPO+diverse-8", "loss:listmle+diverse-8", "RRHF-DP+diverse-8"]
+    assert re.search(r"\| DPO\+diverse-8 \| 6 \|.*\| 0 of 6 \| 1 of 6 \| 5 \|", table_8)  # one run has collapsed
+    assert re.search(r"\| loss:listmle \| 6 \|.*\| 6 of 6 \| 0 of 6 \| 5 \|", table_4)  # all of them loop
+    page = file.parent.parent / "both.md"
+    write_page([both], page)
+    assert {f"both/imdb-micro-losses-{k}.svg" for k in (4, 8)} <= set(re.findall(r"\]\((.*svg)\)", page.read_text()))
+
+
+def test_a_point_of_the_losses_picture_is_the_mean_over_seeds(file: Path) -> None:
+    runs = [
+        {**line("DPO", seed), "kl": {"mean": 2.0 + seed}, "gold": {"gain": {"mean": 0.1 * seed}}} for seed in (1, 2)
+    ]
+    runs.append({**line("DPO", 3), "kl": None, "gold": {"gain": {"mean": 9.0}}})  # judged without KL
+    study = Study(runs, file)
+    assert mean_point(study, "DPO", 1e-3, "gold") == (pytest.approx(3.5), pytest.approx(0.15))
+    assert mean_point(study, "DPO", 3e-4, "gold") is None
 
 
 def test_differences_are_paired_by_seed_and_prompt(file: Path) -> None:
@@ -238,10 +279,9 @@ def test_the_page_names_every_arm_and_its_lines_can_be_run_again(file: Path) -> 
     for name in LEVEL:
         assert f"| {name} |" in text
     assert "**(a) RRHF raises the reward over ρ: holds.**" in text and "10 seeds one of" in text
-    assert re.search(r"\| loss:listmle \|.*\| 6 of 6 \|", text)
     for picture in re.findall(r"\]\(([^)]+\.svg)\)", text):
         assert (page.parent / picture).read_text().rstrip().endswith("</svg>")
-    assert len(re.findall(r"\.svg\)", text)) == 6
+    assert len(re.findall(r"\.svg\)", text)) == 7
     number = next(i for i, one in enumerate(file.read_text().splitlines(), 1) if json.loads(one)["arm"] == "SFT")
     assert read_result(f"{file}:{number}")["arm"] == "SFT"
     with pytest.raises(UserError, match="no such line"):

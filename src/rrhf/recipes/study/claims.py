@@ -16,6 +16,7 @@ import numpy as np
 
 from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
+from rrhf.recipes.study.losses import SAMPLES, by_gold, hinge, losses
 from rrhf.recipes.study.results import Study, making
 from rrhf.recipes.study.statistics import Estimate, bootstrap, holm
 
@@ -306,24 +307,24 @@ def _points(line: Mapping[str, object]) -> list[Mapping[str, float]]:
     return list(block["score"])
 
 
-def losses(study: Study) -> list[str]:
-    """The arms that differ from RRHF-DP in their loss alone and were run at all of its learning rates."""
-    own, grid = ("RRHF-DP", "DPO", "SimPO", "KTO"), set(study.rates("RRHF-DP"))
-    named = [name for name in study.names if name in own or name.startswith("loss:")]
-    return [name for name in named if grid <= set(study.rates(name))]
-
-
 def best_loss(study: Study) -> Finding:
-    names = [name for name in losses(study) if study.seeds(name)]
-    if len(names) < 3:
-        return Finding()
-    order = sorted(names, key=lambda name: -float(np.nanmean(study.rewards(name, "gold"))))
-    tests = differences(study, [(order[0], "RRHF-DP")], ("gold",)) if order[0] != "RRHF-DP" else []
-    said = ", ".join(
-        f"{name} {np.nanmean(study.rewards(name, 'gold')):.3f} (KL {mean(study.numbers(name, 'kl', 'mean'), 1)})"
-        for name in order[:5]
-    )
-    return Finding(tests, f"by gold reward, at each arm's own KL: {said}", None if tests else HOLDS)
+    """Which is best is what is told, for each k; tests say how sure it is."""
+    tests, order, said = [], [], []
+    for k in SAMPLES:
+        names = by_gold(study, losses(study, k))
+        if len(names) < 3:
+            continue
+        best, second = names[:2]
+        order.append(f"{best} of {len(names)} with {k} samples")
+        tests += differences(study, [(best, second)], ("gold",))
+        if hinge(k) not in (best, second):
+            tests += differences(study, [(best, hinge(k))], ("gold",))
+        most = ", ".join(
+            f"{name} {np.nanmean(study.rewards(name, 'gold')):.3f} (KL {mean(study.numbers(name, 'kl', 'mean'), 1)})"
+            for name in names[:5]
+        )
+        said.append(f"{k} samples, by gold reward, at each arm's own KL: {most}")
+    return Finding(tests, "; ".join(said), "; ".join(order) or None)
 
 
 def heavier_rank_is_worse(study: Study) -> Finding:

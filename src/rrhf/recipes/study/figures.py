@@ -11,6 +11,7 @@ from rrhf.common.svg import INK
 from rrhf.recipes.reproduce.plots import COLOURS, MARKS, Draw
 from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.claims import SOURCES, best_of_n_curve, series
+from rrhf.recipes.study.losses import SAMPLES, losses
 from rrhf.recipes.study.results import Study
 
 if TYPE_CHECKING:
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WATCHED = "RRHF-DP+watched"
+DRAWN = {"RRHF-DP": "#c43c39", "SimPO": "#2f86c9", "DPO": "#2a9d4e"}  # losses in colours; the others are grey
 
 
 def figures(study: Study) -> list[tuple[str, str, Draw, tuple[float, float]]]:
@@ -65,6 +67,17 @@ def figures(study: Study) -> list[tuple[str, str, Draw, tuple[float, float]]]:
             (8.5, 4.6),
         )
     )
+    for k in SAMPLES:
+        names = losses(study, k)
+        if len(names) > 2:
+            found.append(
+                (
+                    f"losses-{k}",
+                    f"Losses on the same {k} samples of ρ a query: gain against KL to ρ, a point a learning rate",
+                    frontiers(study, names),
+                    (8.5, 4.6),
+                )
+            )
     if best_of_n_curve(study):
         found.append(
             (
@@ -136,6 +149,8 @@ def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
         for axes, reward in zip(figure.subplots(1, 2), REWARDS):
             points: dict[str, tuple[float, float]] = {}
             for name in study.names:
+                if name.endswith(tuple(filter(None, SAMPLES.values()))):
+                    continue  # in the pictures of losses
                 across = study.numbers(name, *path)
                 if across.size:
                     points[name] = float(across.mean()), float(np.nanmean(study.rewards(name, reward)))
@@ -146,6 +161,38 @@ def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
             _grid(axes)
 
     return against_plot
+
+
+def frontiers(study: Study, names: Sequence[str]) -> Draw:
+    """Each arm's gain over its KL to ρ, a line through its learning rates, means over the seeds that have both."""
+
+    def frontiers_plot(figure: Figure) -> None:
+        for axes, reward in zip(figure.subplots(1, 2), REWARDS):
+            ends: dict[str, tuple[float, float]] = {}
+            for name in names:
+                points = [mean_point(study, name, rate, reward) for rate in study.rates(name)]
+                known = sorted(point for point in points if point is not None)
+                if known:
+                    main = name.split("+")[0] in DRAWN
+                    colour, width = (DRAWN[name.split("+")[0]], 1.6) if main else ("#909090", 0.8)
+                    axes.plot(*zip(*known), color=colour, linewidth=width, marker=MARKS[reward], markersize=3)
+                    ends[name.split("+")[0].removeprefix("loss:")] = known[-1]
+            _name(axes, ends)
+            axes.set_xlabel("KL to ρ, nats a response")
+            axes.set_title(f"gain in {reward} reward", fontsize=9)
+            _grid(axes)
+
+    return frontiers_plot
+
+
+def mean_point(study: Study, name: str, rate: float, reward: str) -> tuple[float, float] | None:
+    """KL and gain of an arm at a rate, means over its seeds; None where no result has both."""
+    runs = [line for line in study.lines if (line["arm"], line["learning_rate"]) == (name, rate) and reward in line]
+    known = [(float(line["kl"]["mean"]), float(line[reward]["gain"]["mean"])) for line in runs if line.get("kl")]
+    if not known:
+        return None
+    kl, gain = np.mean(known, axis=0)
+    return float(kl), float(gain)
 
 
 def _name(axes: Axes, points: dict[str, tuple[float, float]]) -> None:

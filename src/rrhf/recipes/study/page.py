@@ -11,11 +11,12 @@ from rrhf.common.files import write_text
 from rrhf.common.presentation import NONE, markdown_table, number
 from rrhf.recipes.reproduce.plots import on_white
 from rrhf.recipes.reproduce.scale import REWARDS
-from rrhf.recipes.study.claims import MISSING, RIVALS, SEEDS, Claim, Finding, Test, judged, losses, rivalries
+from rrhf.recipes.study.claims import MISSING, RIVALS, SEEDS, Claim, Finding, Test, judged, rivalries
 from rrhf.recipes.study.figures import figures
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
+from rrhf.recipes.study.losses import compared
 from rrhf.recipes.study.results import Study, making
-from rrhf.recipes.study.statistics import Estimate, components
+from rrhf.recipes.study.statistics import components, shown
 
 
 def write_page(studies: Sequence[Study], page: Path) -> None:
@@ -44,9 +45,7 @@ def _of_study(study: Study, page: Path) -> list[str]:
             "Not shown here, as arms it needs were not run or the task cannot show it: " + "; ".join(missing) + "."
         )
     parts += ["### Every arm", _arms(study)]
-    compared = [name for name in losses(study) if study.seeds(name)]
-    if len(compared) > 2:
-        parts += ["### Losses on the same samples", _losses(study, compared)]
+    parts += compared(study)
     parts += _at_equal_kl(study)
     parts.append("### Figures")
     for name, caption, draw, size in figures(study):
@@ -153,7 +152,7 @@ def _arms(study: Study) -> str:
         seconds = [making(line) for line in lines.values()]
         rows.append([
             name, str(len(lines)), NONE if rate is None else f"{rate:g}",
-            *(_shown(study.gain(name, reward)) for reward in REWARDS),
+            *(shown(study.gain(name, reward)) for reward in REWARDS),
             *(_mean(study, name, digits, *path) for digits, path in (
                 (1, ("kl", "mean")), (1, ("perplexity",)), (1, ("length_mean",)), (3, ("distinct_2",)),
                 (3, ("looping",)), (3, ("accuracy", "pi", "mean")),
@@ -163,24 +162,6 @@ def _arms(study: Study) -> str:
     return markdown_table(header, rows)
 
 
-def _losses(study: Study, names: Sequence[str]) -> str:
-    """The losses by gold reward, with what they cost in KL and how many runs went astray."""
-    order = sorted(names, key=lambda name: -float(np.nanmean(study.rewards(name, "gold"))))
-    rows = []
-    for name in order:
-        seeds = study.seeds(name).values()
-        astray = sum(line["looping"] > 0.5 for line in seeds)
-        rows.append([name, _shown(study.gain(name, "gold")), _shown(study.gain(name, "proxy")),
-                     _shown(study.difference(name, "RRHF-DP", "gold")) if name != "RRHF-DP" else NONE,
-                     _mean(study, name, 1, "kl", "mean"), f"{astray} of {len(seeds)}"])  # fmt: skip
-    text = (
-        "All train on the same samples with the same steps, each at the best of the same rates by proxy reward. A run "
-        "went astray where more than half of its texts loop (fewer than half of their word pairs are different)."
-    )
-    header = ["loss", "gain, gold", "gain, proxy", "gold less RRHF-DP's", "KL to ρ", "went astray"]
-    return text + "\n\n" + markdown_table(header, rows)
-
-
 def _at_equal_kl(study: Study) -> list[str]:
     """What arms gain at the same distances from ρ."""
     rows = []
@@ -188,7 +169,7 @@ def _at_equal_kl(study: Study) -> list[str]:
         found = [at_equal_kl(study, name, distance, "gold") for distance in DISTANCES]
         if any(found):
             seeds = max(one.seeds for one in found if one)
-            rows.append((-max(one.mean for one in found if one), [name, str(seeds), *map(_shown, found)]))
+            rows.append((-max(one.mean for one in found if one), [name, str(seeds), *map(shown, found)]))
     if not rows:
         return []
     text = (
@@ -198,10 +179,6 @@ def _at_equal_kl(study: Study) -> list[str]:
     )
     header = ["arm", "seeds", *(f"KL {distance:g}" for distance in DISTANCES)]
     return ["### Gold reward at equal KL", text, markdown_table(header, [row for _, row in sorted(rows)])]
-
-
-def _shown(estimate: Estimate | None) -> str:
-    return NONE if estimate is None else str(estimate)
 
 
 def _mean(study: Study, name: str, digits: int, *path: str) -> str:

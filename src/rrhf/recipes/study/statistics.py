@@ -12,6 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from rrhf.common.presentation import NONE
+
 SAMPLES = 10_000
 CHUNK = 1_000  # resamples at a time
 NORMAL_95, NORMAL_80 = 1.960, 0.842  # quantiles of 97.5 and 80 %
@@ -36,6 +38,10 @@ class Estimate:
 
     def __str__(self) -> str:
         return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+
+
+def shown(estimate: Estimate | None) -> str:
+    return NONE if estimate is None else str(estimate)
 
 
 def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Estimate:
