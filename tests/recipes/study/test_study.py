@@ -14,7 +14,7 @@ from rrhf.cli.main import main
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.check import read_result
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, judged, rivalries
+from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, balance, judged, rivalries
 from rrhf.recipes.study.figures import mean_point
 from rrhf.recipes.study.frontier import at_equal_kl
 from rrhf.recipes.study.losses import compared, losses
@@ -110,6 +110,16 @@ def test_wombat_is_held_against_sft(tmp_path: Path) -> None:
     runs += [line("SFT", seed) | {"task": "wombat"} for seed in range(SEEDS)]
     (found,) = [finding for claim, finding in judged(Study(runs, tmp_path)) if claim.letter == "s"]
     assert found.verdict == HOLDS and found.tests[0].what == "Wombat − SFT, proxy"
+
+
+def test_what_the_ranking_loss_is_of_the_loss_is_told(tmp_path: Path) -> None:
+    notes = [(4, 70.0, 66.5, 0.5), (8, 60.0, 50.0, 0.6), (12, 40.0, 30.0, 0.7)]
+    history = [dict(zip(("step", "loss", "sft_loss", "rank_accuracy"), note)) for note in notes]
+    runs = [line("RRHF-DP", 0) | {"history": [*history, {"step": 13, "eval_reward_mean": 0.5}]}, line("RRHF-BP", 0)]
+    assert balance(Study(runs, tmp_path), ["RRHF-DP", "RRHF-BP"]) == (  # the other has no notes
+        "while training, RRHF-DP: L_rank is 5% of the loss at first, 25% at last, pairs in order 50% → 70%"
+    )
+    assert balance(Study(runs[1:], tmp_path), ["RRHF-BP"]) == ""
 
 
 def test_of_two_arms_one_that_fails_is_told(file: Path) -> None:

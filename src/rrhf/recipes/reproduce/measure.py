@@ -191,9 +191,9 @@ def training_scores(file: Path) -> dict[str, float | None]:
 
 
 def training_history(model: Path) -> list[dict[str, float]]:
-    """Loss and, where the policy was watched, its rewards, by optimiser step."""
+    """Losses, how often pairs were in order, and, where the policy was watched, its rewards, by optimiser step."""
     state = read_object(model / "trainer_state.json")
-    kept = ("step", "loss", "eval_reward_mean", "eval_distinct_2")
+    kept = ("step", "loss", "rank_loss", "sft_loss", "rank_accuracy", "eval_reward_mean", "eval_distinct_2")
     lines = []
     for line in state.get("log_history", []):
         named = {key: value for key, value in line.items() if key in kept or key.startswith("eval_reward_mean_")}

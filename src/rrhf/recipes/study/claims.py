@@ -167,7 +167,30 @@ def better_than_sft(study: Study) -> Finding:
 
 def worse_without_rank(study: Study) -> Finding:
     without = [("RRHF-BP", "RRHF-BP+no-rank"), ("RRHF-BP", "RRHF-BP-no-rank"), ("RRHF-DP", "RRHF-DP+no-rank")]
-    return Finding(differences(study, without, ("proxy", "gold")))
+    return Finding(differences(study, without, ("proxy", "gold")), balance(study, MAIN))
+
+
+def balance(study: Study, names: Sequence[str]) -> str:
+    """What L_rank with its weight is of the loss and how many pairs are in order, at a training's first and last note.
+
+    Of arms whose cross-entropy has the weight 1.
+    """
+    said = []
+    for name in names:
+        ends = [found for line in study.seeds(name).values() if (found := _ends(line)) is not None]
+        if ends:
+            (share, order), (last_share, last_order) = np.mean(ends, axis=0)
+            said.append(
+                f"{name}: L_rank is {share:.0%} of the loss at first, {last_share:.0%} at last, pairs in order "
+                f"{order:.0%} → {last_order:.0%}"
+            )
+    return "while training, " + "; ".join(said) if said else ""
+
+
+def _ends(line: Mapping[str, object]) -> list[tuple[float, float]] | None:
+    loss, sft, order = (series(line, key) for key in ("loss", "sft_loss", "rank_accuracy"))
+    steps = sorted(loss.keys() & sft.keys() & order.keys())
+    return [(1 - sft[step] / loss[step], order[step]) for step in (steps[0], steps[-1])] if steps else None
 
 
 SOURCES = ("RRHF-B", "RRHF-BP", "RRHF-D", "RRHF-DP", "RRHF-DP+diverse-2", "RRHF-DP+diverse-8", "IP-2", "IP-3", "OP")
@@ -329,7 +352,9 @@ def best_loss(study: Study) -> Finding:
 
 def heavier_rank_is_worse(study: Study) -> Finding:
     heavier = [("RRHF-DP+rank-weight-10", "RRHF-DP"), ("RRHF-DP+rank-weight-100", "RRHF-DP")]
-    return Finding(differences(study, heavier, ("proxy", "gold"), -1))
+    return Finding(
+        differences(study, heavier, ("proxy", "gold"), -1), balance(study, ["RRHF-DP", *(name for name, _ in heavier)])
+    )
 
 
 def order_of_sources(study: Study) -> Finding:
