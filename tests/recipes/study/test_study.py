@@ -242,6 +242,21 @@ def test_a_point_of_the_losses_picture_is_the_mean_over_seeds(file: Path) -> Non
     assert mean_point(study, "DPO", 3e-4, "gold") is None
 
 
+def test_results_without_a_gold_reward_make_a_page(file: Path) -> None:
+    """As those of HH are: what needs gold is left out, losses are in the order of the reward that trains."""
+    lines = [{**one, "prompts": {"proxy": one["prompts"]["proxy"]}, "asked": ["score.reward=[rm]"]}
+             for one in read_study(file).lines]  # fmt: skip
+    kept = file.parent / "imdb-micro-no-gold.jsonl"
+    export([{**one, "kl": {"mean": 1.0 + 50 * (one["learning_rate"] == 1e-3)}} for one in lines], file, kept)
+    page = file.parent.parent / "without.md"
+    write_page([read_study(kept)], page)
+    text = page.read_text()
+    assert "## imdb at the scale micro, no-gold" in text and "settings: `score.reward=[rm]`." in text
+    assert "### Proxy reward at equal KL" in text and "proxy less the hinge's" in text
+    assert ", gold:" not in text and "RRHF-DP − ρ, proxy" in text and "gain in gold" not in text
+    assert (page.parent / "without" / "imdb-micro-no-gold-frontier.svg").exists()
+
+
 def test_differences_are_paired_by_seed_and_prompt(file: Path) -> None:
     study = read_study(file)
     paired = study.difference("RRHF-DP", "SFT", "gold")

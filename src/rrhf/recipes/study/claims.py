@@ -16,7 +16,7 @@ import numpy as np
 
 from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
-from rrhf.recipes.study.losses import SAMPLES, by_gold, hinge, losses
+from rrhf.recipes.study.losses import SAMPLES, by_reward, hinge, losses
 from rrhf.recipes.study.results import Study, making
 from rrhf.recipes.study.statistics import Estimate, bootstrap, holm
 
@@ -240,7 +240,7 @@ def rounds_help(study: Study) -> Finding:
 
 def hacks_without_kl(study: Study) -> Finding:
     seeds = study.common("OP", "OP+KL", "start")
-    if not seeds:
+    if not seeds or "gold" not in study.known_rewards:
         return Finding()
 
     def gap(name: str) -> np.ndarray:
@@ -334,19 +334,19 @@ def best_loss(study: Study) -> Finding:
     """Which is best is what is told, for each k; tests say how sure it is."""
     tests, order, said = [], [], []
     for k in SAMPLES:
-        names = by_gold(study, losses(study, k))
+        names = by_reward(study, losses(study, k))
         if len(names) < 3:
             continue
         best, second = names[:2]
         order.append(f"{best} of {len(names)} with {k} samples")
-        tests += differences(study, [(best, second)], ("gold",))
+        tests += differences(study, [(best, second)], (study.judge,))
         if hinge(k) not in (best, second):
-            tests += differences(study, [(best, hinge(k))], ("gold",))
+            tests += differences(study, [(best, hinge(k))], (study.judge,))
+        levels = {name: np.nanmean(study.rewards(name, study.judge)) for name in names[:5]}
         most = ", ".join(
-            f"{name} {np.nanmean(study.rewards(name, 'gold')):.3f} (KL {mean(study.numbers(name, 'kl', 'mean'), 1)})"
-            for name in names[:5]
+            f"{name} {level:.3f} (KL {mean(study.numbers(name, 'kl', 'mean'), 1)})" for name, level in levels.items()
         )
-        said.append(f"{k} samples, by gold reward, at each arm's own KL: {most}")
+        said.append(f"{k} samples, by {study.judge} reward, at each arm's own KL: {most}")
     return Finding(tests, "; ".join(said), "; ".join(order) or None)
 
 

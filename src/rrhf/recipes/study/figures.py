@@ -146,7 +146,7 @@ def sources(study: Study) -> Draw:
 
 def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
     def against_plot(figure: Figure) -> None:
-        for axes, reward in zip(figure.subplots(1, 2), REWARDS):
+        for axes, reward in zip(np.atleast_1d(figure.subplots(1, len(study.known_rewards))), study.known_rewards):
             points: dict[str, tuple[float, float]] = {}
             for name in study.names:
                 if name.endswith(tuple(filter(None, SAMPLES.values()))):
@@ -167,7 +167,7 @@ def frontiers(study: Study, names: Sequence[str]) -> Draw:
     """Each arm's gain over its KL to ρ, a line through its learning rates, means over the seeds that have both."""
 
     def frontiers_plot(figure: Figure) -> None:
-        for axes, reward in zip(figure.subplots(1, 2), REWARDS):
+        for axes, reward in zip(np.atleast_1d(figure.subplots(1, len(study.known_rewards))), study.known_rewards):
             ends: dict[str, tuple[float, float]] = {}
             for name in names:
                 points = [mean_point(study, name, rate, reward) for rate in study.rates(name)]

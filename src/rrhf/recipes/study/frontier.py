@@ -43,9 +43,11 @@ def gains_at(study: Study, name: str, seed: int, distance: float, reward: str) -
 def at_equal_kl(study: Study, name: str, distance: float, reward: str, other: str | None = None) -> Estimate | None:
     """The arm's gain at that KL, or its gain less that of ``other`` there, paired by seed and prompt.
 
-    Over the seeds whose runs lie about it; None where there is none.
+    Over the seeds whose runs lie about it; None where there is none, or no such reward.
     """
     rows = []
+    if reward not in study.known_rewards:
+        return None
     for seed in study.common_of_any_rate(name, *([] if other is None else [other])):
         found = gains_at(study, name, seed, distance, reward)
         against = np.zeros(1) if other is None else gains_at(study, other, seed, distance, reward)

@@ -33,9 +33,9 @@ def losses(study: Study, k: int) -> list[str]:
     return [name for name in named if grid and grid <= set(study.rates(name)) and study.seeds(name)]
 
 
-def by_gold(study: Study, names: Sequence[str]) -> list[str]:
-    """Arms, the one with the most gold reward first."""
-    return sorted(names, key=lambda name: -float(np.nanmean(study.rewards(name, "gold"))))
+def by_reward(study: Study, names: Sequence[str]) -> list[str]:
+    """Arms, the one with the most reward first."""
+    return sorted(names, key=lambda name: -float(np.nanmean(study.rewards(name, study.judge))))
 
 
 def loops(line: Line) -> bool:
@@ -66,16 +66,16 @@ def compared(study: Study) -> list[str]:
 
 def _table(study: Study, names: Sequence[str], against: str) -> str:
     rows = []
-    for name in by_gold(study, names):
+    for name in by_reward(study, names):
         lines = list(study.seeds(name).values())
         rate = lines[0]["learning_rate"]
-        less = None if name == against else study.difference(name, against, "gold")
+        less = None if name == against else study.difference(name, against, study.judge)
         rows.append([
             name, str(len(lines)), f"{rate:g}", shown(study.gain(name, "gold")), shown(study.gain(name, "proxy")),
             shown(less), number(float(study.numbers(name, "kl", "mean").mean()), 1),
             *(f"{sum(map(went, lines))} of {len(lines)}" for went in (loops, collapsed)),
             number(float(np.median([line["seconds"].get("train", 0.0) for line in lines])), 0),
         ])  # fmt: skip
-    header = ["loss", "seeds", "rate", "gain, gold", "gain, proxy", "gold less the hinge's", "KL to ρ", "loops",
-              "collapsed", "seconds"]  # fmt: skip
+    header = ["loss", "seeds", "rate", "gain, gold", "gain, proxy", f"{study.judge} less the hinge's", "KL to ρ",
+              "loops", "collapsed", "seconds"]  # fmt: skip
     return markdown_table(header, rows)

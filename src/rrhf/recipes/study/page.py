@@ -37,7 +37,7 @@ def _of_study(study: Study, page: Path) -> list[str]:
     if study.set_aside:
         return _confirmation(study)
     findings = judged(study)
-    parts = [f"## {study.task} at the scale {Path(study.scale).stem}", _size(study), "### The claims", _rule(findings)]
+    parts = [_heading(study), _size(study), "### The claims", _rule(findings)]
     parts += [_claim(claim, finding) for claim, finding in findings if finding.verdict != MISSING]
     missing = [f"({claim.letter}) {claim.text}" for claim, finding in findings if finding.verdict == MISSING]
     if missing:
@@ -49,7 +49,7 @@ def _of_study(study: Study, page: Path) -> list[str]:
     parts += _at_equal_kl(study)
     parts.append("### Figures")
     for name, caption, draw, size in figures(study):
-        file = page.with_suffix("") / f"{study.task}-{Path(study.scale).stem}-{name}.svg"
+        file = page.with_suffix("") / f"{study.file.stem}-{name}.svg"
         write_text(file, on_white(draw, size, name))
         parts.append(f"![{caption}]({_beside(file, page)})\n\n{caption}.")
     return parts
@@ -65,10 +65,17 @@ def _confirmation(study: Study) -> list[str]:
     tests = rivalries(study)
     rows = [[test.what, str(test.estimate), _p(test), str(test.estimate.seeds), test.verdict] for test in tests]
     return [
-        f"## {study.task} at the scale {Path(study.scale).stem}: confirmed where no search has looked",
+        _heading(study) + ": confirmed where no search has looked",
         _size(study), text, markdown_table(["difference", "estimate", "p, adjusted", "seeds", "it is better"], rows),
         "### Every arm", _arms(study), *_at_equal_kl(study),
     ]  # fmt: skip
+
+
+def _heading(study: Study) -> str:
+    """Task and scale, and what the file's name has beside them."""
+    scale = Path(study.scale).stem
+    more = study.file.stem.removeprefix(f"{study.task}-{scale}").removesuffix("set-aside").strip("-")
+    return f"## {study.task} at the scale {scale}" + (f", {more}" if more else "")
 
 
 def _beside(file: Path, page: Path) -> str:
@@ -88,10 +95,13 @@ def _size(study: Study) -> str:
         "Intervals are of 95 % by a bootstrap over seeds and prompts together (both drawn anew, all seeds share the "
         "prompts); differences are paired by seed and prompt. With few seeds such intervals are somewhat too narrow.",
     ]
+    asked = dict.fromkeys(setting for line in study.lines for setting in line["asked"])
+    if asked:
+        said.append("Laid over the scale's own settings: " + ", ".join(f"`{setting}`" for setting in asked) + ".")
     pilot = [name for name in ("RRHF-DP", "RRHF-BP", "PPO") if len(study.common(name, "start")) > 1]
     for name in pilot:
         shared = study.common(name, "start")
-        for reward in REWARDS:
+        for reward in study.known_rewards:
             values = study.rewards(name, reward, shared) - study.rewards("start", reward, shared)
             if not np.isfinite(values).all():
                 continue
@@ -166,19 +176,23 @@ def _at_equal_kl(study: Study) -> list[str]:
     """What arms gain at the same distances from ρ."""
     rows = []
     for name in study.names:
-        found = [at_equal_kl(study, name, distance, "gold") for distance in DISTANCES]
+        found = [at_equal_kl(study, name, distance, study.judge) for distance in DISTANCES]
         if any(found):
             seeds = max(one.seeds for one in found if one)
             rows.append((-max(one.mean for one in found if one), [name, str(seeds), *map(shown, found)]))
     if not rows:
         return []
     text = (
-        "Gain in gold reward where an arm is so many nats a response from ρ: linear in √KL between two runs of a seed "
-        "at different rates, one nearer and one further; over the seeds that have such two. More KL buys more reward, "
-        "so that the arms' rows above, each at its own rate, do not say this."
+        f"Gain in {study.judge} reward where an arm is so many nats a response from ρ: linear in √KL between two runs "
+        "of a seed at different rates, one nearer and one further; over the seeds that have such two. More KL buys "
+        "more reward, so that the arms' rows above, each at its own rate, do not say this."
     )
     header = ["arm", "seeds", *(f"KL {distance:g}" for distance in DISTANCES)]
-    return ["### Gold reward at equal KL", text, markdown_table(header, [row for _, row in sorted(rows)])]
+    return [
+        f"### {study.judge.capitalize()} reward at equal KL",
+        text,
+        markdown_table(header, [row for _, row in sorted(rows)]),
+    ]
 
 
 def _mean(study: Study, name: str, digits: int, *path: str) -> str:

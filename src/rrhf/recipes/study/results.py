@@ -18,7 +18,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import cache_folder, json_lines, write_text
 from rrhf.recipes.reproduce.arms import Arm, arm_named
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.reproduce.scale import SET_ASIDE
+from rrhf.recipes.reproduce.scale import REWARDS, SET_ASIDE
 from rrhf.recipes.reproduce.work import by_key, chosen_rate
 from rrhf.recipes.study.statistics import Estimate, bootstrap
 
@@ -60,6 +60,17 @@ class Study:
         """Whether seeds and prompts are those that are set aside to confirm what a search has found."""
         return self.first >= SET_ASIDE
 
+    @cached_property
+    def known_rewards(self) -> list[str]:
+        """The rewards that all results have; HH has no gold one."""
+        each = [line["prompts"] for line in self.lines if "prompts" in line]
+        return [reward for reward in REWARDS if all(reward in prompts for prompts in each)]
+
+    @property
+    def judge(self) -> str:
+        """The reward that arms are held against each other by: gold where there is one."""
+        return self.known_rewards[-1]
+
     def arm(self, name: str) -> Arm:
         return arm_named(self.task, name)
 
@@ -98,9 +109,9 @@ class Study:
         return sorted(set.intersection(*each))
 
     def difference(self, name: str, other: str, reward: str) -> Estimate | None:
-        """An arm's reward less another's, paired by seed and prompt; None where they share no seed."""
+        """An arm's reward less another's, paired by seed and prompt; None where they share no seed or lack it."""
         seeds = self.common(name, other)
-        if not seeds:
+        if not seeds or reward not in self.known_rewards:
             return None
         return bootstrap(self.rewards(name, reward, seeds) - self.rewards(other, reward, seeds))
 
