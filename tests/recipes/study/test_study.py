@@ -225,8 +225,8 @@ def test_the_best_loss_is_named_for_each_number_of_samples(file: Path) -> None:
     assert at_4 == "#### 4 samples of ρ a query" and at_8 == "#### 8 samples of ρ a query"
     order = [row.split(" | ")[0].strip("| ") for row in table_8.splitlines()[2:]]
     assert order == ["DPO+diverse-8", "loss:listmle+diverse-8", "RRHF-DP+diverse-8"]
-    assert re.search(r"\| DPO\+diverse-8 \| 6 \|.*\| 0 of 6 \| 1 of 6 \| 5 \|", table_8)  # one run has collapsed
-    assert re.search(r"\| loss:listmle \| 6 \|.*\| 6 of 6 \| 0 of 6 \| 5 \|", table_4)  # all of them loop
+    assert re.search(r"\| DPO\+diverse-8 \| 6 \|.*\| 0 of 8 \| 1 of 8 \| 5 \|", table_8)  # one run has collapsed
+    assert re.search(r"\| loss:listmle \| 6 \|.*\| 8 of 8 \| 0 of 8 \| 5 \|", table_4)  # all of them loop
     page = file.parent.parent / "both.md"
     write_page([both], page)
     assert {f"both/imdb-micro-losses-{k}.svg" for k in (4, 8)} <= set(re.findall(r"\]\((.*svg)\)", page.read_text()))
