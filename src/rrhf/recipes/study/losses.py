@@ -58,8 +58,9 @@ def compared(study: Study) -> list[str]:
     text = (
         "All losses of a table train on the same samples with the same steps, each at the best of the same rates by "
         "proxy reward, which the first seed chooses. Of the runs at all rates it is told how many went astray: one "
-        "loops where more than half of its texts do (fewer than half of their word pairs are different), and has collapsed "
-        "where fewer than a tenth of the word pairs of all its texts are different. Seconds are the training's alone."
+        "loops where more than half of its texts do (fewer than half of their word pairs are different), and has "
+        "collapsed where fewer than a tenth of the word pairs of all its texts are different. "
+        "Seconds are the training's alone."
     )
     return ["### Losses on the same samples", text, *parts]
 
