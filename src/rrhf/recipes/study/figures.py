@@ -19,75 +19,54 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 WATCHED = "RRHF-DP+watched"
-DRAWN = {"RRHF-DP": "#c43c39", "SimPO": "#2f86c9", "DPO": "#2a9d4e"}  # losses in colours; the others are grey
+# Losses in colours; the others are thin and grey.
+DRAWN = {"RRHF-DP": ("#c43c39", 1.6), "SimPO": ("#2f86c9", 1.6), "DPO": ("#2a9d4e", 1.6)}
+# Ranking losses with the cross-entropy and without it; each pair on the same samples.
+WITH = ["RRHF-DP", "loss:logistic", "DPO+sft-weight-1"]
+WITHOUT = ["RRHF-DP+no-sft", "loss:logistic+no-sft", "DPO", "SimPO"]
 
 
-def figures(study: Study) -> list[tuple[str, str, Draw, tuple[float, float]]]:
+Picture = tuple[str, str, Draw, tuple[float, float]]
+WIDE = (8.5, 4.6)
+
+
+def figures(study: Study) -> list[Picture]:
     """Name, caption, drawing and size in inches of each figure that the results can fill."""
-    found: list[tuple[str, str, Draw, tuple[float, float]]] = []
+    found: list[Picture] = []
     if study.seeds(WATCHED):
-        found.append(
-            (
-                "training",
-                "Loss and reward over an RRHF-DP training: mean and range over seeds (Figure 3 of the paper)",
-                training(study),
-                (7.0, 3.0),
-            )
-        )
-        found.append(
-            (
-                "over-optimisation",
-                "Proxy and gold reward over an RRHF-DP training",
-                over_optimisation(study),
-                (5.0, 3.0),
-            )
-        )
+        caption = "Loss and reward over an RRHF-DP training: mean and range over seeds (Figure 3 of the paper)"
+        found.append(("training", caption, training(study), (7.0, 3.0)))
+        caption = "Proxy and gold reward over an RRHF-DP training"
+        found.append(("over-optimisation", caption, over_optimisation(study), (5.0, 3.0)))
     if len([name for name in SOURCES if study.numbers(name, "training_scores", "mean").size]) > 1:
-        found.append(
-            (
-                "sources",
-                "π's reward against the mean and the mean maximum of its training samples, an arm a point",
-                sources(study),
-                (7.0, 3.2),
-            )
-        )
-    found.append(
-        (
-            "frontier",
-            "Reward against KL to ρ, an arm a point, with its name where there is room. Higher at equal KL is better",
-            against(study, ("kl", "mean"), "KL to ρ, nats a response"),
-            (8.5, 4.6),
-        )
-    )
-    found.append(
-        (
-            "perplexity",
-            "Reward against perplexity under ρ, an arm a point",
-            against(study, ("perplexity",), "perplexity under ρ"),
-            (8.5, 4.6),
-        )
-    )
+        caption = "π's reward against the mean and the mean maximum of its training samples, an arm a point"
+        found.append(("sources", caption, sources(study), (7.0, 3.2)))
+    caption = "Reward against KL to ρ, an arm a point, with its name where there is room. Higher at equal KL is better"
+    found.append(("frontier", caption, against(study, ("kl", "mean"), "KL to ρ, nats a response"), WIDE))
+    caption = "Reward against perplexity under ρ, an arm a point"
+    found.append(("perplexity", caption, against(study, ("perplexity",), "perplexity under ρ"), WIDE))
+    found += _of_losses(study)
+    if best_of_n_curve(study):
+        caption = "Reward of the best of n samples of ρ, and what trained arms reach with one"
+        found.append(("best-of-n", caption, best_of_n(study), (5.0, 3.4)))
+    return found
+
+
+def _of_losses(study: Study) -> list[Picture]:
+    found: list[Picture] = []
     for k in SAMPLES:
         names = losses(study, k)
         if len(names) > 2:
-            found.append(
-                (
-                    f"losses-{k}",
-                    f"Losses on the same {k} samples of ρ a query: gain against KL to ρ, a point a learning rate",
-                    frontiers(study, names),
-                    (8.5, 4.6),
-                )
-            )
-    if best_of_n_curve(study):
-        found.append(
-            (
-                "best-of-n",
-                "Reward of the best of n samples of ρ, and what trained arms reach with one",
-                best_of_n(study),
-                (5.0, 3.4),
-            )
+            caption = f"Losses on the same {k} samples of ρ a query: gain against KL to ρ, a point a learning rate"
+            found.append((f"losses-{k}", caption, frontiers(study, names, ending=SAMPLES[k]), WIDE))
+    both = [name for name in (*WITH, *WITHOUT) if study.seeds(name)]
+    if set(both) & {"RRHF-DP+no-sft", "DPO+sft-weight-1"}:
+        caption = (
+            "Ranking losses with Eq. 5's cross-entropy and, dashed, without it: gain against KL to ρ, a point a "
+            "learning rate"
         )
-    return found  # fmt: skip
+        found.append(("cross-entropy", caption, frontiers(study, both, dashed=WITHOUT), WIDE))
+    return found
 
 
 def _grid(axes: Axes) -> None:
@@ -163,8 +142,11 @@ def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
     return against_plot
 
 
-def frontiers(study: Study, names: Sequence[str]) -> Draw:
-    """Each arm's gain over its KL to ρ, a line through its learning rates, means over the seeds that have both."""
+def frontiers(study: Study, names: Sequence[str], dashed: Sequence[str] = (), ending: str = "") -> Draw:
+    """Each arm's gain over its KL to ρ, a line through its learning rates, means over the seeds that have both.
+
+    Names are written without ``ending``.
+    """
 
     def frontiers_plot(figure: Figure) -> None:
         for axes, reward in zip(np.atleast_1d(figure.subplots(1, len(study.known_rewards))), study.known_rewards):
@@ -173,10 +155,11 @@ def frontiers(study: Study, names: Sequence[str]) -> Draw:
                 points = [mean_point(study, name, rate, reward) for rate in study.rates(name)]
                 known = sorted(point for point in points if point is not None)
                 if known:
-                    main = name.split("+")[0] in DRAWN
-                    colour, width = (DRAWN[name.split("+")[0]], 1.6) if main else ("#909090", 0.8)
-                    axes.plot(*zip(*known), color=colour, linewidth=width, marker=MARKS[reward], markersize=3)
-                    ends[name.split("+")[0].removeprefix("loss:")] = known[-1]
+                    colour, width = DRAWN.get(name.split("+")[0], ("#909090", 0.8))
+                    style = "--" if name in dashed else "-"
+                    axes.plot(*zip(*known), color=colour, linewidth=width, linestyle=style, marker=MARKS[reward],
+                              markersize=3)  # fmt: skip
+                    ends[name.removeprefix("loss:").removesuffix(ending)] = known[-1]
             _name(axes, ends)
             axes.set_xlabel("KL to ρ, nats a response")
             axes.set_title(f"gain in {reward} reward", fontsize=9)
