@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import pairwise
-from statistics import NormalDist
 
 import numpy as np
 
@@ -147,18 +146,12 @@ def raises_reward(study: Study) -> Finding:
 
 
 def at_least_ppo(study: Study) -> Finding:
-    tests = [
-        replace(test, what=f"{test.what}, + {AT_LEAST}", estimate=_shifted(test.estimate, AT_LEAST))
-        for test in differences(study, [(name, "PPO") for name in MAIN])
-    ]
+    tests = []
+    for name in MAIN:
+        found = study.difference(name, "PPO", "proxy", allowed=AT_LEAST)
+        if found is not None:
+            tests.append(Test(f"{name} − PPO, proxy, + {AT_LEAST}", found))
     return Finding(tests, beside(study, [*MAIN, "PPO", "PPO+KL"]))
-
-
-def _shifted(estimate: Estimate, by: float) -> Estimate:
-    """The estimate of the value + ``by``; its p-value from the normal distribution with the interval's width."""
-    error = (estimate.high - estimate.low) / 3.92
-    p = 2 * (1 - NormalDist().cdf(abs(estimate.mean + by) / error)) if error else 1.0
-    return replace(estimate, mean=estimate.mean + by, low=estimate.low + by, high=estimate.high + by, p=p)
 
 
 def better_than_sft(study: Study) -> Finding:

@@ -93,7 +93,8 @@ def _size(study: Study) -> str:
         f"{len(study.names)} arms, {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "") + " seeds an arm, "
         f"{first['n']} held-out prompts with {_responses(study)} each from every seed; code {commits}.",
         "Intervals are of 95 % by a bootstrap over seeds and prompts together (both drawn anew, all seeds share the "
-        "prompts); differences are paired by seed and prompt. With few seeds such intervals are somewhat too narrow.",
+        "prompts), widened for few seeds: their width and the p-values are those of Student's t with the standard "
+        "error and the degrees of freedom of Hillis (2007). Differences are paired by seed and prompt.",
     ]
     asked = dict.fromkeys(setting for line in study.lines for setting in line["asked"])
     if asked:

