@@ -130,6 +130,20 @@ def test_of_two_arms_one_that_fails_is_told(file: Path) -> None:
     assert found["f"].verdict == FAILS and "RRHF-DP" in found["f"].said
 
 
+def test_loss_and_reward_are_held_together_at_every_rate(tmp_path: Path) -> None:
+    falling = [{"step": step, "loss": 2 - step / 10, "eval_reward_mean": 0.5 - step / 40} for step in range(0, 12, 4)]
+    runs = [line("RRHF-DP+watched", seed) for seed in range(SEEDS)]
+    slow = [line("RRHF-DP+watched", seed, 1e-4) | {"history": falling, "rate_reward": 0.1} for seed in range(SEEDS)]
+    for run, up in zip([*runs, *slow], [0, 0.01, 0.02, 0, 0.01, 0.02] * 2, strict=True):  # no two trainings are alike
+        history = [dict(entry) for entry in run["history"]]
+        history[1]["eval_reward_mean"] += up
+        run["history"] = history
+    export([*runs, *slow], tmp_path, tmp_path / "kept.jsonl")  # histories of watched runs stay, whatever their rate
+    (found,) = [one for claim, one in judged(read_study(tmp_path / "kept.jsonl")) if claim.letter == "j"]
+    assert [test.what.rpartition(" ")[2] for test in found.tests] == ["0.0001", "0.001"]
+    assert [test.verdict for test in found.tests] == [FAILS, HOLDS] and found.verdict == FAILS
+
+
 def test_two_seeds_resolve_nothing(file: Path) -> None:
     study = read_study(file)
     without = Study([one for one in study.lines if one["arm"] != "IP-1"], file)  # RRHF-DP is the same run

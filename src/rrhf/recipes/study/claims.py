@@ -24,6 +24,7 @@ ALPHA = 0.05
 AT_LEAST = 0.02  # "at least as good" allows so much less reward
 SEEDS = 3  # fewer resolve nothing
 NEAR = 0.05  # two rewards are near each other within this
+WATCHED = "RRHF-DP+watched"  # answers held-out prompts while it trains
 MAIN = ("RRHF-BP", "RRHF-DP")  # RRHF's arms that rivals are compared with
 
 
@@ -263,14 +264,20 @@ def accuracy_rises(study: Study) -> Finding:
 
 
 def loss_against_reward(study: Study) -> Finding:
-    values = []
-    for line in study.seeds("RRHF-DP+watched").values():
-        losses, rewards = series(line, "loss"), series(line, "eval_reward_mean")
-        both = sorted(set(losses) & set(rewards))
-        if len(both) > 2:
-            values.append(float(np.corrcoef([losses[step] for step in both], [rewards[step] for step in both])[0, 1]))
-    found = study.over_seeds(values)
-    return Finding() if found is None else Finding([Test("correlation within a training", found, -1)])
+    """At every learning rate: a fast one has the reward up before the loss has begun to fall."""
+    tests = []
+    for rate in study.rates(WATCHED):
+        values = []
+        for line in study.at_rate(WATCHED, rate).values():
+            losses, rewards = series(line, "loss"), series(line, "eval_reward_mean")
+            both = sorted(set(losses) & set(rewards))
+            if len(both) > 2:
+                pairs = [[losses[step], rewards[step]] for step in both]
+                values.append(float(np.corrcoef(np.transpose(pairs))[0, 1]))
+        found = study.over_seeds(values)
+        if found is not None:
+            tests.append(Test(f"correlation within a training at the rate {rate:g}", found, -1))
+    return Finding(tests)
 
 
 def series(line: Mapping[str, object], key: str) -> dict[int, float]:

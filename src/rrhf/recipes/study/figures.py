@@ -10,7 +10,7 @@ import numpy as np
 from rrhf.common.svg import INK
 from rrhf.recipes.reproduce.plots import COLOURS, MARKS, Draw
 from rrhf.recipes.reproduce.scale import REWARDS
-from rrhf.recipes.study.claims import SOURCES, best_of_n_curve, series
+from rrhf.recipes.study.claims import SOURCES, WATCHED, best_of_n_curve, series
 from rrhf.recipes.study.losses import SAMPLES, losses
 from rrhf.recipes.study.results import Study
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-WATCHED = "RRHF-DP+watched"
 # Losses in colours; the others are thin and grey.
 DRAWN = {"RRHF-DP": ("#c43c39", 1.6), "SimPO": ("#2f86c9", 1.6), "DPO": ("#2a9d4e", 1.6)}
 # Ranking losses with the cross-entropy and without it; each pair on the same samples.

@@ -84,9 +84,13 @@ class Study:
         if name not in self.names:
             return {}
         _, rate = chosen_rate(self.arm(name), self.rates(name) or [0.0], by_key(self.lines), self.first)
+        return self.at_rate(name, rate)
+
+    def at_rate(self, name: str, rate: float | None) -> dict[int, Line]:
+        """The arm's results at a rate, by seed."""
         # Some that were not the best when they were exported have no prompts' rewards: they would have to be run again.
         found = {
-            line["seed"]: line
+            int(line["seed"]): line
             for line in self.lines
             if line["arm"] == name and line["learning_rate"] == rate and "prompts" in line
         }
@@ -165,7 +169,7 @@ def read_study(file: Path) -> Study:
 def export(results: Sequence[Line], folder: Path, file: Path) -> int:
     """Add results to a file of lines, those with the same arm, seed and rate replaced; paths become relative.
 
-    Of learning rates that were not chosen the history is left out.
+    Of learning rates that were not chosen the history is left out, but where the policy was watched.
 
     Returns:
         How many lines the file has now.
@@ -180,7 +184,8 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
         kept.items(), key=lambda pair: (study.names.index(pair[0][0]), pair[0][1], pair[0][2] or 0)
     ):
         kept_line = dict(line)
-        if key not in chosen and study.seeds(key[0]):
+        was_watched = any("eval_reward_mean" in entry for entry in line.get("history") or [])
+        if key not in chosen and study.seeds(key[0]) and not was_watched:
             kept_line.pop("history", None)
         lines.append(json.dumps(kept_line, ensure_ascii=False))
     write_text(file, "\n".join(lines) + "\n")
