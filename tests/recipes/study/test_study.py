@@ -139,7 +139,10 @@ def test_loss_and_reward_are_held_together_at_every_rate(tmp_path: Path) -> None
         history[1]["eval_reward_mean"] += up
         run["history"] = history
     export([*runs, *slow], tmp_path, tmp_path / "kept.jsonl")  # histories of watched runs stay, whatever their rate
-    (found,) = [one for claim, one in judged(read_study(tmp_path / "kept.jsonl")) if claim.letter == "j"]
+    lost = line("RRHF-DP+watched", 0, 3e-4, 0.2)
+    del lost["history"]
+    lines = [*read_study(tmp_path / "kept.jsonl").lines, lost]
+    (found,) = [one for claim, one in judged(Study(lines, tmp_path)) if claim.letter == "j"]
     assert [test.what.rpartition(" ")[2] for test in found.tests] == ["0.0001", "0.001"]
     assert [test.verdict for test in found.tests] == [FAILS, HOLDS] and found.verdict == FAILS
 

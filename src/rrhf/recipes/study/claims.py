@@ -281,8 +281,8 @@ def loss_against_reward(study: Study) -> Finding:
 
 
 def series(line: Mapping[str, object], key: str) -> dict[int, float]:
-    """Step → value in a training's history."""
-    history = line.get("history")
+    """Step → value in a training's history; nothing where it was not kept."""
+    history = line.get("history") or []
     assert isinstance(history, list)
     return {int(entry["step"]): float(entry[key]) for entry in history if entry.get(key) is not None}
 
