@@ -54,7 +54,8 @@ def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Esti
     """The mean of ``values`` [seeds, prompts]; seeds and prompts are resampled, each with replacement.
 
     The quantiles of the resampled means are moved out from the mean, or in, so that they stand as far apart as those of
-    Student's t with ``standard_error`` do. With one seed the interval is over prompts alone.
+    Student's t with ``standard_error`` do. With one seed the interval is over prompts alone; of
+    one value there is none, and p is 1.
 
     Raises:
         ValueError: there is no value.
@@ -78,7 +79,7 @@ def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Esti
     apart = float(ends[1] - ends[0])
     wider = 2 * float(student.ppf(0.975)) * error / apart if apart else 0.0
     low, high = (mean + (float(end) - mean) * wider for end in ends)
-    p = 2 * float(student.sf(abs(mean) / error)) if error else float(mean == 0)
+    p = 2 * float(student.sf(abs(mean) / error)) if error else float(mean == 0 or known.sum() == 1)
     return Estimate(mean, low, high, p, *values.shape)
 
 
