@@ -82,6 +82,22 @@ def test_killed_in_the_middle_of_an_accumulation(case: str, models: dict[str, Pa
     assert curve("killed") == curve("whole")
 
 
+def test_a_signal_in_the_last_step_leaves_a_whole_model_and_ends_the_command(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    """So that a run does not go on to its evaluation; in a step before it the training stops there."""
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
+    train = ("train", "--model", str(models["plain"]), "--data", "scored.jsonl", "--device", "cpu", "--max_steps", "3",
+             "--gradient_accumulation_steps", "2", "--report_to", "none")  # fmt: skip
+    last = tiny.warm(*train, "--output", "last", cwd=tmp_path, faults=[die(UPDATE, 3, "TERM")])
+    assert last.code == 143 and (tmp_path / "last" / "training.json").exists(), last.err[-2000:]
+    assert (tmp_path / "last" / "model.safetensors").exists()
+    before = tiny.warm(*train, "--output", "before", cwd=tmp_path, faults=[die(UPDATE, 2, "INT")])
+    assert before.code == 130 and not (tmp_path / "before" / "training.json").exists()
+    assert (tmp_path / "before" / "checkpoint-2").exists()
+    tiny.warm(*train, "--output", "before", cwd=tmp_path).done()
+
+
 def test_going_on_with_other_settings_says_which(models: dict[str, Path], tmp_path: Path) -> None:
     tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
     tiny.write_rows(tmp_path / "other.jsonl", tiny.rows(6))

@@ -68,6 +68,8 @@ class StopOnSignal(TrainerCallback):
 
     @contextmanager
     def listening(self) -> Iterator[None]:
+        """Signals wait for what is within; one that this has brought to its end all the same is sent anew behind it."""
+
         def remember(number: int, frame: Any) -> None:
             if self.signal is not None:
                 raise KeyboardInterrupt  # asked twice: at once, from the last checkpoint
@@ -83,6 +85,8 @@ class StopOnSignal(TrainerCallback):
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+        if self.signal is not None:
+            signal.raise_signal(self.signal)  # in the last step: what comes after the training is not begun
 
 
 class ShowProgress(TrainerCallback):

@@ -103,8 +103,9 @@ def train_model(
         training = _build(job, *_load(job))
         settings = _remember_budget(job, settings)
         log.info(f"train: {training.trainer.memory_plan().line()}")
-        loss = _run(job, training)
-        return _save(job, training, settings, loss, saved)
+        with training.stop.listening():
+            loss = _run(job, training)
+            return _save(job, training, settings, loss, saved)
 
 
 def plan_training(
@@ -257,7 +258,7 @@ def _run(job: Job, training: Training) -> float:
         log.info(f"train: going on from {checkpoint}")
     records = trainer.train_dataset
     held = closing(records) if isinstance(records, OnlineRecords) else nullcontext()
-    with stop.listening(), naming_full_disk(job.folder), held:
+    with naming_full_disk(job.folder), held:
         result = trainer.train(resume_from_checkpoint=checkpoint)
     if stop.agreed is not None and trainer.state.global_step < trainer.state.max_steps:
         raise Stopped(128 + stop.agreed)
