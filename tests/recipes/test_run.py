@@ -359,6 +359,7 @@ def test_sections_become_settings_by_name_and_all_faults_come_together(tmp_path:
     config = parse_config({**values, "train": words}, tmp_path)
     assert (config.watch.alarm, config.train.save_strategy) == ("off", "no")
     assert (config.train.bf16, config.train.use_cpu) == (False, True)
+    assert load_yaml("[1e-4, 3E+2, -1e4, 1.5e-3, e5, 1e, 0x1e-4]") == [1e-4, 300.0, -1e4, 1.5e-3, "e5", "1e", "0x1e-4"]
     wrong = {"modl": 1, "score": 3, "data": {"source": "s", "limits": 2}, "train": {"peft": "x"}}
     with pytest.raises(UserError) as raised:
         parse_config({**values, **wrong}, tmp_path)

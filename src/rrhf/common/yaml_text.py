@@ -11,12 +11,14 @@ from rrhf.common.errors import UserError
 LONGEST = 1 << 20  # characters; with many aliases a short text would be a large value all the same
 MOST_ALIASES = 20
 BOOLEAN = "tag:yaml.org,2002:bool"
+FLOAT = "tag:yaml.org,2002:float"
 
 
 def load_yaml(text: str) -> Any:
     """The value of a YAML text, of plain types alone.
 
-    ``true`` and ``false`` alone are booleans, as in YAML 1.2: ``alarm: off`` and ``save_strategy: no`` are words.
+    ``true`` and ``false`` alone are booleans, as in YAML 1.2: ``alarm: off`` and ``save_strategy: no`` are words. So is
+    ``1e-4`` a number there, which YAML 1.1 takes for a word.
 
     Raises:
         ValueError: it is no YAML, has a key twice, which would drop a value without a word, or is too large.
@@ -48,6 +50,7 @@ def load_yaml(text: str) -> Any:
         for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
     }
     Loader.add_implicit_resolver(BOOLEAN, re.compile(r"^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+    Loader.add_implicit_resolver(FLOAT, re.compile(r"^[-+]?[0-9]+[eE][-+]?[0-9]+$"), list("-+0123456789"))
     if len(text) > LONGEST:
         raise ValueError(f"longer than {LONGEST} characters")
     try:

@@ -169,6 +169,10 @@ def test_what_is_wrong_with_a_scale_is_told(tmp_path: Path) -> None:
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"reproduce": {"learning_rate": [1]}}))
     with pytest.raises(UserError, match=r"reproduce\.learning_rate: unknown key"):
         read_scale("hh", str(tmp_path / "own.yaml"))
+    assert read_scale("imdb", "micro", ["reproduce.learning_rates=[3e-4, 1e-3]"]).learning_rates == [3e-4, 1e-3]
+    for rates in ("[0, 1e-3]", "[fast]", "1e-3"):
+        with pytest.raises(UserError, match=r"learning_rates .*: a list of numbers above 0"):
+            read_scale("imdb", "micro", [f"reproduce.learning_rates={rates}"])
 
 
 FULL = {  # classes of the paper's models

@@ -133,6 +133,9 @@ def make_scale(task: str, name: str, config: Mapping[str, Any], asked: Sequence[
         raise UserError("\n".join(f"{SECTION}.{key}: unknown key: {nearest(key, known)}" for key in unknown))
     if own.get("held_out_samples", 1) < 1:
         raise UserError(f"{SECTION}.held_out_samples {own['held_out_samples']}: must be at least 1")
+    rates = own.get("learning_rates", [])
+    if not isinstance(rates, list) or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
+        raise UserError(f"{SECTION}.learning_rates {rates}: a list of numbers above 0, as [1e-4, 3e-4]")
     return Scale(task, name, {key: value for key, value in config.items() if key != SECTION}, asked=asked, **own)
 
 
