@@ -17,7 +17,7 @@ from rrhf.recipes.config import parse_config
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
 from rrhf.recipes.reproduce.check import compared, read_result
 from rrhf.recipes.reproduce.item import plan
-from rrhf.recipes.reproduce.measure import drawn_from_all, looping, prompt_rewards, response_tokens
+from rrhf.recipes.reproduce.measure import drawn_from_all, looping, prompt_rewards, response_tokens, training_history
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.result import trained_at
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
@@ -131,6 +131,14 @@ def test_numbers_beside_the_evaluation(tmp_path: Path) -> None:
     file = tiny.write_rows(tmp_path / "r.jsonl", [row])
     found = response_tokens(file, lambda texts: sum(map(len, texts)))
     assert found == {"responses": 3, "tokens": 6, "sampled": 2, "sampled_tokens": 4}
+
+
+def test_a_history_has_both_losses_and_what_was_watched(tmp_path: Path) -> None:
+    notes = {"step": 4, "loss": 3.0, "rank_loss": 1.0, "sft_loss": 2.0, "rank_accuracy": 0.5}
+    seen = {"step": 4, "eval_reward_mean": 0.1, "eval_reward_mean_m:gold": 0.2}
+    ended = {"step": 4, "train_runtime": 9.0}
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"log_history": [notes | {"epoch": 1.0}, seen, ended]}))
+    assert training_history(tmp_path) == [notes, seen]
 
 
 def test_the_commit_that_trained_is_not_the_one_that_evaluated_anew(tmp_path: Path) -> None:

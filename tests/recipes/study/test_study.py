@@ -9,13 +9,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.figure import Figure
 
 from rrhf.cli.main import main
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.check import read_result
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, balance, judged, rivalries
-from rrhf.recipes.study.figures import mean_point
+from rrhf.recipes.study.figures import figures, mean_point
 from rrhf.recipes.study.frontier import at_equal_kl
 from rrhf.recipes.study.losses import compared, losses
 from rrhf.recipes.study.page import write_page
@@ -247,6 +248,18 @@ def test_the_best_loss_is_named_for_each_number_of_samples(file: Path) -> None:
     page = file.parent.parent / "both.md"
     write_page([both], page)
     assert {f"both/imdb-micro-losses-{k}.svg" for k in (4, 8)} <= set(re.findall(r"\]\((.*svg)\)", page.read_text()))
+
+
+def test_losses_with_the_cross_entropy_and_without_are_drawn_where_both_ran(file: Path) -> None:
+    study = read_study(file)
+    assert "cross-entropy" not in [name for name, *_ in figures(study)]  # DPO alone has no other to be held against
+    bare = [{**line("RRHF-DP", seed), "arm": "RRHF-DP+no-sft", "gold": {"gain": {"mean": 0.1}}} for seed in (0, 1)]
+    (draw,) = [one for name, _, one, _ in figures(Study([*study.lines, *bare], file)) if name == "cross-entropy"]
+    figure = Figure()
+    draw(figure)
+    styles = [line.get_linestyle() for line in figure.axes[0].get_lines()]
+    assert [axes.get_title() for axes in figure.axes] == ["gain in proxy reward", "gain in gold reward"]
+    assert styles == ["-", "--", "--"]  # RRHF-DP; without: RRHF-DP+no-sft, DPO
 
 
 def test_a_point_of_the_losses_picture_is_the_mean_over_seeds(file: Path) -> None:

@@ -68,6 +68,12 @@ def _of_losses(study: Study) -> list[Picture]:
     return found
 
 
+def _panels(figure: Figure, study: Study) -> list[tuple[Axes, str]]:
+    """A pair of axes for each reward that the results have."""
+    known = study.known_rewards
+    return list(zip(np.atleast_1d(figure.subplots(1, len(known))), known, strict=True))
+
+
 def _grid(axes: Axes) -> None:
     axes.grid(True, color="#808080", alpha=0.25, linewidth=0.6)
 
@@ -124,7 +130,7 @@ def sources(study: Study) -> Draw:
 
 def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
     def against_plot(figure: Figure) -> None:
-        for axes, reward in zip(np.atleast_1d(figure.subplots(1, len(study.known_rewards))), study.known_rewards):
+        for axes, reward in _panels(figure, study):
             points: dict[str, tuple[float, float]] = {}
             for name in study.names:
                 if name.endswith(tuple(filter(None, SAMPLES.values()))):
@@ -148,7 +154,7 @@ def frontiers(study: Study, names: Sequence[str], dashed: Sequence[str] = (), en
     """
 
     def frontiers_plot(figure: Figure) -> None:
-        for axes, reward in zip(np.atleast_1d(figure.subplots(1, len(study.known_rewards))), study.known_rewards):
+        for axes, reward in _panels(figure, study):
             ends: dict[str, tuple[float, float]] = {}
             for name in names:
                 points = [mean_point(study, name, rate, reward) for rate in study.rates(name)]

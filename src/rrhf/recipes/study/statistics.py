@@ -54,8 +54,8 @@ def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Esti
     """The mean of ``values`` [seeds, prompts]; seeds and prompts are resampled, each with replacement.
 
     The quantiles of the resampled means are moved out from the mean, or in, so that they stand as far apart as those of
-    Student's t with ``standard_error`` do. With one seed the interval is over prompts alone; of
-    one value there is none, and p is 1.
+    Student's t with ``standard_error`` do. With one seed the interval is over prompts alone; of one value there is
+    none, and p is 1.
 
     Raises:
         ValueError: there is no value.
