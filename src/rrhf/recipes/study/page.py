@@ -90,7 +90,9 @@ def _size(study: Study) -> str:
         sorted({str(at) for line in study.lines for at in (line["commit"], line.get("trained_at")) if at})
     )
     said = [
-        f"{len(study.names)} arms, {seeds[0]}" + (f" to {seeds[-1]}" if len(seeds) > 1 else "") + " seeds an arm, "
+        f"{len(study.names)} arms, "
+        + (f"{seeds[0]} to " if len(seeds) > 1 else "")
+        + f"{_count(seeds[-1], 'seed')} an arm, "
         f"{first['n']} held-out prompts with {_responses(study)} each from every seed; code {commits}.",
         "Intervals are of 95 % by a bootstrap over seeds and prompts together (both drawn anew, all seeds share the "
         "prompts), widened for few seeds: their width and the p-values are those of Student's t with the standard "
@@ -125,8 +127,8 @@ def _responses(study: Study) -> str:
 def _rule(findings: Sequence[tuple[Claim, Finding]]) -> str:
     count = sum(len(finding.tests) for _, finding in findings)
     return (
-        f"The page makes {count} tests; their p-values are adjusted together by Holm's method, so that the chance of "
-        "any false finding is at most 5 %. A claim holds where each of its tests points its way with an adjusted p "
+        f"The section makes {_count(count, 'test')}; p-values are adjusted together by Holm's method, so that the chance "
+        "of any false finding is at most 5 %. A claim holds where each of its tests points its way with an adjusted p "
         "below 0.05, fails where one points the other way, and is not resolved otherwise; claims without tests say "
         f"their rule. Fewer than {SEEDS} seeds resolve nothing, whatever the interval over prompts says."
     )
