@@ -128,9 +128,9 @@ def _rule(findings: Sequence[tuple[Claim, Finding]]) -> str:
     count = sum(len(finding.tests) for _, finding in findings)
     return (
         f"The section makes {_count(count, 'test')}; p-values are adjusted together by Holm's method, so that the "
-        "chance of any false finding is at most 5 %. A claim holds where each of its tests points its way with an adjusted p "
-        "below 0.05, fails where one points the other way, and is not resolved otherwise; claims without tests say "
-        f"their rule. Fewer than {SEEDS} seeds resolve nothing, whatever the interval over prompts says."
+        "chance of any false finding is at most 5 %. A claim holds where each of its tests points its way with an "
+        "adjusted p below 0.05, fails where one points the other way, and is not resolved otherwise; claims without "
+        f"tests say their rule. Fewer than {SEEDS} seeds resolve nothing, whatever the interval over prompts says."
     )
 
 
