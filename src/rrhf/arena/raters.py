@@ -11,7 +11,7 @@ import numpy as np
 
 from rrhf.arena.outcomes import Unit
 from rrhf.arena.votes import Vote
-from rrhf.common.errors import UserError
+from rrhf.common.imports import of_extra
 from rrhf.evaluation.agreement import MISSING, value_of
 
 CARELESS = 0.1  # the share of attention checks that a careful rater fails at most
@@ -66,11 +66,11 @@ def check_counts(votes: Sequence[Vote]) -> dict[str, int]:
 
 
 def _check_p(n: int, passed: int) -> float:
-    return float(_stats().binom.sf(n - passed - 1, n, CARELESS))
+    return float(of_extra("scipy.stats", MISSING).binom.sf(n - passed - 1, n, CARELESS))
 
 
 def _combined(found: Sequence[float]) -> float | None:
-    return float(_stats().combine_pvalues(found, "fisher").pvalue) if found else None
+    return float(of_extra("scipy.stats", MISSING).combine_pvalues(found, "fisher").pvalue) if found else None
 
 
 def agreement_with_others(
@@ -118,15 +118,7 @@ def side_bias(votes: Sequence[Vote]) -> dict[str, Any]:
     left = sides.count("left")
     if not sides:
         return {"left": 0, "right": 0, "share": None, "p": None}
-    test = _stats().binomtest(left, len(sides), 0.5)
+    test = of_extra("scipy.stats", MISSING).binomtest(left, len(sides), 0.5)
     low, high = test.proportion_ci(0.95, "exact")
     share = {"mean": left / len(sides), "low": float(low), "high": float(high)}
     return {"left": left, "right": len(sides) - left, "share": share, "p": float(test.pvalue)}
-
-
-def _stats() -> Any:
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UserError(MISSING) from None
-    return stats

@@ -23,6 +23,7 @@ from typing import Any, NamedTuple
 from rrhf.common.endpoint_settings import EndpointSettings
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.event_loop import event_loop
+from rrhf.common.imports import of_extra
 from rrhf.common.texts import cut_at_first
 
 log = logging.getLogger(__name__)
@@ -434,12 +435,9 @@ class EndpointClient:
     # -- the client, its key, and words about what went wrong
 
     def _client(self) -> Any:
-        try:
-            from openai import AsyncOpenAI
-        except ImportError:
-            raise UserError("an endpoint needs the openai client: pip install 'rrhf[endpoint]'") from None
+        client = of_extra("openai", "an endpoint needs the openai client: pip install 'rrhf[endpoint]'").AsyncOpenAI
         # A client wants some key, and a server without one ignores it. The time-out is ours, over the whole request.
-        return AsyncOpenAI(base_url=self.settings.url, api_key=self._key() or "none", max_retries=0, timeout=None)
+        return client(base_url=self.settings.url, api_key=self._key() or "none", max_retries=0, timeout=None)
 
     def _key(self) -> str:
         key = os.environ.get(self.settings.api_key_env, "").strip()

@@ -1,4 +1,4 @@
-"""One way to find ``pkg.module:function``, whatever the function is for."""
+"""Modules by name: one way to find ``pkg.module:function``, whatever it is for, and what an extra brings."""
 
 from __future__ import annotations
 
@@ -50,6 +50,22 @@ def load_function(name: str, what: str, usage: str = "") -> Callable[..., Any]:
         cure = f": name {usage}" if usage else ": name a function"
         raise UserError(f"{what} {name!r} is {kind}, not a function{cure}, or an object that can be called so")
     return value
+
+
+def of_extra(module: str, missing: str) -> Any:
+    """A module that an extra installs, imported where it is needed.
+
+    Args:
+        module: its name.
+        missing: what needs it and how to install it, for the message.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise UserError(missing) from error
 
 
 def _module(module_name: str, where: str) -> Any:

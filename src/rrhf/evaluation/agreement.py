@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from rrhf.common.errors import UserError
+from rrhf.common.imports import of_extra
 from rrhf.common.scores import score_levels
 from rrhf.evaluation.metrics import paired_bootstrap
 from rrhf.rewards.people import krippendorff_alpha
@@ -66,14 +67,11 @@ def shares(labels: Sequence[Label], seed: int = 0, samples: int = 10_000) -> dic
 
 def cohen_kappa(labels: Sequence[tuple[str, str]]) -> float | None:
     """Cohen's κ = (p_same − p_chance) / (1 − p_chance), nominal; None where both always say the same one thing."""
-    try:
-        from sklearn.metrics import cohen_kappa_score
-    except ImportError:
-        raise UserError(MISSING) from None
+    metrics = of_extra("sklearn.metrics", MISSING)
     if len({label for pair in labels for label in pair}) < 2:
         return None
     left, right = zip(*labels)
-    return float(cohen_kappa_score(left, right))
+    return float(metrics.cohen_kappa_score(left, right))
 
 
 def outcome_alpha(units: Sequence[Mapping[str, str]]) -> dict[str, float | None]:

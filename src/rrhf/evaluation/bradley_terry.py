@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rrhf.common.errors import UserError
+from rrhf.common.imports import of_extra
 from rrhf.evaluation.agreement import MISSING
 
 PENALTY = 0.1  # alpha of choix: as if each system had won and lost a little against each other
@@ -53,10 +53,7 @@ def bradley_terry(
 
 
 def _fit(wins: Any, start: Any = None) -> Any:
-    try:
-        import choix
-    except ImportError:
-        raise UserError(MISSING) from None
+    choix = of_extra("choix", MISSING)
     return choix.ilsr_pairwise_dense(wins, alpha=PENALTY, initial_params=start, max_iter=1000)
 
 

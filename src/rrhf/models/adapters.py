@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.imports import of_extra
 from rrhf.models.devices import resolve_device
 from rrhf.models.load import FLEX, ModelSettings, attention_options, load_policy
 from rrhf.models.locate import ADAPTER_CONFIG, locate
@@ -166,8 +167,4 @@ def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrained
 
 
 def _peft(what: str) -> Any:
-    try:
-        import peft
-    except ImportError as error:
-        raise UserError(f"{what} needs the package peft: pip install 'rrhf[peft]'") from error
-    return peft
+    return of_extra("peft", f"{what} needs the package peft: pip install 'rrhf[peft]'")

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.files import cache_folder, claimed_place, read_object, refuse_existing, replacing
+from rrhf.common.imports import of_extra
 from rrhf.common.progress import progress
 from rrhf.models.folders import model_folder, save_policy
 
@@ -79,10 +80,7 @@ def export_gguf(source: str | Path, output: str | Path, weights: str = "f16", ov
     if output.suffix != ".gguf":
         raise UserError(f"--output {output}: the name of a GGUF file ends in .gguf")
     refuse_existing(output, overwrite)
-    try:
-        import gguf
-    except ImportError as error:
-        raise UserError("writing GGUF needs the package gguf: pip install 'rrhf[gguf]'") from error
+    gguf = of_extra("gguf", "writing GGUF needs the package gguf: pip install 'rrhf[gguf]'")
     if not (folder / "config.json").exists():
         raise UserError(
             f"{folder} holds an adapter alone: train with --merge_adapter true, or merge it with PEFT first"

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from rrhf.common.errors import UserError
+from rrhf.common.imports import of_extra
 from rrhf.evaluation.agreement import MISSING, OUTCOMES
 from rrhf.evaluation.agreement import agreement as label_agreement
 from rrhf.evaluation.bradley_terry import Game, bradley_terry
@@ -58,10 +58,7 @@ def length_controlled_win_rate(
 
 
 def _rate_at_equal_length(won: Any, lengths: Any) -> float:
-    try:
-        from sklearn.linear_model import LogisticRegression
-    except ImportError:
-        raise UserError(MISSING) from None
+    linear = of_extra("sklearn.linear_model", MISSING)
     spread = lengths.std()
     longer = np.tanh(lengths / spread) if spread > 0 else np.zeros_like(lengths)
     columns = np.stack([np.ones_like(longer), longer], axis=1)
@@ -69,7 +66,7 @@ def _rate_at_equal_length(won: Any, lengths: Any) -> float:
     weights = np.concatenate([won, 1 - won]) + 1e-9
     labels = np.repeat([1, 0], won.size)
     # The intercept is a column of its own, since scikit-learn penalises only those.
-    model = LogisticRegression(C=PRIOR_VARIANCE, fit_intercept=False, tol=1e-6, max_iter=1000)
+    model = linear.LogisticRegression(C=PRIOR_VARIANCE, fit_intercept=False, tol=1e-6, max_iter=1000)
     model.fit(np.concatenate([columns, columns]), labels, sample_weight=weights)
     return float(1 / (1 + np.exp(-model.coef_[0, 0])))
 

@@ -11,11 +11,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
-from rrhf.common.errors import UserError
+from rrhf.common.imports import of_extra
 from rrhf.common.presentation import NONE
 
 MISSING = "the study's intervals need scipy: pip install 'rrhf[demo]'"
@@ -75,7 +74,7 @@ def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Esti
         means.append(total[number > 0] / number[number > 0])
     drawn = np.concatenate(means)
     mean, (error, freedom) = float(filled.sum() / known.sum()), standard_error(values)
-    student, ends = _stats().t(freedom), np.quantile(drawn, [0.025, 0.975])
+    student, ends = of_extra("scipy.stats", MISSING).t(freedom), np.quantile(drawn, [0.025, 0.975])
     apart = float(ends[1] - ends[0])
     wider = 2 * float(student.ppf(0.975)) * error / apart if apart else 0.0
     low, high = (mean + (float(end) - mean) * wider for end in ends)
@@ -118,14 +117,6 @@ def _mean_squares(values: np.ndarray) -> tuple[float, float, float]:
     rest = values - of_seed[:, None] - of_prompt[None, :] + values.mean()
     error = float((rest**2).sum() / ((seeds - 1) * (prompts - 1)))
     return float(prompts * of_seed.var(ddof=1)), float(seeds * of_prompt.var(ddof=1)), error
-
-
-def _stats() -> Any:
-    try:
-        from scipy import stats
-    except ImportError:
-        raise UserError(MISSING) from None
-    return stats
 
 
 @dataclass(frozen=True)
