@@ -19,7 +19,7 @@ from rrhf.recipes.reproduce.check import compared, read_result
 from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.measure import drawn_from_all, looping, prompt_rewards, response_tokens, training_history
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.reproduce.result import trained_at
+from rrhf.recipes.reproduce.result import models_resident, trained_at
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
 from rrhf.recipes.reproduce.scale import read_scale, shipped_scales
 from rrhf.recipes.reproduce.work import Table, by_key
@@ -46,6 +46,14 @@ def test_every_arm_of_every_scale_has_a_valid_configuration(task: str) -> None:
                 ppo = PPOConfig(**scale.ppo_settings(arm, 3, 1e-4))
                 assert ppo.rollouts(1000) * ppo.steps_per_rollout == pytest.approx(scale.steps, rel=0.2), scale_name
                 assert (ppo.kl_beta > 0) == arm.kl
+
+
+def test_models_that_a_training_holds_at_once() -> None:
+    scale = read_scale("imdb", "micro", [*REWARDS, "model=somewhere"])
+    wanted = {"RRHF-DP": 1, "DPO": 1, "OP": 1, "OP+KL": 2, "RRHF-R": 2, "GRPO": 1}  # offline ρ is read before
+    for name, count in wanted.items():
+        arm = arm_named("imdb", name)
+        assert models_resident(arm, parse_config(scale.configuration(arm, 0, 1e-4), Path("model"))) == count, name
 
 
 def test_arms_by_name() -> None:

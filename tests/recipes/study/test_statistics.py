@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from rrhf.recipes.study.statistics import bootstrap, components, holm, standard_error
+from rrhf.recipes.study.statistics import Components, bootstrap, components, holm, standard_error
 
 
 def crossed(
@@ -62,7 +62,7 @@ def test_numbers_of_seeds_alone_have_the_interval_of_students_t() -> None:
     found, wanted = bootstrap(values), stats.ttest_1samp(values[:, 0], 0)
     assert found.p == pytest.approx(wanted.pvalue)
     interval = wanted.confidence_interval(0.95)
-    assert found.high - found.low == pytest.approx(interval.high - interval.low)
+    assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
     assert (bootstrap(values[:1]).low, bootstrap(values[:1]).p) == (0.1, 1.0)  # of one there is nothing to say
     assert bootstrap(np.zeros((3, 4))).p == 1.0
 
@@ -82,10 +82,24 @@ def test_missing_scores_and_single_seeds() -> None:
 def test_components_are_found_and_say_what_a_study_resolves() -> None:
     found = components(crossed(np.random.default_rng(2), 300, 400, (0.2, 0.4, 0.3)))
     assert [found.seed, found.prompt, found.rest] == pytest.approx([0.04, 0.16, 0.09], rel=0.15)
-    assert found.standard_error(10, 200) == pytest.approx((0.004 + 0.0008 + 0.000045) ** 0.5, rel=0.1)
-    assert found.resolvable(10, 200) == pytest.approx(2.802 * found.standard_error(10, 200))
+    error, freedom = found.standard_error(10, 200)
+    assert error == pytest.approx((0.004 + 0.0008 + 0.000045) ** 0.5, rel=0.1)
+    assert 9 < freedom < 20  # mostly those of ten seeds
+    assert found.resolvable(10, 200) > 2.802 * error  # as much as known variances would need
     with pytest.raises(ValueError, match="two seeds"):
         components(np.zeros((1, 5)))
+
+
+@pytest.mark.parametrize(("seeds", "tests"), [(3, 1), (5, 20), (10, 1)])
+def test_a_difference_that_a_study_resolves_is_found_by_most(seeds: int, tests: int) -> None:
+    variances = Components(0.0017, 0.0005, 0.03)
+    generator, found, size = np.random.default_rng(5), 0, variances.resolvable(seeds, 200, tests)
+    deviations = variances.seed**0.5, variances.prompt**0.5, variances.rest**0.5
+    for _ in range(1_000):
+        values = crossed(generator, seeds, 200, deviations) + size
+        error, freedom = standard_error(values)
+        found += bool(2 * stats.t(freedom).sf(abs(values.mean()) / error) < 0.05 / tests)
+    assert 0.75 < found / 1_000 < 0.85
 
 
 def test_holm_is_that_of_the_paper_and_keeps_the_order() -> None:

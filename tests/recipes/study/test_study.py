@@ -54,6 +54,7 @@ def line(name: str, seed: int, rate: float | None = 1e-3, level: float | None = 
         "rate_reward": level - lost if rate != 1e-3 else level, "n": PROMPTS, "asked": [], "commit": "abc",
         "proxy": {"mean": float(proxy.mean()), "std": float(proxy.std()), "start_std": 0.125,
                   "gain": {"mean": level - 0.5}},
+        "gold": {"mean": float(gold.mean()), "gain": {"mean": (level - 0.5) / 2}},
         "prompts": {"proxy": proxy.tolist(), "gold": gold.tolist()},
         "kl": {"mean": 3.0}, "perplexity": 20.0, "length_mean": 30.0, "distinct_2": 0.8,
         "looping": 0.9 if name == "loss:listmle" else 0.0, "history": history if "watched" in name else [],
@@ -106,6 +107,29 @@ def test_starts_end_alike_within_a_twentieth_of_the_spread_of_rho(tmp_path: Path
         run["prompts"]["proxy"] = (np.array(run["prompts"]["proxy"]) + added).tolist()
     (found,) = [finding for claim, finding in judged(Study(runs, tmp_path)) if claim.letter == "o"]
     assert found.verdict == verdict and "within ±0.006" in found.said
+    few = [run for run in runs if run["seed"] < 2]  # of which no verdict comes, by a claim's own rule neither
+    (found,) = [finding for claim, finding in judged(Study(few, tmp_path)) if claim.letter == "o"]
+    assert found.verdict == OPEN
+
+
+@pytest.mark.parametrize(
+    ("gold", "perplexity", "verdict"), [(-0.1, 60.0, HOLDS), (0.1, 60.0, FAILS), (-0.1, 15.0, FAILS)]
+)
+def test_hacking_has_its_price_in_gold_and_perplexity(
+    tmp_path: Path, gold: float, perplexity: float, verdict: str
+) -> None:
+    runs = [line(name, seed, level=level) for name, level in (("start", 0.5), ("OP", 0.9), ("OP+KL", 0.7))
+            for seed in range(SEEDS)]  # fmt: skip
+    for run in runs:
+        if run["arm"] == "OP":
+            kept = next(one for one in runs if (one["arm"], one["seed"]) == ("OP+KL", run["seed"]))["prompts"]["gold"]
+            run["prompts"]["gold"] = (np.array(kept) + gold).tolist()
+            run["perplexity"] = perplexity + run["seed"] / 10
+    (found,) = [finding for claim, finding in judged(Study(runs, tmp_path)) if claim.letter == "h"]
+    assert found.verdict == verdict and len(found.tests) == 4
+    without = [{**run, "prompts": {"proxy": run["prompts"]["proxy"]}} for run in runs]  # as on HH: perplexity alone
+    (found,) = [finding for claim, finding in judged(Study(without, tmp_path)) if claim.letter == "h"]
+    assert found.verdict == (HOLDS if perplexity > 20 else FAILS) and len(found.tests) == 1
 
 
 def test_wombat_is_held_against_sft(tmp_path: Path) -> None:
@@ -214,6 +238,7 @@ def test_what_a_search_found_is_held_against_its_rivals_at_equal_kl(tmp_path: Pa
     write_page([study], page)
     text = page.read_text()
     assert "confirmed where no search has looked" in text and "| DPO − SimPO at KL 5, gold |" in text
+    assert "first of 6 tests" in text and re.search(r"\| DPO \| – \| [^|]* \(3\) \| [^|]* \(3\) \| – \|", text)
     assert "### The claims" not in text
 
 
@@ -236,7 +261,9 @@ def test_the_best_loss_is_named_for_each_number_of_samples(file: Path) -> None:
         one["distinct_2"] = 0.05 if one["arm"].startswith("DPO") and one["seed"] == 2 else 0.8
     both = Study([*study.lines, *eight], file)
     (found,) = [finding for claim, finding in judged(both) if claim.letter == "m"]
-    assert found.verdict == "DPO of 3 with 4 samples; DPO+diverse-8 of 3 with 8 samples"
+    assert found.verdict == "of 3 losses with 4 samples DPO; of 3 losses with 8 samples DPO+diverse-8"
+    alone = both.difference("DPO", "RRHF-DP", "gold")  # its p is of one test, the best is chosen from three
+    assert alone is not None and found.tests[1].estimate.p == pytest.approx(2 * alone.p)
     assert [(test.what, test.verdict) for test in found.tests] == [
         ("DPO − loss:listmle, gold", HOLDS), ("DPO − RRHF-DP, gold", HOLDS),
         ("DPO+diverse-8 − loss:listmle+diverse-8, gold", HOLDS), ("DPO+diverse-8 − RRHF-DP+diverse-8, gold", HOLDS),
@@ -335,7 +362,7 @@ def test_the_page_names_every_arm_and_its_lines_can_be_run_again(file: Path) -> 
     text = page.read_text()
     for name in LEVEL:
         assert f"| {name} |" in text
-    assert "**(a) RRHF raises the reward over ρ: holds.**" in text and "10 seeds one of" in text
+    assert "**(a) RRHF raises the reward over ρ: holds.**" in text and "10 seeds, first of" in text
     for picture in re.findall(r"\]\(([^)]+\.svg)\)", text):
         assert (page.parent / picture).read_text().rstrip().endswith("</svg>")
     assert len(re.findall(r"\.svg\)", text)) == 7

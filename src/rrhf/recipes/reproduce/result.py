@@ -15,8 +15,10 @@ from rrhf.evaluation.pairs import evaluate_pairs, kept_scores, verdict
 from rrhf.evaluation.stage import EvaluationSettings, evaluate_models
 from rrhf.models.cache import PolicyCache
 from rrhf.models.identity import model_digest
+from rrhf.recipes.config import RunConfig
+from rrhf.recipes.offline import loss_needs
 from rrhf.recipes.reproduce import measure
-from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, START
+from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, START, Arm
 from rrhf.recipes.reproduce.item import Work
 from rrhf.recipes.reproduce.scale import queries_a_step
 from rrhf.recipes.run_folder import RunFolder
@@ -59,7 +61,7 @@ def result_of(work: Work) -> dict[str, Any]:
         "looping": measure.looping(generations),
         "steps": arm.trainings * (work.scale.steps // arm.rounds * arm.rounds) if arm.has_rate else 0,
         **_tokens(work),
-        "models_resident": training.get("models_resident") or _models_resident(work),
+        "models_resident": training.get("models_resident") or models_resident(arm, config),
         "peak_memory_bytes": measure.peak_memory(config.model.device),
         "seconds": measure.seconds(run.timings),
         "load": measure.load(),
@@ -204,10 +206,12 @@ def _tokens(work: Work) -> dict[str, int]:
     }
 
 
-def _models_resident(work: Work) -> int:
-    """Models in memory at once in training: the policy; while sampling as well its rewards that are models, and ρ."""
-    arm, config = work.item.arm, work.config
+def models_resident(arm: Arm, config: RunConfig) -> int:
+    """Models in memory at once in training: the policy; while sampling as well its rewards that are models, and ρ.
+
+    ρ is there for a KL penalty, and for a loss that ranks log π/ρ.
+    """
     if not arm.online:
         return 1
     rewards = sum(":" not in reward for reward in config.score.reward)  # functions hold nothing that is counted
-    return 1 + rewards + int(arm.kl)
+    return 1 + rewards + int(arm.kl or any("reference" in name for name in loss_needs(config)))

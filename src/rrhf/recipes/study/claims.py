@@ -1,7 +1,8 @@
 """The paper's claims, each held against results: the tests it rests on, its verdict, and what else could explain it.
 
-A claim with tests holds where each of them points its way with a Holm-adjusted p below 0.05 over all tests of the page,
-fails where one points the other way with that certainty, and is not resolved otherwise. The others say their own rule.
+A claim with tests holds where each of them points its way with a Holm-adjusted p below 0.05 over all tests of its
+section, fails where one points the other way with that certainty, and is not resolved otherwise. The others say their
+own rule.
 Nothing is resolved by fewer than three seeds: how far trainings differ from each other is not known then.
 """
 
@@ -15,7 +16,7 @@ import numpy as np
 
 from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
-from rrhf.recipes.study.losses import SAMPLES, by_reward, hinge, losses
+from rrhf.recipes.study.losses import SAMPLES, by_gain, gained, hinge, losses
 from rrhf.recipes.study.results import Study, making
 from rrhf.recipes.study.statistics import Estimate, bootstrap, holm
 
@@ -51,6 +52,7 @@ class Finding:
     tests: Sequence[Test] = ()
     said: str = ""  # numbers beside the tests
     own: str | None = None  # a verdict by the claim's own rule
+    arms: Sequence[str] = ()  # that it rests on
 
     @property
     def verdict(self) -> str:
@@ -82,14 +84,18 @@ class Claim:
 
 def judged(study: Study) -> list[tuple[Claim, Finding]]:
     """Every claim with its finding, the p-values of all tests adjusted together."""
-    found = [claim.measure(study) for claim in CLAIMS]
-    if any(len(study.seeds(name)) < SEEDS for name in MAIN if study.seeds(name)):
-        found = [replace(one, own=OPEN) if one.own in (HOLDS, FAILS) else one for one in found]
+    found = [_of_enough_seeds(study, claim.measure(study)) for claim in CLAIMS]
     adjusted = iter(holm([test.estimate.p for finding in found for test in finding.tests]))
     return [
         (claim, replace(finding, tests=[replace(test, adjusted=next(adjusted)) for test in finding.tests]))
         for claim, finding in zip(CLAIMS, found, strict=True)
     ]
+
+
+def _of_enough_seeds(study: Study, finding: Finding) -> Finding:
+    """A verdict by a claim's own rule is open where an arm has fewer seeds than resolve anything."""
+    few = any(len(study.seeds(name)) < SEEDS for name in finding.arms)
+    return replace(finding, own=OPEN) if few and finding.own in (HOLDS, FAILS) else finding
 
 
 RIVALS = ("RRHF-DP", "OP", "SimPO")  # that a better recipe must beat: hinge on samples of ρ and of π, SimPO for lists
@@ -202,7 +208,7 @@ def follows_training_samples(study: Study) -> Finding:
     low, high = min(found.values()), max(found.values())
     own = HOLDS if low >= 0.7 else FAILS if high <= 0 else OPEN
     said = ", ".join(f"with their {which} {value:+.2f}" for which, value in found.items())
-    return Finding((), f"rank correlation over {len(names)} arms: {said} (holds: both ≥ 0.7)", own)
+    return Finding((), f"rank correlation over {len(names)} arms: {said} (holds: both ≥ 0.7)", own, names)
 
 
 def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -212,10 +218,9 @@ def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
 
 def near_the_maxima(study: Study) -> Finding:
     said, verdicts = [], []
-    for name in MAIN:
+    names = [name for name in MAIN if study.numbers(name, "training_scores", "max").size]
+    for name in names:
         maxima = study.numbers(name, "training_scores", "max")
-        if not maxima.size:
-            continue
         found = study.over_seeds(np.nanmean(study.rewards(name, "proxy"), axis=1) - maxima)
         assert found is not None
         said.append(f"{name}: π less the mean maximum {found}")
@@ -224,7 +229,7 @@ def near_the_maxima(study: Study) -> Finding:
     if not verdicts:
         return Finding()
     own = next(verdict for verdict in (FAILS, OPEN, HOLDS) if verdict in verdicts)
-    return Finding((), "; ".join(said) + f" (holds: within ±{NEAR})", own)
+    return Finding((), "; ".join(said) + f" (holds: within ±{NEAR})", own, names)
 
 
 def rounds_help(study: Study) -> Finding:
@@ -233,9 +238,16 @@ def rounds_help(study: Study) -> Finding:
 
 
 def hacks_without_kl(study: Study) -> Finding:
+    """A reward is hacked that rises further than the one that judges, which has its price there and in perplexity."""
     seeds = study.common("OP", "OP+KL", "start")
-    if not seeds or "gold" not in study.known_rewards:
+    if not seeds:
         return Finding()
+    texts = [np.log([float(study.seeds(name)[seed]["perplexity"]) for seed in seeds]) for name in ("OP", "OP+KL")]
+    higher = study.over_seeds(texts[0] - texts[1])
+    assert higher is not None
+    tests = [Test("log perplexity: OP − OP+KL", higher)]
+    if "gold" not in study.known_rewards:
+        return Finding(tests, beside(study, ["OP", "OP+KL"]))
 
     def gap(name: str) -> np.ndarray:
         proxy, gold = (
@@ -243,9 +255,10 @@ def hacks_without_kl(study: Study) -> Finding:
         )
         return proxy - gold
 
-    tests = [
+    tests += [
         Test("OP: gain in proxy − gain in gold", bootstrap(gap("OP"))),
         Test("that of OP − that of OP+KL", bootstrap(gap("OP") - gap("OP+KL"))),
+        *differences(study, [("OP+KL", "OP")], ("gold",)),
     ]
     return Finding(tests, beside(study, ["OP", "OP+KL"]))
 
@@ -298,29 +311,32 @@ def spreads_less(study: Study) -> Finding:
 
 
 def best_of_n_reaches(study: Study) -> Finding:
-    curve = best_of_n_curve(study)
-    if not curve or not study.seeds("RRHF-DP"):
+    """The best of the largest n against each arm; at which n it comes to the arm's mean is told."""
+    curve, largest = best_of_n_curve(study), largest_best_of_n(study)
+    names = [name for name in MAIN if study.seeds(name)]
+    if not curve or largest is None or not names:
         return Finding()
-    said, reached = [], []
-    for name in MAIN:
-        if study.seeds(name):
-            goal = float(np.nanmean(study.rewards(name, "proxy")))
-            number = next((n for n, value in curve.items() if value >= goal), None)
-            reached.append(number)
-            said.append(f"{name} {goal:.3f}: " + (f"by n = {number}" if number else f"not by n = {max(curve)}"))
+    said = []
+    for name in names:
+        goal = float(np.nanmean(study.rewards(name, "proxy")))
+        number = next((n for n, value in curve.items() if value >= goal), None)
+        said.append(f"{name} {goal:.3f}: " + (f"by n = {number}" if number else f"not by n = {max(curve)}"))
     most = ", ".join(f"{n}: {value:.3f}" for n, value in curve.items() if n in (1, 2, 4, 8, 16))
-    own = HOLDS if all(reached) else FAILS if not any(reached) else OPEN
-    return Finding((), f"best-of-n {most}; {'; '.join(said)}", own)
+    tests = differences(study, [(largest, name) for name in names])
+    return Finding(tests, f"best-of-n {most}; {'; '.join(said)}")
 
 
 def best_of_n_curve(study: Study) -> dict[int, float]:
     """n → mean reward of the best of n, over seeds, from the arm with the largest n."""
-    names = [name for name in study.names if name.startswith("best-of-")]
-    if not names:
-        return {}
-    lines = study.seeds(max(names, key=lambda name: study.arm(name).number)).values()
+    largest = largest_best_of_n(study)
+    lines = study.seeds(largest).values() if largest else ()
     curves = [{int(point["n"]): float(point["mean"]) for point in _points(line)} for line in lines if _points(line)]
     return {n: float(np.mean([curve[n] for curve in curves])) for n in curves[0]} if curves else {}
+
+
+def largest_best_of_n(study: Study) -> str | None:
+    names = [name for name in study.names if name.startswith("best-of-")]
+    return max(names, key=lambda name: study.arm(name).number, default=None)
 
 
 def _points(line: Mapping[str, object]) -> list[Mapping[str, float]]:
@@ -331,22 +347,26 @@ def _points(line: Mapping[str, object]) -> list[Mapping[str, float]]:
 
 
 def best_loss(study: Study) -> Finding:
-    """Which is best is what is told, for each k; tests say how sure it is."""
+    """Which is best is what is told, for each k; tests say how sure it is.
+
+    The best is chosen by the texts that judge it: p is multiplied by how many others it was chosen from (Bonferroni).
+    """
     tests, order, said = [], [], []
     for k in SAMPLES:
-        names = by_reward(study, losses(study, k))
+        names = by_gain(study, losses(study, k))
         if len(names) < 3:
             continue
         best, second = names[:2]
-        order.append(f"{best} of {len(names)} with {k} samples")
-        tests += differences(study, [(best, second)], (study.judge,))
-        if hinge(k) not in (best, second):
-            tests += differences(study, [(best, hinge(k))], (study.judge,))
-        levels = {name: np.nanmean(study.rewards(name, study.judge)) for name in names[:5]}
+        order.append(f"of {len(names)} losses with {k} samples {best}")
+        others = dict.fromkeys([second, hinge(k)] if best != hinge(k) else [second])
+        for test in differences(study, [(best, other) for other in others], (study.judge,)):
+            p = min(1.0, (len(names) - 1) * test.estimate.p)
+            tests.append(replace(test, estimate=replace(test.estimate, p=p)))
+        levels = {name: gained(study, name) for name in names[:5]}
         most = ", ".join(
-            f"{name} {level:.3f} (KL {mean(study.numbers(name, 'kl', 'mean'), 1)})" for name, level in levels.items()
+            f"{name} {level:+.3f} (KL {mean(study.numbers(name, 'kl', 'mean'), 1)})" for name, level in levels.items()
         )
-        said.append(f"{k} samples, by {study.judge} reward, at each arm's own KL: {most}")
+        said.append(f"{k} samples, gain in {study.judge} reward at each arm's own KL: {most}")
     return Finding(tests, "; ".join(said), "; ".join(order) or None)
 
 
@@ -409,7 +429,7 @@ def cheaper_than_ppo(study: Study) -> Finding:
         for name, (models, memory, seconds) in (("RRHF-DP", ours), ("PPO", theirs))
     )
     own = HOLDS if all(a < b for a, b in zip(ours, theirs)) else FAILS if ours[0] >= theirs[0] else OPEN
-    return Finding((), said + " (holds: less of all three)", own)
+    return Finding((), said + " (holds: less of all three)", own, ("RRHF-DP", "PPO"))
 
 
 def starts_end_alike(study: Study) -> Finding:
@@ -420,7 +440,8 @@ def starts_end_alike(study: Study) -> Finding:
     near = NEAR * float(study.numbers("RRHF-P", "proxy", "start_std").mean())
     alike = HOLDS if found.low >= -near and found.high <= near else OPEN
     own = FAILS if found.low > near or found.high < -near else alike
-    return Finding((), f"RRHF-P-after-SFT − RRHF-P: {found} (holds: within ±{near:.3f}, {NEAR} of ρ's spread)", own)
+    said = f"RRHF-P-after-SFT − RRHF-P: {found} (holds: within ±{near:.3f}, {NEAR} of ρ's spread)"
+    return Finding((), said, own, ("RRHF-P-after-SFT", "RRHF-P"))
 
 
 def beats_sft_on_one_system(study: Study) -> Finding:
@@ -445,7 +466,8 @@ CLAIMS = [
     Claim("g", "more rounds are better: IP-1 < IP-2 < IP-3, in gold reward too", "HH: −1.02, −0.96, −0.94",
           "here the rounds share the optimiser steps of one; the paper's add steps", rounds_help),
     Claim("h", "OP-k without KL hacks the reward, with KL less",
-          "HH: OP-32 0.34 at perplexity 63.78, with KL −0.86 at 19.76", "hacking is the gap of two imperfect rewards",
+          "HH: OP-32 0.34 at perplexity 63.78, with KL −0.86 at 19.76",
+          "both rewards are imperfect, on scales of their own; more steps hack more",
           hacks_without_kl),
     Claim("i", "the accuracy of p_i as a reward rises far above ρ's", "HH, Table 5: 45.13 % → 61.75 % (PPO: 46.03 %)",
           "on IMDB the reward that trains orders ρ's own samples; on HH, as in the paper, people do", accuracy_rises),

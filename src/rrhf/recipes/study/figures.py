@@ -25,6 +25,7 @@ WITH = ["RRHF-DP", "loss:logistic", "DPO+sft-weight-1"]
 WITHOUT = ["RRHF-DP+no-sft", "loss:logistic+no-sft", "DPO", "SimPO"]
 
 
+POINT = "a point a learning rate (the mean of its seeds, which may be one)"
 Picture = tuple[str, str, Draw, tuple[float, float]]
 WIDE = (8.5, 4.6)
 
@@ -33,14 +34,21 @@ def figures(study: Study) -> list[Picture]:
     """Name, caption, drawing and size in inches of each figure that the results can fill."""
     found: list[Picture] = []
     if study.seeds(WATCHED):
-        caption = "Loss and reward over an RRHF-DP training: mean and range over seeds (Figure 3 of the paper)"
+        (rate, *_) = {line["learning_rate"] for line in study.seeds(WATCHED).values()}
+        caption = (
+            f"Loss and reward over an RRHF-DP training at the rate {rate:g}: mean and range over seeds (Figure 3 of "
+            "the paper)"
+        )
         found.append(("training", caption, training(study), (7.0, 3.0)))
-        caption = "Proxy and gold reward over an RRHF-DP training"
+        caption = f"Proxy and gold reward over an RRHF-DP training at the rate {rate:g}"
         found.append(("over-optimisation", caption, over_optimisation(study), (5.0, 3.0)))
     if len([name for name in SOURCES if study.numbers(name, "training_scores", "mean").size]) > 1:
         caption = "π's reward against the mean and the mean maximum of its training samples, an arm a point"
         found.append(("sources", caption, sources(study), (7.0, 3.2)))
-    caption = "Reward against KL to ρ, an arm a point, with its name where there is room. Higher at equal KL is better"
+    caption = (
+        "Reward against KL to ρ (of best-of-n a bound), an arm a point, with its name where there is room. Higher at "
+        "equal KL is better"
+    )
     found.append(("frontier", caption, against(study, ("kl", "mean"), "KL to ρ, nats a response"), WIDE))
     caption = "Reward against perplexity under ρ, an arm a point"
     found.append(("perplexity", caption, against(study, ("perplexity",), "perplexity under ρ"), WIDE))
@@ -56,14 +64,11 @@ def _of_losses(study: Study) -> list[Picture]:
     for k in SAMPLES:
         names = losses(study, k)
         if len(names) > 2:
-            caption = f"Losses on the same {k} samples of ρ a query: gain against KL to ρ, a point a learning rate"
+            caption = f"Losses on the same {k} samples of ρ a query: gain against KL to ρ, {POINT}"
             found.append((f"losses-{k}", caption, frontiers(study, names, ending=SAMPLES[k]), WIDE))
     both = [name for name in (*WITH, *WITHOUT) if study.seeds(name)]
     if set(both) & {"RRHF-DP+no-sft", "DPO+sft-weight-1"}:
-        caption = (
-            "Ranking losses with Eq. 5's cross-entropy and, dashed, without it: gain against KL to ρ, a point a "
-            "learning rate"
-        )
+        caption = f"Ranking losses with Eq. 5's cross-entropy and, dashed, without it: gain against KL to ρ, {POINT}"
         found.append(("cross-entropy", caption, frontiers(study, both, dashed=WITHOUT), WIDE))
     return found
 

@@ -40,10 +40,10 @@ def gains_at(study: Study, name: str, seed: int, distance: float, reward: str) -
     return None
 
 
-def at_equal_kl(study: Study, name: str, distance: float, reward: str, other: str | None = None) -> Estimate | None:
-    """The arm's gain at that KL, or its gain less that of ``other`` there, paired by seed and prompt.
+def values_at(study: Study, name: str, distance: float, reward: str, other: str | None = None) -> np.ndarray | None:
+    """The arm's gains [seeds, prompts] at that KL, or its gains less those of ``other`` there.
 
-    Over the seeds whose runs lie about it; None where there is none, or no such reward.
+    Of the seeds whose runs lie about it; None where there is none, or no such reward.
     """
     rows = []
     if reward not in study.known_rewards:
@@ -53,4 +53,10 @@ def at_equal_kl(study: Study, name: str, distance: float, reward: str, other: st
         against = np.zeros(1) if other is None else gains_at(study, other, seed, distance, reward)
         if found is not None and against is not None:
             rows.append(found - against)
-    return bootstrap(np.array(rows)) if rows else None
+    return np.array(rows) if rows else None
+
+
+def at_equal_kl(study: Study, name: str, distance: float, reward: str, other: str | None = None) -> Estimate | None:
+    """The mean of ``values_at``, with its interval."""
+    values = values_at(study, name, distance, reward, other)
+    return None if values is None else bootstrap(values)

@@ -33,9 +33,14 @@ def losses(study: Study, k: int) -> list[str]:
     return [name for name in named if grid and grid <= set(study.rates(name)) and study.seeds(name)]
 
 
-def by_reward(study: Study, names: Sequence[str]) -> list[str]:
-    """Arms, the one with the most reward first."""
-    return sorted(names, key=lambda name: -float(np.nanmean(study.rewards(name, study.judge))))
+def gained(study: Study, name: str) -> float:
+    """The mean over seeds of what an arm gained over ρ, in the reward that judges."""
+    return float(study.numbers(name, study.judge, "gain", "mean").mean())
+
+
+def by_gain(study: Study, names: Sequence[str]) -> list[str]:
+    """Arms, the one that gained most first; of rewards alone one would win whose seeds ρ itself does better from."""
+    return sorted(names, key=lambda name: -gained(study, name))
 
 
 def loops(line: Line) -> bool:
@@ -67,7 +72,7 @@ def compared(study: Study) -> list[str]:
 
 def _table(study: Study, names: Sequence[str], against: str) -> str:
     rows = []
-    for name in by_reward(study, names):
+    for name in by_gain(study, names):
         lines = list(study.seeds(name).values())
         runs = [line for line in study.lines if line["arm"] == name]
         rate = lines[0]["learning_rate"]

@@ -9,11 +9,12 @@ import numpy as np
 
 from rrhf.common.files import write_text
 from rrhf.common.presentation import NONE, markdown_table, number
+from rrhf.recipes.reproduce.arms import BEST_OF
 from rrhf.recipes.reproduce.plots import on_white
 from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.claims import MISSING, RIVALS, SEEDS, Claim, Finding, Test, judged, rivalries
 from rrhf.recipes.study.figures import figures
-from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
+from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl, values_at
 from rrhf.recipes.study.losses import compared
 from rrhf.recipes.study.results import Study, making
 from rrhf.recipes.study.statistics import components, shown
@@ -37,7 +38,8 @@ def _of_study(study: Study, page: Path) -> list[str]:
     if study.set_aside:
         return _confirmation(study)
     findings = judged(study)
-    parts = [_heading(study), _size(study), "### The claims", _rule(findings)]
+    tests = sum(len(finding.tests) for _, finding in findings)
+    parts = [_heading(study), _size(study), *_resolves(study, max(tests, 1)), "### The claims", _rule(tests)]
     parts += [_claim(claim, finding) for claim, finding in findings if finding.verdict != MISSING]
     missing = [f"({claim.letter}) {claim.text}" for claim, finding in findings if finding.verdict == MISSING]
     if missing:
@@ -57,16 +59,18 @@ def _of_study(study: Study, page: Path) -> list[str]:
 
 def _confirmation(study: Study) -> list[str]:
     """What a search has found, on the seeds and prompts that it has not seen."""
+    tests = rivalries(study)
     text = (
         f"The other arms against {', '.join(RIVALS)}, from seeds and on prompts that were set aside before a search "
         "for better ones began: differences in reward at equal KL, paired by seed and prompt; p-values are adjusted "
-        "together by Holm's method. That an arm is better there holds where its adjusted p is below 0.05."
+        f"together by Holm's method ({_count(len(tests), 'test')}). That an arm is better there holds where its "
+        "adjusted p is below 0.05."
     )
-    tests = rivalries(study)
     rows = [[test.what, str(test.estimate), _p(test), str(test.estimate.seeds), test.verdict] for test in tests]
     return [
         _heading(study) + ": confirmed where no search has looked",
-        _size(study), text, markdown_table(["difference", "estimate", "p, adjusted", "seeds", "it is better"], rows),
+        _size(study), *_resolves(study, max(len(tests), 1)), text,
+        markdown_table(["difference", "estimate", "p, adjusted", "seeds", "it is better"], rows),
         "### Every arm", _arms(study), *_at_equal_kl(study),
     ]  # fmt: skip
 
@@ -96,26 +100,51 @@ def _size(study: Study) -> str:
         f"{first['n']} held-out prompts with {_responses(study)} each from every seed; code {commits}.",
         "Intervals are of 95 % by a bootstrap over seeds and prompts together (both drawn anew, all seeds share the "
         "prompts), widened for few seeds: their width and the p-values are those of Student's t with the standard "
-        "error and the degrees of freedom of Hillis (2007). Differences are paired by seed and prompt.",
+        "error and the degrees of freedom of Hillis (2007). Differences are paired by seed and prompt. What is one "
+        "number a training (accuracies, correlations, deviations, spreads) has the interval of Student's t over seeds.",
     ]
     asked = dict.fromkeys(setting for line in study.lines for setting in line["asked"])
     if asked:
         said.append("Laid over the scale's own settings: " + ", ".join(f"`{setting}`" for setting in asked) + ".")
-    pilot = [name for name in ("RRHF-DP", "RRHF-BP", "PPO") if len(study.common(name, "start")) > 1]
-    for name in pilot:
-        shared = study.common(name, "start")
-        for reward in study.known_rewards:
-            values = study.rewards(name, reward, shared) - study.rewards("start", reward, shared)
-            if not np.isfinite(values).all():
-                continue
-            found = components(values)
-            said.append(
-                f"{name}, gain in {reward}: variances {found.seed:.4f} of seeds, {found.prompt:.4f} of prompts, "
-                f"{found.rest:.4f} of the rest; {len(shared)} seeds and {values.shape[1]} prompts find a difference of "
-                f"{found.resolvable(len(shared), values.shape[1]):.3f} in 80 of 100 studies, 10 seeds one of "
-                f"{found.resolvable(10, values.shape[1]):.3f}."
-            )
     return "\n\n".join(said)
+
+
+PILOT = (("RRHF-DP", "start"), ("RRHF-DP", "RRHF-BP"), ("RRHF-DP", "PPO"))  # differences that a size is told by
+
+
+def _resolves(study: Study, tests: int) -> list[str]:
+    """What differences this size, and ten seeds, can be expected to find, by the variances that are seen."""
+    known: list[tuple[str, np.ndarray | None]] = []
+    reward, least = study.judge, SEEDS if study.set_aside else 2
+    if study.set_aside:
+        others = [name for name in study.names if name not in (*RIVALS, "start")]
+        most = max(others, key=lambda name: len(study.common_of_any_rate(name)), default="")
+        known = [
+            (f"{most} − {rival} at KL {distance:g}, {reward}", values_at(study, most, distance, reward, rival))
+            for rival in RIVALS for distance in DISTANCES if rival in study.names
+        ]  # fmt: skip
+    else:
+        for name, other in PILOT:
+            seeds = study.common(name, other)
+            values = study.rewards(name, reward, seeds) - study.rewards(other, reward, seeds) if seeds else None
+            known.append((f"{name} − {'ρ' if other == 'start' else other}, {reward}", values))
+    rows = []
+    for what, values in known:
+        if values is None or len(values) < least or not np.isfinite(values).all():
+            continue
+        found, (seeds, prompts) = components(values), values.shape
+        sizes = (found.resolvable(count, prompts, at_once) for count in (seeds, 10) for at_once in (1, tests))
+        variances = (found.seed, found.prompt, found.rest)
+        rows.append([what, str(seeds), *(f"{each:.4f}" for each in variances), *(f"{size:.3f}" for size in sizes)])
+    if not rows:
+        return []
+    header = ["difference", "seeds", "variance of seeds", "of prompts", "of the rest", "found, alone",
+              f"first of {tests} tests", "10 seeds, alone", f"10 seeds, first of {tests}"]  # fmt: skip
+    text = (
+        "What this size can resolve: the difference that 80 of 100 such studies find, by the variances seen here, as "
+        "a test alone and as the first of all of this section's in Holm's method."
+    )
+    return [text, markdown_table(header, rows)]
 
 
 def _responses(study: Study) -> str:
@@ -124,10 +153,9 @@ def _responses(study: Study) -> str:
     return " or ".join("one response" if number == 1 else f"{number} responses" for number in numbers)
 
 
-def _rule(findings: Sequence[tuple[Claim, Finding]]) -> str:
-    count = sum(len(finding.tests) for _, finding in findings)
+def _rule(tests: int) -> str:
     return (
-        f"The section makes {_count(count, 'test')}; p-values are adjusted together by Holm's method, so that the "
+        f"The section makes {_count(tests, 'test')}; p-values are adjusted together by Holm's method, so that the "
         "chance of any false finding is at most 5 %. A claim holds where each of its tests points its way with an "
         "adjusted p below 0.05, fails where one points the other way, and is not resolved otherwise; claims without "
         f"tests say their rule. Fewer than {SEEDS} seeds resolve nothing, whatever the interval over prompts says."
@@ -166,8 +194,9 @@ def _arms(study: Study) -> str:
         rows.append([
             name, str(len(lines)), NONE if rate is None else f"{rate:g}",
             *(shown(study.gain(name, reward)) for reward in REWARDS),
+            ("≤ " if study.arm(name).kind == BEST_OF else "") + _mean(study, name, 1, "kl", "mean"),
             *(_mean(study, name, digits, *path) for digits, path in (
-                (1, ("kl", "mean")), (1, ("perplexity",)), (1, ("length_mean",)), (3, ("distinct_2",)),
+                (1, ("perplexity",)), (1, ("length_mean",)), (3, ("distinct_2",)),
                 (3, ("looping",)), (3, ("accuracy", "pi", "mean")),
             )),
             number(float(np.median(seconds)), 0),
@@ -181,16 +210,16 @@ def _at_equal_kl(study: Study) -> list[str]:
     for name in study.names:
         found = [at_equal_kl(study, name, distance, study.judge) for distance in DISTANCES]
         if any(found):
-            seeds = max(one.seeds for one in found if one)
-            rows.append((-max(one.mean for one in found if one), [name, str(seeds), *map(shown, found)]))
+            cells = [f"{shown(one)} ({one.seeds})" if one else NONE for one in found]
+            rows.append((-max(one.mean for one in found if one), [name, *cells]))
     if not rows:
         return []
     text = (
         f"Gain in {study.judge} reward where an arm is so many nats a response from ρ: linear in √KL between two runs "
-        "of a seed at different rates, one nearer and one further; over the seeds that have such two. More KL buys "
-        "more reward, so that the arms' rows above, each at its own rate, do not say this."
+        "of a seed at different rates, one nearer and one further; over the seeds that have such two, in brackets how "
+        "many. More KL buys more reward, so that the arms' rows above, each at its own rate, do not say this."
     )
-    header = ["arm", "seeds", *(f"KL {distance:g}" for distance in DISTANCES)]
+    header = ["arm", *(f"KL {distance:g}" for distance in DISTANCES)]
     return [
         f"### {study.judge.capitalize()} reward at equal KL",
         text,
