@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import copy
+import gc
 import importlib.util
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ TOKENIZER = tiny_tokenizer()
 def measured_peak(trainer: Any) -> int:
     """The most that tensors take at a time in training, by what the allocator was asked for, with the weights."""
     weights = storage_bytes([*trainer.model.parameters(), *trainer.model.buffers()])
+    gc.collect()  # what is freed while it counts must have been taken while it counts
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         trainer.train()
     events = [event for event in profile.profiler.kineto_results.events() if event.name() == "[memory]"]
@@ -111,6 +114,10 @@ def test_a_plan_disturbs_nothing(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), before)
     assert not trainer.model.training
     assert all(parameter.grad is None for parameter in trainer.model.parameters())
+    alive = weakref.ref(next(trainer.model.parameters()))
+    del trainer
+    gc.collect()
+    assert alive() is None  # nor does it hold the model
 
 
 MODEL = {"parameters": 1_000_000_000, "width": 2048, "layers": 16}

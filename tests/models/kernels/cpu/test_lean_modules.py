@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import gc
+import weakref
 from collections.abc import Callable
 from typing import Any
 
@@ -172,6 +174,19 @@ def test_a_norm_made_again_serves_all_its_users_and_a_second_backward_pass() -> 
         first = torch.autograd.grad(graph, x, retain_graph=True)[0]
         assert torch.allclose(first, stock, atol=1e-5)
         assert torch.equal(torch.autograd.grad(graph, x)[0], first)
+
+
+def test_a_graph_that_no_backward_pass_goes_through_is_let_go() -> None:
+    """exp keeps its own result, as attention does: kept as it is, it would hold itself and all that it came from."""
+    model = tiny_model("llama")
+    with lean(model):
+        x = torch.randn(3, 32, requires_grad=True)
+        result = model.model.layers[0].input_layernorm(x).exp()
+    alive = weakref.ref(x)
+    assert alive() is not None
+    del x, result
+    gc.collect()
+    assert alive() is None
 
 
 def test_a_result_changed_in_place_is_kept_as_it_is() -> None:

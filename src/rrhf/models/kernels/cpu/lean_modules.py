@@ -113,7 +113,7 @@ def _pack(tensor: Tensor) -> Any:
     whole = tensor if tensor._base is None else tensor._base
     remade: _Remade | None = getattr(whole, _REMADE, None)
     if remade is None or tensor.dtype != whole.dtype or tensor._version != remade.version:
-        return tensor
+        return tensor.detach()  # an operation's own result would hold it, and it that result, until a backward pass
     remade.users += 1
     return remade, tensor.shape, tensor.stride(), tensor.storage_offset()
 
