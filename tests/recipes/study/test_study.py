@@ -301,7 +301,7 @@ def test_a_point_of_the_losses_picture_is_the_mean_over_seeds(file: Path) -> Non
     assert mean_point(study, "DPO", 3e-4, "gold") is None
 
 
-def test_results_without_a_gold_reward_make_a_page(file: Path) -> None:
+def test_results_without_a_gold_reward_make_a_page(file: Path, tmp_path: Path) -> None:
     """As those of HH are: what needs gold is left out, losses are in the order of the reward that trains."""
     lines = [{**one, "prompts": {"proxy": one["prompts"]["proxy"]}, "asked": ["score.reward=[rm]"]}
              for one in read_study(file).lines]  # fmt: skip
@@ -310,6 +310,10 @@ def test_results_without_a_gold_reward_make_a_page(file: Path) -> None:
     page = file.parent.parent / "without.md"
     write_page([read_study(kept)], page)
     text = page.read_text()
+    elsewhere = tmp_path / "pages" / "page.md"  # not above its results
+    write_page([read_study(kept)], elsewhere)
+    (named,) = re.findall(r"lines in `(.*)` by", elsewhere.read_text())
+    assert named.startswith("../") and (elsewhere.parent / named).resolve() == kept.resolve()
     assert "## imdb at the scale micro, no-gold" in text and "settings: `score.reward=[rm]`." in text
     assert "### Proxy reward at equal KL" in text and "proxy less the hinge's" in text
     assert ", gold:" not in text and "RRHF-DP − ρ, proxy" in text and "gain in gold" not in text

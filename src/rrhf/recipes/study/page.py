@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -83,7 +84,8 @@ def _heading(study: Study) -> str:
 
 
 def _beside(file: Path, page: Path) -> str:
-    return Path(file).absolute().relative_to(page.absolute().parent).as_posix()
+    """Where a file lies, as seen from the page."""
+    return Path(os.path.relpath(Path(file).absolute(), page.absolute().parent)).as_posix()
 
 
 def _size(study: Study) -> str:
