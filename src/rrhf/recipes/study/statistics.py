@@ -104,9 +104,14 @@ def standard_error(values: np.ndarray) -> tuple[float, float]:
         return (float(filled.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0), max(count - 1, 1)
     seeds, prompts = filled.shape
     of_seed, of_prompt, rest = _mean_squares(filled)
-    total = of_seed + max(of_prompt - rest, 0.0)
+    return _error(of_seed, max(of_prompt - rest, 0.0), seeds, prompts)
+
+
+def _error(of_seed: float, more: float, seeds: int, prompts: int) -> tuple[float, float]:
+    """By the mean square of seeds and what that of prompts is ``more`` than the rest's."""
+    total = of_seed + more
     freedom = total**2 * (seeds - 1) / of_seed**2 if of_seed else float(prompts - 1)
-    return math.sqrt(total / filled.size), freedom
+    return math.sqrt(total / (seeds * prompts)), freedom
 
 
 def _complete(values: np.ndarray) -> np.ndarray:
@@ -137,10 +142,7 @@ class Components:
 
     def standard_error(self, seeds: int, prompts: int) -> tuple[float, float]:
         """Of the mean over so many seeds and prompts, and its degrees of freedom, as the function of that name."""
-        of_seed = self.rest + prompts * self.seed
-        total = of_seed + seeds * self.prompt
-        freedom = total**2 * (seeds - 1) / of_seed**2 if of_seed else float(prompts - 1)
-        return math.sqrt(total / (seeds * prompts)), freedom
+        return _error(self.rest + prompts * self.seed, seeds * self.prompt, seeds, prompts)
 
     def resolvable(self, seeds: int, prompts: int, tests: int = 1) -> float:
         """The difference that 80 of 100 studies of that size find by a two-sided test at 5 %, by Student's t.
