@@ -33,7 +33,13 @@ from rrhf.training.windows import FOLDER as WINDOWS
 KL_FILE, RATE_FILE, PAIRS_FILE = "kl.jsonl", "rate.json", "accuracy.json"
 
 
-def result_of(work: Work) -> dict[str, Any]:
+def result_of(work: Work, trained_before: bool = False) -> dict[str, Any]:
+    """The row of an item that is complete.
+
+    Args:
+        work: the item.
+        trained_before: whether another process trained it, whose peak of memory is not known here.
+    """
     item, run, config = work.item, work.run, work.config
     arm, samples = item.arm, work.scale.held_out_samples
     generations = run.folder / "evaluation.generations.jsonl"
@@ -62,7 +68,7 @@ def result_of(work: Work) -> dict[str, Any]:
         "steps": arm.trainings * (work.scale.steps // arm.rounds * arm.rounds) if arm.has_rate else 0,
         **_tokens(work),
         "models_resident": training.get("models_resident") or models_resident(arm, config),
-        "peak_memory_bytes": measure.peak_memory(config.model.device),
+        "peak_memory_bytes": None if trained_before else measure.peak_memory(config.model.device),
         "seconds": measure.seconds(run.timings),
         "load": measure.load(),
         "processors": os.cpu_count(),

@@ -112,7 +112,7 @@ def cost_table(rows: Sequence[Row]) -> Cells:
                 for name in ("steps", "samples", "tokens_sampled", "tokens_trained")
             ),
             number(row.mean("models_resident"), 0),
-            number((row.mean("peak_memory_bytes") or 0) / 1e9, 2),
+            NONE if (peak := row.mean("peak_memory_bytes")) is None else number(peak / 1e9, 2),
             number(sum(row.seconds.values()), 0),
             ", ".join(f"{name} {seconds:.0f}" for name, seconds in row.seconds.items() if seconds >= 0.5),
         ]

@@ -50,9 +50,10 @@ def carry(work: Work) -> dict[str, Any]:
         shutil.rmtree(run.folder)  # it was removed, or a part of it, while the arm ran: the configuration stands first
     run.remember_config(work.noted)
     set_up_logging(run.log)
+    trained_before = arm.has_rate and is_trained(work.last.model)
     with _rho_texts(work):
         KINDS[arm.kind](work)
-        result = result_of(work)
+        result = result_of(work, trained_before)
     set_up_logging(work.place.log)
     return result
 

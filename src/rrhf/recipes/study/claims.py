@@ -414,7 +414,7 @@ def _spreads(study: Study, name: str) -> dict[int, float]:
 
 
 def cheaper_than_ppo(study: Study) -> Finding:
-    if not study.seeds("RRHF-DP") or not study.seeds("PPO"):
+    if not all(study.numbers(name, "peak_memory_bytes").size for name in ("RRHF-DP", "PPO")):
         return Finding()
 
     def cost(name: str) -> tuple[float, float, float]:
