@@ -105,6 +105,13 @@ def test_rrhf_after_an_sft_of_its_own(model: Path, tmp_path: Path) -> None:
     judged = tiny.read_rows(folder / "out/shared/pairs.jsonl")
     assert [row["id"] for row in judged] == [row["id"] for row in held_out[::2]] and judged[0]["scores"]
     assert found["RRHF-P"]["accuracy"]["n"] == 3
+    (kept,) = (folder / "out/results").glob("RRHF-P-seed-0-*.json")
+    before = json.loads(kept.read_text())
+    kept.unlink()
+    tiny.warm(*command, cwd=folder).done()  # all of it but the result is there
+    after = json.loads(kept.read_text())
+    assert before["peak_memory_bytes"] > 1e8 and after["peak_memory_bytes"] is None  # another process trained it
+    assert {**before, **dict.fromkeys(UNEQUAL)} == {**after, **dict.fromkeys(UNEQUAL)}
 
 
 @pytest.mark.parametrize("apart", [False, True])
