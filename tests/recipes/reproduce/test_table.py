@@ -154,6 +154,9 @@ def test_the_commit_that_trained_is_not_the_one_that_evaluated_anew(tmp_path: Pa
     found = {"environments": [{"versions": {"rrhf": name}, "stages": stages} for name, stages in each]}
     (tmp_path / "environment.json").write_text(json.dumps(found))
     assert trained_at(RunFolder(tmp_path)) == "old"
+    assert trained_at(RunFolder(tmp_path), trained_before=True) == "old"
+    assert trained_at(RunFolder(tmp_path / "bare"), trained_before=True) is None  # PPO's folder does not say
+    assert trained_at(RunFolder(tmp_path / "bare")) not in (None, "old")
 
 
 def test_texts_with_separators_of_lines_are_one_line(tmp_path: Path) -> None:

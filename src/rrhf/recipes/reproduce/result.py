@@ -73,19 +73,19 @@ def result_of(work: Work, trained_before: bool = False) -> dict[str, Any]:
         "load": measure.load(),
         "processors": os.cpu_count(),
         "commit": commit(),
-        "trained_at": trained_at(run) if arm.has_rate else None,
+        "trained_at": trained_at(run, trained_before) if arm.has_rate else None,
         "model": model_digest(config.model.model)[:16],
         "config": work.noted,
         "asked": list(work.scale.asked),
     }
 
 
-def trained_at(run: RunFolder) -> str:
-    """The commit that trained the model, which an evaluation anew can be later than."""
+def trained_at(run: RunFolder, trained_before: bool = False) -> str | None:
+    """The commit that trained the model, which an evaluation anew can be later than; None where nothing kept it."""
     for environment in read_object(run.environment).get("environments", []):
         if "train" in environment["stages"]:
             return str(environment["versions"]["rrhf"])
-    return commit()
+    return None if trained_before else commit()
 
 
 def _rate_reward(work: Work) -> float:
