@@ -18,7 +18,7 @@ from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, balance, judged, rivalries
 from rrhf.recipes.study.figures import figures, mean_point
 from rrhf.recipes.study.frontier import at_equal_kl
-from rrhf.recipes.study.losses import compared, losses
+from rrhf.recipes.study.losses import by_gain, compared, losses
 from rrhf.recipes.study.page import write_page
 from rrhf.recipes.study.results import Study, export, read_study, take
 
@@ -268,6 +268,11 @@ def test_the_best_loss_is_named_for_each_number_of_samples(file: Path) -> None:
         ("DPO − loss:listmle, gold", HOLDS), ("DPO − RRHF-DP, gold", HOLDS),
         ("DPO+diverse-8 − loss:listmle+diverse-8, gold", HOLDS), ("DPO+diverse-8 − RRHF-DP+diverse-8, gold", HOLDS),
     ]  # fmt: skip
+    easy = [
+        {**line("DPO", seed), "gold": {"gain": {"mean": 0.1}}} for seed in range(SEEDS)
+    ]  # ρ does well from its seeds
+    less = Study([one for one in study.lines if one["arm"] != "DPO"] + easy, file)
+    assert by_gain(less, ["DPO", "RRHF-DP"]) == ["RRHF-DP", "DPO"]
     at_4, table_4, at_8, table_8 = compared(both)[2:]
     assert at_4 == "#### 4 samples of ρ a query" and at_8 == "#### 8 samples of ρ a query"
     order = [row.split(" | ")[0].strip("| ") for row in table_8.splitlines()[2:]]
@@ -315,6 +320,8 @@ def test_results_without_a_gold_reward_make_a_page(file: Path, tmp_path: Path) -
     (named,) = re.findall(r"lines in `(.*)` by", elsewhere.read_text())
     assert named.startswith("../") and (elsewhere.parent / named).resolve() == kept.resolve()
     assert "## imdb at the scale micro, no-gold" in text and "settings: `score.reward=[rm]`." in text
+    equal = text[text.index("### Proxy reward at equal KL") :]
+    assert re.search(r"\| DPO \| [^|]* \(1\) \|", equal) and re.search(r"\| PPO \| [^|]* \(3\) \|", equal)
     assert "### Proxy reward at equal KL" in text and "proxy less the hinge's" in text
     assert ", gold:" not in text and "RRHF-DP − ρ, proxy" in text and "gain in gold" not in text
     assert (page.parent / "without" / "imdb-micro-no-gold-frontier.svg").exists()
@@ -366,6 +373,7 @@ def test_the_page_names_every_arm_and_its_lines_can_be_run_again(file: Path) -> 
     text = page.read_text()
     for name in LEVEL:
         assert f"| {name} |" in text
+    assert re.search(r"\| best-of-4 \| 6 \| – \|.*\| ≤ 3.0 \|", text) and re.search(r"\| SFT \| 6 \|.*\| 3.0 \|", text)
     assert "**(a) RRHF raises the reward over ρ: holds.**" in text and "10 seeds, first of" in text
     for picture in re.findall(r"\]\(([^)]+\.svg)\)", text):
         assert (page.parent / picture).read_text().rstrip().endswith("</svg>")
