@@ -268,9 +268,7 @@ def test_the_best_loss_is_named_for_each_number_of_samples(file: Path) -> None:
         ("DPO − loss:listmle, gold", HOLDS), ("DPO − RRHF-DP, gold", HOLDS),
         ("DPO+diverse-8 − loss:listmle+diverse-8, gold", HOLDS), ("DPO+diverse-8 − RRHF-DP+diverse-8, gold", HOLDS),
     ]  # fmt: skip
-    easy = [
-        {**line("DPO", seed), "gold": {"gain": {"mean": 0.1}}} for seed in range(SEEDS)
-    ]  # ρ too does well
+    easy = [{**line("DPO", seed), "gold": {"gain": {"mean": 0.1}}} for seed in range(SEEDS)]  # ρ too does well
     less = Study([one for one in study.lines if one["arm"] != "DPO"] + easy, file)
     assert by_gain(less, ["DPO", "RRHF-DP"]) == ["RRHF-DP", "DPO"]
     at_4, table_4, at_8, table_8 = compared(both)[2:]
