@@ -59,10 +59,8 @@ def masked_mean(x: Tensor, mask: Tensor) -> Tensor:
     return (x * mask).sum() / mask.sum()
 
 
-def experience(
-    logprobs: Tensor, reference: Tensor, values: Tensor, mask: Tensor, scores: Sequence[float], s: Settings
-) -> tuple[Tensor, Tensor]:
-    """Normalised advantages and returns, [R, T]."""
+def token_rewards(logprobs: Tensor, reference: Tensor, mask: Tensor, scores: Sequence[float], s: Settings) -> Tensor:
+    """The penalties, and the scores at the last tokens, [R, T]."""
     rewards = -s.beta * (logprobs - reference) * mask
     for i, score in enumerate(scores):
         rewards[i, int(mask[i].sum()) - 1] += score
@@ -70,6 +68,20 @@ def experience(
         mean = masked_mean(rewards, mask)
         spread = torch.sqrt(masked_mean((rewards - mean) ** 2, mask))
         rewards = ((rewards - mean) / spread + mean) * mask
+    return rewards
+
+
+def mean_return(rewards: Tensor, mask: Tensor, s: Settings) -> float:
+    """What follows a token, discounted, the mean over all tokens."""
+    found = []
+    for i in range(len(rewards)):
+        row = rewards[i, : int(mask[i].sum())].tolist()
+        found += [sum(s.gamma ** (u - t) * row[u] for u in range(t, len(row))) for t in range(len(row))]
+    return sum(found) / len(found)
+
+
+def experience(rewards: Tensor, values: Tensor, mask: Tensor, s: Settings) -> tuple[Tensor, Tensor]:
+    """Normalised advantages and returns, [R, T]."""
     advantages = torch.zeros_like(rewards)
     for i in range(len(rewards)):
         last = 0.0

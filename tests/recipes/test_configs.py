@@ -32,7 +32,15 @@ VARIES: dict[str, dict[str, set[str]]] = {
         "hh-op32": DP | {"train.resample_steps"},
         "hh-op32-kl": DP | {"train.resample_steps", "score.kl_beta"},
         "hh-r": DP | {"train.resample_steps", "train.ranking_loss"},
-        "raft": DP | {"data.provided", "iterations", "train.ranking_loss"},
+        "raft": {
+            "sample.policy",
+            "sample.top_p",
+            "sample.temperature",
+            "sample.num_responses",
+            "data.provided",
+            "iterations",
+            "train.ranking_loss",
+        },
     },
     "imdb": {
         "imdb-bp": set(),

@@ -156,6 +156,25 @@ def test_the_reference_is_the_model_as_it_was_before_the_first_step(tmp_path: Pa
         trainer.evaluate(toy_records(2, seed=9))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_dropout_is_off_where_ratios_are_taken(checkpointing: bool, tmp_path: Path) -> None:
+    """At the first step π is ρ: a pair costs log 2, and a response whose advantage is A costs −A, which sum to 0."""
+    records = toy_records(4, seed=1, responses=(2, 4))
+    asked = {"gradient_checkpointing": checkpointing, "max_steps": 1}
+    dpo = trained(tiny_model("gpt2", len(TOKENIZER)), tmp_path, records, ranking_loss="dpo", **asked)
+    layers = [module for module in dpo.model.modules() if getattr(module, "gradient_checkpointing", False)]
+    assert bool(layers) == checkpointing and all(module.training for module in layers)  # or they would not
+    pairs = dpo.state.log_history[0]["rank_loss"] / math.log(2)
+    assert pairs == pytest.approx(round(4 * pairs) / 4, abs=1e-5)
+    model = tiny_model("gpt2", len(TOKENIZER))
+    drawn = RRHFTrainer(model=model, args=step(tmp_path), train_dataset=records, processing_class=TOKENIZER)
+    filled = drawn.with_token_logprobs([scored(record) for record in records])
+    grpo = trained(tiny_model("gpt2", len(TOKENIZER)), tmp_path, filled, ranking_loss="grpo", **asked)
+    assert abs(grpo.state.log_history[0]["rank_loss"]) < 1e-5
+    rrhf = trained(tiny_model("gpt2", len(TOKENIZER)), tmp_path, records, **asked)
+    assert rrhf.model.training and all(module.training for module in rrhf.model.modules())  # as ever
+
+
 def test_an_adapter_is_switched_off_for_the_reference(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     lora = peft.LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=False)

@@ -16,10 +16,10 @@ from rrhf.models.passes import response_logprobs
 from rrhf.models.tokenization import TextFormat
 from rrhf.records.duplicates import merge_duplicates
 from rrhf.records.files import read_records
-from rrhf.records.record import Record
+from rrhf.records.record import DRAWN_TOKENS, Record
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.logprob import LogprobModel, fill_sums, reference_sums_name
-from rrhf.sampling.sampler import sample
+from rrhf.sampling.sampler import Sampler, sample
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.batching import MicroBatchSampler, Steps, StepSampler
 from rrhf.training.config import RRHFConfig
@@ -136,6 +136,15 @@ def test_losses_over_tokens_read_the_policy_that_sampled(model: str, tmp_path: P
     for column in ("old_token_logprobs", "reference_token_logprobs"):
         found = [value for record in records for row in record.extra[column] for value in row]
         assert found == pytest.approx(wanted.tolist(), abs=1e-5), column
+    # The tokens are those that were drawn, which their texts need not become again, and equal responses stay apart.
+    sampled = [r.keeping(range(r.sources.index("top-p/0"), len(r.responses))) for r in records]
+    asked = [replace(record.without_responses(), extra={}) for record in records]
+    sampler = Sampler(policy, tokenizer, SAMPLING)
+    drawn = {i: [one.drawn for one in found] for i, _, found in sampler.respond_in_tokens(asked)}
+    assert [record.extra[DRAWN_TOKENS] for record in sampled] == [drawn[i] for i in range(len(records))]
+    assert [list(row.responses) for row in encoded] == [drawn[i] for i in range(len(records))]
+    plain = [TextFormat(tokenizer).encode_record(replace(record, extra={}), 64) for record in records]
+    assert [row.responses for row in plain] != [row.responses for row in encoded]
     with pytest.raises(UserError, match="give --reference_model"):
         args = config(tmp_path / "dpo", ranking_loss="dpo")
         trainer(model, args, OnlineRecords(tiny.rows(4), Online(SAMPLING, [vowels])))

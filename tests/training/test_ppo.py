@@ -120,7 +120,11 @@ def test_three_rollouts_are_the_oracles(value_model: bool) -> None:
         with torch.no_grad():
             old, old_values, mask = oracle.forward(policy, head, rows, value)
             reference, _, _ = oracle.forward(ppo.models.reference, head, rows)
-            advantages, returns = oracle.experience(old, reference, old_values, mask, scores.tolist(), s)
+            rewards = oracle.token_rewards(old, reference, mask, scores.tolist(), s)
+            if rollout == 0:
+                head.bias.fill_(oracle.mean_return(rewards, mask, s))
+                old_values = old_values + head.bias
+            advantages, returns = oracle.experience(rewards, old_values, mask, s)
         inside = mask.bool()
         found = ppo._measured(records, scores, 0)
         assert torch.allclose(found.advantages, advantages[inside], atol=1e-5)
@@ -144,6 +148,24 @@ def test_three_rollouts_are_the_oracles(value_model: bool) -> None:
     mine, theirs = list(weights(ppo).values()), [p.detach() for p in trained]
     assert len(mine) == len(theirs) and all(torch.allclose(a, b, atol=1e-5) for a, b in zip(mine, theirs, strict=True))
     assert max(float((a - b).abs().max()) for a, b in zip(mine, begin.values(), strict=True)) > 1e-3
+
+
+def test_at_first_advantages_follow_the_scores_and_not_the_place_in_the_response() -> None:
+    """Scores that are all positive, as a classifier's are: what is above the mean is made likelier, at every token."""
+    config = replace(SMALL, gamma=1.0, gae_lambda=0.95, kl_beta=0.0, num_responses=8)
+    ppo = ppo_of(config, reward=lambda prompts, completions: [1.0 + len(text) / 100 for text in completions])
+    records, scores, _ = ppo._sampled(0.0)[0]
+    found = ppo._measured(records, scores, 0)
+    lengths = [len(response) for record in records for response in record.responses]
+    assert len(set(lengths)) > 2 and torch.equal(found.values, torch.full_like(found.values, float(ppo.head.bias)))
+    above = torch.repeat_interleave(scores, torch.tensor(lengths)) > ppo.head.bias
+    raw = terms.advantages(
+        terms.token_rewards(found.logprobs, found.logprobs, scores, torch.tensor(lengths), 0.0), found.values,
+        torch.tensor(lengths), 1.0, 0.95,
+    )  # fmt: skip
+    assert torch.equal(raw > 0, above) and above.any() and not above.all()
+    assert torch.allclose(found.advantages, terms.whitened(raw), atol=1e-6)
+    assert float(raw.mean().abs()) < 0.2 * float(raw.std())  # so that whitening hardly moves the sign
 
 
 def test_slices_and_padded_rows_give_the_same_steps() -> None:

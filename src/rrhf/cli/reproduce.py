@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
     scale = read_scale(options.task, options.scale, [*data, *model, *options.overrides])
     names = options.arms.split(",") if options.arms else scale.default_arms
     rates = [options.learning_rate] if options.learning_rate else scale.learning_rates
-    table = Table(arms_named(options.task, names), options.seeds, rates, scale.first_seed, options.every_rate)
+    arms = arms_named(options.task, names)
+    table = Table(arms, options.seeds, rates, scale.first_seed, options.every_rate, scale.rate_seeds)
     place = Place(Path(options.output or f"runs/reproduce-{options.task}-{Path(options.scale).stem}"))
     if options.export:
         return _export(place, Path(options.export))
@@ -107,7 +108,7 @@ def _parser() -> PlainParser:
         "--every_rate",
         "--every-rate",
         action="store_true",
-        help="run every seed at every rate, for comparisons at equal KL; default: seeds after the first run the best",
+        help="run every seed at every rate, for comparisons at equal KL; default: later seeds run the best",
     )
     what.add_argument("--page", action="store_true", help="write the page of what has ended, and do nothing else")
     what.add_argument("--export", metavar="FILE.jsonl", help="add the results that have ended to a file of lines, "

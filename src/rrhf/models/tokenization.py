@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, too_small
+from rrhf.records.record import DRAWN_TOKENS
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -179,12 +180,15 @@ class TextFormat:
         """Encode a record; ``max_length`` bounds query and response together, and cuts the response from the right.
 
         A response the limit cut loses its end token with its tail. Where the query leaves no room, responses are
-        empty: callers skip such records and count them.
+        empty: callers skip such records and count them. Responses of which the record has the tokens that were drawn
+        (``DRAWN_TOKENS``) are those, where they are this vocabulary's of that text.
         """
         query = self.encode_query(record.query)
+        drawn = record.extra.get(DRAWN_TOKENS) or [None] * len(record.responses)
         responses = []
-        for response, finish in zip(record.responses, record.finish, strict=True):
-            ids = self.encode_response(record.query, response, finish)
+        for response, finish, tokens in zip(record.responses, record.finish, drawn, strict=True):
+            known = tokens and self.decode(tokens).startswith(response)  # a text may end at a stop string
+            ids = list(tokens) if known else self.encode_response(record.query, response, finish)
             if max_length is not None and len(query) + len(ids) > max_length:
                 self.responses_cut += 1
                 ids = ids[: max(0, max_length - len(query))]
@@ -197,9 +201,9 @@ class TextFormat:
 
         BOS, EOS, padding, the unknown token and the token that ends a turn are left out. Other special tokens are
         parts of what was said, such as GPT-OSS's ``<|channel|>``: they stay, unless ``loses_markers``. Records hold
-        texts and no ids. So ids do not come back where the same text has a likelier split into tokens, where bytes
-        are no whole characters, and, with SentencePiece vocabularies, where a response does not begin with a space:
-        the first word loses its space when it is decoded and gets one when it is encoded.
+        texts and, but for losses over tokens, no ids. So ids do not come back where the same text has a likelier split
+        into tokens, where bytes are no whole characters, and, with SentencePiece vocabularies, where a response does
+        not begin with a space: the first word loses its space when it is decoded and gets one when it is encoded.
         """
         text = self._text_with_markers(ids)
         if text is None:

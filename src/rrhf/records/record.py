@@ -34,6 +34,8 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 # Columns beside the fields that have a list a response: log P(y_t | …) of its tokens, as training sees them, under the
 # policy that drew it and under the reference. Losses over tokens read them (``RRHFTrainer.with_token_logprobs``).
 TOKEN_COLUMNS = ("old_token_logprobs", "reference_token_logprobs")
+# The same of the tokens themselves, null for a response that no policy of ours drew: its text may have another split.
+DRAWN_TOKENS = "drawn_tokens"
 REQUIRED = ("query", "responses", "scores")  # a stage that needs one needs those before it
 CURES = {"responses": "run `rrhf sample` first", "scores": "run `rrhf score` first"}
 
@@ -79,10 +81,8 @@ class Record:
         def kept(values: list[Any]) -> list[Any]:
             return [values[index] for index in indices] if values else []
 
-        k = len(self.responses)
-        columns = {
-            n: kept(v) for n, v in self.extra.items() if n in TOKEN_COLUMNS and isinstance(v, list) and len(v) == k
-        }
+        k, names = len(self.responses), (*TOKEN_COLUMNS, DRAWN_TOKENS)
+        columns = {n: kept(v) for n, v in self.extra.items() if n in names and isinstance(v, list) and len(v) == k}
 
         return replace(
             self,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rrhf.common.texts import cut_at_first
+from rrhf.records.record import DRAWN_TOKENS
 from rrhf.sampling.settings import SamplingSettings
 
 if TYPE_CHECKING:
@@ -128,12 +130,20 @@ class Sampler:
             self.chosen = longest, queries_at_once(self.model, self.settings, longest, self.path)
         return self.chosen[1]
 
-    def extend(self, records: Sequence[Record]) -> Iterator[tuple[int, Record]]:
-        """Like ``respond``, with the responses appended to their records; what was scored before loses its scores."""
-        for i, texts, finish in self.respond(records):
+    def extend(self, records: Sequence[Record], tokens: bool = False) -> Iterator[tuple[int, Record]]:
+        """Like ``respond``, with the responses appended to their records; what was scored before loses its scores.
+
+        Args:
+            tokens: note the tokens that were drawn too (``DRAWN_TOKENS``), as losses over them need.
+        """
+        for i, _, responses in self.respond_in_tokens(records):
             record = records[i]
-            tags = [f"{self.source}/{number}" for number in range(len(texts))]
-            yield i, record.with_responses(texts, finish, tags)
+            texts, finish = [self.text(response) for response in responses], [one.finish for one in responses]
+            extended = record.with_responses(texts, finish, [f"{self.source}/{n}" for n in range(len(texts))])
+            if tokens:
+                drawn = [*[None] * len(record.responses), *(response.drawn for response in responses)]
+                extended = replace(extended, extra={**extended.extra, DRAWN_TOKENS: drawn})
+            yield i, extended
 
 
 def sample(

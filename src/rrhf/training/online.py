@@ -349,9 +349,11 @@ class OnlineRecords(Dataset):
 
     def _sample(self, block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
         drawn = {}
+        # A ratio of tokens is of those that were drawn, and a baseline over responses of all of them, equal ones too.
+        over_tokens = OLD in self.trainer.needed
         with self._timed("sample"), undisturbed(self.trainer.model):
-            for index, record in self.sampler.extend(block):
-                drawn[index] = merge_duplicates(record)[0]
+            for index, record in self.sampler.extend(block, tokens=over_tokens):
+                drawn[index] = record if over_tokens else merge_duplicates(record)[0]
                 done(1)
                 self._heed_signals()
         return (drawn[index] for index in range(len(block)))

@@ -205,6 +205,8 @@ class PPO:
         rewards = token_rewards(logprobs, reference, scores, lengths, self.beta)
         if self.config.whiten_rewards:
             rewards = whitened(rewards, shift=False)
+        if self.done == 0:
+            values.fill_(self._begin_values(rewards, lengths))
         advantage = advantages(rewards, values, lengths, self.config.gamma, self.config.gae_lambda)
         returns = advantage + values
         kl = float((logprobs - reference).sum()) / len(lengths)
@@ -216,6 +218,16 @@ class PPO:
         if self.config.whiten_advantages:
             advantage = whitened(advantage)
         return Rollout(records, old, values, advantage, returns, masks, metrics)
+
+    def _begin_values(self, rewards: Tensor, lengths: Tensor) -> float:
+        """V of the first rollout, everywhere: the mean of what its tokens' returns come to, put into the head's bias.
+
+        A V of 0 under scores that are all positive would leave (γλ)^(T − t) R as advantages. Whitened, they would say
+        no more than how near a token stands to its response's end.
+        """
+        mean = float(advantages(rewards, torch.zeros_like(rewards), lengths, self.config.gamma, 1.0).mean())
+        nn.init.constant_(self.head.bias, mean)
+        return mean
 
     def _masks(self, records: Sequence[EncodedRecord]) -> np.ndarray | None:
         """The tokens that the lagged policy allows, at each token of the records."""
@@ -334,7 +346,7 @@ class PPO:
 
 
 def _value_head(width: int) -> nn.Linear:
-    """V from hidden states, 0 at first: values of random size would drown rewards of an unknown one."""
+    """V from hidden states, the same everywhere at first: random values would drown rewards of an unknown size."""
     head = nn.Linear(width, 1)
     nn.init.zeros_(head.weight)
     nn.init.zeros_(head.bias)

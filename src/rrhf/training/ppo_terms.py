@@ -6,6 +6,7 @@ reference ρ, a value function V and a reward R of whole responses:
     r_t = −β (log π(y_t | s_t) − log ρ(y_t | s_t)) + [t = T] R(x, y)
     δ_t = r_t + γ V(s_{t+1}) − V(s_t),   V = 0 behind the last token, also of a response that a limit cut
     Â_t = Σ_l (γλ)^l δ_{t+l},   G_t = Â_t + V(s_t)                       (GAE, arXiv 1506.02438; then whitened)
+    V at first: the mean of G_t over the first rollout, with λ = 1 and V = 0
     L_π = E max(−u_t Â_t, −clip(u_t, 1 − ε, 1 + ε) Â_t),   u_t = π(y_t | s_t) / π_old(y_t | s_t)          (Eq. 6)
     L_V = ½ E max((V − G_t)², (clip(V, V_old − ε_V, V_old + ε_V) − G_t)²)
 

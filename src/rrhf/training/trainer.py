@@ -276,7 +276,7 @@ class RRHFTrainer(Trainer):
         if not self.accelerator.sync_gradients and not inputs:
             return torch.zeros((), device=self.args.device)  # merged into the last micro-batch of the step
         began = time.perf_counter()
-        model.train()
+        self._set_training(model)
         device = torch.device(self.args.device)
         random, sums = RandomState.now(device), dict(self._sums)
         while True:
@@ -293,6 +293,13 @@ class RRHFTrainer(Trainer):
         self._tokens += sum(tree_tokens(record) for record in inputs)
         self._seconds += time.perf_counter() - began
         return total.to(self.args.device)
+
+    def _set_training(self, model: nn.Module) -> None:
+        """Training mode; without dropout where log π is held against log ρ or log π_old, which were taken without."""
+        model.train()
+        if {"reference_sums", "old_token_logprobs"} & set(self.needed):
+            for module in model.modules():  # activations are checkpointed in training mode alone
+                module.training = bool(getattr(module, "gradient_checkpointing", False))
 
     def _take_smaller_forwards(self, inputs: Sequence[EncodedRecord], lack: str) -> None:
         """Lower the token budget after memory ran out.
@@ -367,7 +374,7 @@ class RRHFTrainer(Trainer):
         """``batch_kl`` of the records of a step: a pass of its own over all of them, without dropout."""
         model.eval()
         found = self._without_graph(compute, forwards)
-        model.train()
+        self._set_training(model)
         return self._batch_kl(forwards, [sums for sums, _ in found])
 
     def _batch_kl(self, forwards: Sequence[Forward], sums: Sequence[Tensor]) -> Tensor:

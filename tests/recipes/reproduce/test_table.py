@@ -114,10 +114,41 @@ def test_later_seeds_wait_for_the_rate_which_is_the_best_and_of_equals_the_lowes
     rows = rows_of(table, everything)
     header, lines = main_table(rows)
     assert lines[0][:3] == ["a", "2", "0.700 ± 0.141"] and lines[1][header.index("KL to ρ")] == "≤ 1.00 ± 0.00"
-    assert rate_table(table, everything)[1] == [["a", "0.200", "[0.300]", "0.300"]]
+    assert rate_table(table, everything)[1] == [["a", "1", "0.200", "[0.300]", "0.300"]]
     assert differences(rows_of(Table([A, Arm("c", "")], 1, [1e-3]), by_key(
         [result(A, 0, 1e-3), {**result(Arm("c", ""), 0, 1e-3), "samples": 24}]
     ))) == ["Arms differ in sampled responses: 8: a; 24: c."]  # fmt: skip
+
+
+def test_the_rate_is_the_best_of_the_mean_over_the_seeds_that_ran_them_all() -> None:
+    table = Table([A], 4, [1e-4, 1e-3], rate_seeds=2)
+    names = ["a-seed-0-rate-0.0001", "a-seed-0-rate-0.001", "a-seed-1-rate-0.0001", "a-seed-1-rate-0.001"]
+    assert [item.name for item in table.items({})] == names  # the two that choose; the others wait
+    one = [result(A, 0, 1e-4, 0.5), result(A, 0, 1e-3, 0.4)]
+    assert (
+        table.chosen(A, by_key(one)) == (False, None) and Table([A], 1, [1e-4, 1e-3]).chosen(A, by_key(one))[1] == 1e-4
+    )
+    two = by_key([*one, result(A, 1, 1e-4, 0.1), result(A, 1, 1e-3, 0.3)])
+    assert table.chosen(A, two) == (True, 1e-3)  # which the first seed alone would not have taken
+    assert [item.name for item in table.items(two)][4:] == ["a-seed-2-rate-0.001", "a-seed-3-rate-0.001"]
+    assert rate_table(table, two)[1] == [["a", "2", "0.300", "[0.350]"]]
+    lone = {**two, **by_key([result(A, 2, 1e-3, -9.0)])}  # at one rate alone: says nothing of which is better
+    assert table.chosen(A, lone) == (True, 1e-3)
+    third = {**lone, **by_key([result(A, 2, 1e-4, 0.0)])}
+    assert table.chosen(A, third) == (True, 1e-4)
+
+
+def test_samples_of_whole_policies_are_cut_at_no_scale() -> None:
+    """Scales draw from the 50 likeliest tokens where the paper does; what is named after the whole of π must not."""
+    kept = {"RRHF-SP": 0.8, "GRPO": 1.0, "RLOO": 1.0, "RAFT": 1.0}
+    for task, scale_name in shipped_scales():
+        scale = read_scale(task, scale_name, [*REWARDS, "model=somewhere"])
+        for name in kept.keys() & {arm.name for arm in ARMS[task]}:
+            config = parse_config(scale.configuration(arm_named(task, name), 0, 1e-4), Path("model"))
+            sampling = config.sample
+            assert sampling is not None and sampling.policy == "top-p" and sampling.tokens_kept is None, (task, name)
+            assert (sampling.top_p, sampling.temperature) == (1.0, kept[name])
+            assert (config.train.resample_steps == 1) == (name in ("GRPO", "RLOO"))  # every step on fresh samples
 
 
 def test_a_result_is_checked_against_its_interval(tmp_path: Path) -> None:

@@ -20,9 +20,9 @@ AFTER_SFT = "after-sft"
 # How responses are sampled (Table 1 and Appendix C); 4 of a query in each.
 BEAM = {"policy": "beam", "num_beams": 4}
 DIVERSE = {"policy": "diverse-beam", "num_beams": 4, "num_beam_groups": 4, "diversity_penalty": 1.0, "temperature": 1.0}
-TOP_P = {"policy": "top-p", "top_p": 1.0, "temperature": 0.8, "num_responses": 4}
+TOP_P = {"policy": "top-p", "top_k": None, "top_p": 1.0, "temperature": 0.8, "num_responses": 4}
 TOP_K = {"policy": "top-k", "top_k": 50, "temperature": 1.0, "num_responses": 4}
-WHOLE = {"policy": "top-p", "top_p": 1.0, "temperature": 1.0, "num_responses": 4}  # π itself, as ratios of it need
+WHOLE = {**TOP_P, "temperature": 1.0}  # π itself, as ratios of it need
 
 RELATIVE = {"ranking_loss": "dpo"}  # of RRHF-R: docs/relative.md
 
@@ -43,6 +43,7 @@ class Arm:
         config: laid over the configuration of the run.
         rounds: IP-n's n; each round gets an n-th of the optimiser steps.
         online: whether responses are sampled while training (OP-k).
+        resample_steps: k of OP-k; None: the scale's.
         kl: whether the policy is kept near ρ by the scale's β.
         number: best-of-n's n.
     """
@@ -54,6 +55,7 @@ class Arm:
     config: Mapping[str, Any] = field(default_factory=dict)
     rounds: int = 1
     online: bool = False
+    resample_steps: int | None = None
     kl: bool = False
     number: int = 1
 
@@ -85,11 +87,12 @@ def rounds(number: int, paper: str) -> Arm:
 
 
 def of_loss(name: str, label: str | None = None) -> Arm:
-    """The arm of a ranking loss: on the samples of RRHF-DP, or, for policy gradients, on π's own while it trains."""
+    """The arm of a ranking loss: on the samples of RRHF-DP, or, of policy gradients, on what π draws for a step."""
     train: dict[str, Any] = {"train": {"ranking_loss": name} | MARGINS.get(name, {})}
     if name in ("grpo", "rloo"):
-        meaning = f"loss {name} on π's own samples while it trains, without the data set's responses"
-        return Arm(label or f"loss:{name}", meaning, config={"data": ALONE, "sample": WHOLE, **train}, online=True)
+        meaning = f"loss {name} on samples that π draws for each step, without the data set's responses"
+        config = {"data": ALONE, "sample": WHOLE, **train}
+        return Arm(label or f"loss:{name}", meaning, config=config, online=True, resample_steps=1)
     meaning = f"loss {name} on the samples of RRHF-DP"
     meaning += "".join(f", {key} {value:g}" for key, value in MARGINS.get(name, {}).items())
     return Arm(label or f"loss:{name}", meaning, config={"sample": DIVERSE, **train})
@@ -100,8 +103,8 @@ COMMON = [
     Arm("SFT", "fine-tuning on the data set's response", "SFT on the good responses", SFT,
         config={"train": {"ranking_loss": "none"}}),
     Arm("best-of-4", "the best of 4 samples of ρ by the reward", "best-of-n (Table 8)", BEST_OF, number=4),
-    Arm("RAFT", "fine-tuning on the best of the model's own 4 samples, in 3 rounds",
-        config={"data": ALONE, "sample": DIVERSE, "train": {"ranking_loss": "none"}}, rounds=3),
+    Arm("RAFT", "fine-tuning on the best of 4 samples from the whole of π, in 3 rounds",
+        config={"data": ALONE, "sample": WHOLE, "train": {"ranking_loss": "none"}}, rounds=3),
     of_loss("dpo", "DPO"),
     of_loss("simpo", "SimPO"),
     of_loss("kto", "KTO"),

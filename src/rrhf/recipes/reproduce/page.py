@@ -67,8 +67,9 @@ def _blocks(scale: Scale, table: Table, results: Results) -> list[tuple[str, lis
     found.append(("Every seed", [seed_table(rows)]))
     if len(table.rates) > 1 and any(arm.has_rate for arm in table.arms):
         text = (
-            f"The mean reward that trains, on {scale.rate_queries} prompts kept for this, from the first seed; "
-            "the chosen rate's in brackets. All arms choose from the same rates in the same way."
+            f"The mean reward that trains, on {scale.rate_queries} prompts kept for this, over the seeds that "
+            "were run at every rate; the chosen rate's in brackets. All arms choose from the same rates in the same "
+            "way."
         )
         found.append(("Learning rates", [text, rate_table(table, results)]))
     return found

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from dataclasses import replace
 from itertools import islice
 from pathlib import Path
@@ -20,7 +21,7 @@ from rrhf.recipes.offline import loss_needs
 from rrhf.recipes.reproduce import measure
 from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, START, Arm
 from rrhf.recipes.reproduce.item import Work
-from rrhf.recipes.reproduce.scale import queries_a_step
+from rrhf.recipes.reproduce.scale import Scale, queries_a_step
 from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
@@ -65,7 +66,7 @@ def result_of(work: Work, trained_before: bool = False) -> dict[str, Any]:
         "best_of_n": read_object(work.best_of_n.evaluation).get("best_of_n"),
         "prompts": measure.rounded(measure.prompt_rewards(generations, samples=samples)),
         "looping": measure.looping(generations),
-        "steps": arm.trainings * (work.scale.steps // arm.rounds * arm.rounds) if arm.has_rate else 0,
+        "steps": _steps(arm, work.scale, training),
         **_tokens(work),
         "models_resident": training.get("models_resident") or models_resident(arm, config),
         "peak_memory_bytes": None if trained_before else measure.peak_memory(config.model.device),
@@ -78,6 +79,15 @@ def result_of(work: Work, trained_before: bool = False) -> dict[str, Any]:
         "config": work.noted,
         "asked": list(work.scale.asked),
     }
+
+
+def _steps(arm: Arm, scale: Scale, training: Mapping[str, Any]) -> int:
+    """Optimiser steps of all its trainings; PPO's are rounded up to whole rollouts."""
+    if not arm.has_rate:
+        return 0
+    if arm.kind in (PPO, NLPO):
+        return int(training["steps"])
+    return arm.trainings * (scale.steps // arm.rounds * arm.rounds)
 
 
 def trained_at(run: RunFolder, trained_before: bool = False) -> str | None:

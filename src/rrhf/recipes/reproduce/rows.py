@@ -10,7 +10,7 @@ from typing import Any
 from rrhf.common.presentation import NONE, number, quantity
 from rrhf.recipes.reproduce.arms import Arm
 from rrhf.recipes.reproduce.scale import REWARDS
-from rrhf.recipes.reproduce.work import Results, Table, chosen_rate
+from rrhf.recipes.reproduce.work import Results, Table, rate_rewards
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def rows_of(table: Table, results: Results) -> list[Row]:
     """A row for each arm that has a result, in the table's order."""
     rows = []
     for arm in table.arms:
-        known, rate = chosen_rate(arm, table.rates, results, table.first)
+        known, rate = table.chosen(arm, results)
         ended = [results[arm.name, seed, rate] for seed in table.range if (arm.name, seed, rate) in results]
         if known and ended:
             rows.append(Row(arm, rate, ended))
@@ -141,19 +141,25 @@ def seed_table(rows: Sequence[Row]) -> Cells:
 
 
 def rate_table(table: Table, results: Results) -> Cells:
-    """The reward that trains at each rate, on the prompts on which rates are chosen; the chosen one in brackets."""
+    """The reward that trains at each rate, on the prompts on which rates are chosen; the chosen one in brackets.
+
+    Means over the seeds that were run at every rate, which choose; before there is one, over those of each rate.
+    """
     lines = []
     for arm in table.arms:
         if not arm.has_rate:
             continue
-        _, chosen = chosen_rate(arm, table.rates, results, table.first)
+        _, chosen = table.chosen(arm, results)
+        whole = rate_rewards(arm.name, table.rates, results)
         cells = []
         for rate in table.rates:
-            result = results.get((arm.name, table.first, rate))
-            shown = number(result["rate_reward"]) if result else NONE
+            found = [one[rate] for one in whole.values()] or [
+                one["rate_reward"] for key, one in results.items() if (key[0], key[2]) == (arm.name, rate)
+            ]
+            shown = number(sum(found) / len(found)) if found else NONE
             cells.append(f"[{shown}]" if rate == chosen else shown)
-        lines.append([arm.name, *cells])
-    return ["arm", *(f"{rate:g}" for rate in table.rates)], lines
+        lines.append([arm.name, str(len(whole)), *cells])
+    return ["arm", "seeds", *(f"{rate:g}" for rate in table.rates)], lines
 
 
 def differences(rows: Sequence[Row]) -> list[str]:

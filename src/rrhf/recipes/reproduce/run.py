@@ -95,7 +95,7 @@ def _ppo(work: Work) -> None:
     nlpo = NLPOSettings() if arm.kind == NLPO else None
     ppo = PPOConfig(**work.scale.ppo_settings(arm, work.item.seed, rate))
     job = Job(work.place.prompts.queries, whole.run.model, work.config.model, work.config.score, ppo,
-              work.config.text, work.config.adapter, nlpo)  # fmt: skip
+              work.config.train.text, work.config.adapter, nlpo)  # queries cut as other arms train on them  # fmt: skip
     if not is_trained(whole.run.model):
         with whole.run.timed("train"):
             train_ppo(job)

@@ -27,9 +27,10 @@ class Scale:
         config: a run's configuration, over which an arm's is laid; ``train.max_steps`` are the steps of every arm.
         learning_rates: the grid.
         rate_queries: prompts on which a rate is chosen.
+        rate_seeds: seeds that run every rate, and by whose mean one is chosen.
         held_out_samples: responses that are judged to each held-out prompt. It stands in the file of prompts as often,
             each time under an id of its own; intervals are over prompts, each with the mean of its responses.
-        resample_steps: k of OP-k.
+        resample_steps: k of OP-k, where an arm has none of its own.
         kl_beta: β of the arms with KL.
         ppo: settings of PPO and NLPO beside those that ``config`` has.
         chosen: the tag of the data's response that SFT is trained on.
@@ -44,6 +45,7 @@ class Scale:
     config: Mapping[str, Any]
     learning_rates: Sequence[float]
     rate_queries: int = 100
+    rate_seeds: int = 1
     held_out_samples: int = 1
     resample_steps: int = 8
     kl_beta: float = 0.1
@@ -76,7 +78,7 @@ class Scale:
                 over["iterations"] = arm.rounds
                 train["max_steps"] = max(1, self.steps // arm.rounds)
             if arm.online:
-                train["resample_steps"] = self.resample_steps
+                train["resample_steps"] = arm.resample_steps or self.resample_steps
             if arm.kl:
                 over["score"] = {"kl_beta": self.kl_beta, "reference_model": self.config["model"]}
         return merge(merge(self.config, arm.config), over)
@@ -131,8 +133,9 @@ def make_scale(task: str, name: str, config: Mapping[str, Any], asked: Sequence[
     known = {f.name for f in fields(Scale)} - {"task", "name", "config", "asked"}
     if unknown := [key for key in own if key not in known]:
         raise UserError("\n".join(f"{SECTION}.{key}: unknown key: {nearest(key, known)}" for key in unknown))
-    if own.get("held_out_samples", 1) < 1:
-        raise UserError(f"{SECTION}.held_out_samples {own['held_out_samples']}: must be at least 1")
+    for key in ("held_out_samples", "rate_seeds"):
+        if own.get(key, 1) < 1:
+            raise UserError(f"{SECTION}.{key} {own[key]}: must be at least 1")
     rates = own.get("learning_rates", [])
     if not isinstance(rates, list) or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
         raise UserError(f"{SECTION}.learning_rates {rates}: a list of numbers above 0, as [1e-4, 3e-4]")

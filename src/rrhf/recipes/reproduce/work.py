@@ -1,7 +1,7 @@
 """Arms × seeds as a list of work that any number of processes share: each takes the next that nobody has.
 
-The first seed runs every rate of the grid; the other seeds run the rate that came out best for the arm, or, where that
-is asked for, every rate too.
+The first seeds, as many as the scale says, run every rate of the grid; the others run the rate that came out best for
+the arm, or, where that is asked for, every rate too.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ class Table:
 
     Attributes:
         first: the first seed.
+        rate_seeds: how many seeds from the first on run every rate, and choose among them.
         every_rate: whether every seed runs every rate, as comparisons at equal KL need.
     """
 
@@ -41,6 +42,7 @@ class Table:
     rates: Sequence[float]
     first: int = 0
     every_rate: bool = False
+    rate_seeds: int = 1
 
     @property
     def range(self) -> range:
@@ -53,36 +55,57 @@ class Table:
                 for rate in self._rates(arm, seed, results):
                     yield Item(arm, seed, rate)
 
+    @property
+    def choosing(self) -> Sequence[int]:
+        """The seeds that have to run every rate before one is chosen."""
+        return self.range[: max(1, self.rate_seeds)]
+
+    def chosen(self, arm: Arm, results: Results) -> tuple[bool, float | None]:
+        """Whether an arm's rate is known yet, and which."""
+        return chosen_rate(arm, self.rates, results, self.choosing)
+
     def _rates(self, arm: Arm, seed: int, results: Results) -> Sequence[float | None]:
-        if arm.has_rate and (seed == self.first or self.every_rate):
+        if arm.has_rate and (seed in self.choosing or self.every_rate):
             return self.rates
-        known, rate = chosen_rate(arm, self.rates, results, self.first)
+        known, rate = self.chosen(arm, results)
         return (rate,) if known else ()
 
     def is_complete(self, results: Results) -> bool:
         """Whether every arm has its rate and every seed at it."""
         for arm in self.arms:
-            known, rate = chosen_rate(arm, self.rates, results, self.first)
+            known, rate = self.chosen(arm, results)
             if not known or any((arm.name, seed, rate) not in results for seed in self.range):
                 return False
         return not self.every_rate or all((i.arm.name, i.seed, i.rate) in results for i in self.items(results))
 
 
-def chosen_rate(arm: Arm, rates: Sequence[float], results: Results, first: int = 0) -> tuple[bool, float | None]:
+def chosen_rate(
+    arm: Arm, rates: Sequence[float], results: Results, needed: Sequence[int] = (0,)
+) -> tuple[bool, float | None]:
     """Whether an arm's rate is known yet, and which: the best by the reward that trains, on prompts kept for that.
 
-    The ``first`` seed chooses; of equal ones the lowest. Everybody who reads the same results finds the same, so the
-    choice needs no file.
+    The best is that of the mean over all seeds that were run at every rate, among which the ``needed`` ones must be; of
+    equal ones the lowest. One seed alone chooses badly where trainings differ much by seed, as PPO's do. Everybody who
+    reads the same results finds the same, so the choice needs no file.
     """
     if not arm.has_rate:
         return True, None
     if len(rates) == 1:
         return True, rates[0]
-    found = [results.get((arm.name, first, rate)) for rate in rates]
-    if any(result is None for result in found):
+    rewards = rate_rewards(arm.name, rates, results)
+    if not set(needed) <= set(rewards):
         return False, None
-    rewards = {rate: result["rate_reward"] for rate, result in zip(rates, found) if result is not None}
-    return True, max(sorted(rewards), key=lambda rate: rewards[rate])
+    means = {rate: sum(each[rate] for each in rewards.values()) / len(rewards) for rate in rates}
+    return True, max(sorted(means), key=lambda rate: means[rate])
+
+
+def rate_rewards(name: str, rates: Sequence[float], results: Results) -> dict[int, dict[float, float]]:
+    """By seed and rate what an arm earned on the prompts kept for choosing; of seeds that were run at every rate."""
+    by_seed: dict[int, dict[float, float]] = {}
+    for (arm, seed, rate), result in results.items():
+        if arm == name and rate is not None and rate in rates and result["rate_reward"] is not None:
+            by_seed.setdefault(seed, {})[rate] = float(result["rate_reward"])
+    return {seed: found for seed, found in sorted(by_seed.items()) if len(found) == len(rates)}
 
 
 def by_key(results: Sequence[Mapping[str, Any]]) -> Results:

@@ -15,6 +15,7 @@ from itertools import pairwise
 import numpy as np
 
 from rrhf.recipes.reproduce.scale import REWARDS
+from rrhf.recipes.reproduce.work import rate_rewards
 from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
 from rrhf.recipes.study.losses import SAMPLES, by_gain, gained, hinge, losses
 from rrhf.recipes.study.results import Study, making
@@ -405,30 +406,32 @@ def _spreads(study: Study, name: str) -> dict[int, float]:
 
     Of the seeds that were run at every rate that the first was.
     """
-    by_seed: dict[int, list[float]] = {}
-    for line in study.lines:
-        if line["arm"] == name and line["rate_reward"] is not None:
-            by_seed.setdefault(int(line["seed"]), []).append(float(line["rate_reward"]))
-    whole = len(by_seed.get(study.first, ()))
-    return {seed: max(found) - min(found) for seed, found in by_seed.items() if len(found) == whole > 1}
+    rates = study.rates(name)
+    found = rate_rewards(name, rates, study.by_key) if len(rates) > 1 else {}
+    return {seed: max(each.values()) - min(each.values()) for seed, each in found.items()}
 
 
 def cheaper_than_ppo(study: Study) -> Finding:
-    if not all(study.numbers(name, "peak_memory_bytes").size for name in ("RRHF-DP", "PPO")):
+    """Against PPO with its KL penalty where that was run: it is the penalty that ρ has to be in memory for.
+
+    Of memory the least of the seeds: a process may still hold what it needed before.
+    """
+    rival = "PPO+KL" if study.numbers("PPO+KL", "peak_memory_bytes").size else "PPO"
+    if not all(study.numbers(name, "peak_memory_bytes").size for name in ("RRHF-DP", rival)):
         return Finding()
 
     def cost(name: str) -> tuple[float, float, float]:
         seconds = [making(line) for line in study.seeds(name).values()]
-        memory = study.numbers(name, "peak_memory_bytes").mean() / 1e9
+        memory = study.numbers(name, "peak_memory_bytes").min() / 1e9
         return float(study.numbers(name, "models_resident").mean()), float(memory), float(np.median(seconds))
 
-    ours, theirs = cost("RRHF-DP"), cost("PPO")
+    ours, theirs = cost("RRHF-DP"), cost(rival)
     said = "; ".join(
         f"{name}: {models:.0f} models, {memory:.2f} GB, {seconds:.0f} s to sample, score and train"
-        for name, (models, memory, seconds) in (("RRHF-DP", ours), ("PPO", theirs))
+        for name, (models, memory, seconds) in (("RRHF-DP", ours), (rival, theirs))
     )
     own = HOLDS if all(a < b for a, b in zip(ours, theirs)) else FAILS if ours[0] >= theirs[0] else OPEN
-    return Finding((), said + " (holds: less of all three)", own, ("RRHF-DP", "PPO"))
+    return Finding((), said + " (holds: less of all three)", own, ("RRHF-DP", rival))
 
 
 def starts_end_alike(study: Study) -> Finding:

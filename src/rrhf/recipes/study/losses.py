@@ -62,9 +62,9 @@ def compared(study: Study) -> list[str]:
         return []
     text = (
         "All losses of a table train on the same samples with the same steps, each at the best of the same rates by "
-        "proxy reward, which the first seed chooses. Of the runs at all rates it is told how many went astray: one "
-        "loops where more than half of its texts do (fewer than half of their word pairs are different), and has "
-        "collapsed where fewer than a tenth of the word pairs of all its texts are different. "
+        "proxy reward, the mean over the seeds that were run at all of them. Of the runs at all rates it is told how "
+        "many went astray: one loops where more than half of its texts do (fewer than half of their word pairs are "
+        "different), and has collapsed where fewer than a tenth of the word pairs of all its texts are different. "
         "Seconds are the training's alone."
     )
     return ["### Losses on the same samples", text, *parts]
@@ -75,11 +75,11 @@ def _table(study: Study, names: Sequence[str], against: str) -> str:
     for name in by_gain(study, names):
         lines = list(study.seeds(name).values())
         runs = [line for line in study.lines if line["arm"] == name]
-        rate = lines[0]["learning_rate"]
         less = None if name == against else study.difference(name, against, study.judge)
         rows.append([
-            name, str(len(lines)), f"{rate:g}", shown(study.gain(name, "gold")), shown(study.gain(name, "proxy")),
-            shown(less), number(float(study.numbers(name, "kl", "mean").mean()), 1),
+            name, str(len(lines)), study.shown_rate(name),
+            *(shown(study.gain(name, reward)) for reward in ("gold", "proxy")), shown(less),
+            number(float(study.numbers(name, "kl", "mean").mean()), 1),
             *(f"{sum(map(went, runs))} of {len(runs)}" for went in (loops, collapsed)),
             number(float(np.median([line["seconds"].get("train", 0.0) for line in lines])), 0),
         ])  # fmt: skip

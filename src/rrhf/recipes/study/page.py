@@ -191,10 +191,9 @@ def _arms(study: Study) -> str:
         lines = study.seeds(name)
         if not lines:
             continue
-        rate = next(iter(lines.values()))["learning_rate"]
         seconds = [making(line) for line in lines.values()]
         rows.append([
-            name, str(len(lines)), NONE if rate is None else f"{rate:g}",
+            name, str(len(lines)), study.shown_rate(name),
             *(shown(study.gain(name, reward)) for reward in REWARDS),
             ("≤ " if study.arm(name).kind == BEST_OF else "") + _mean(study, name, 1, "kl", "mean"),
             *(_mean(study, name, digits, *path) for digits, path in (
@@ -203,7 +202,13 @@ def _arms(study: Study) -> str:
             )),
             number(float(np.median(seconds)), 0),
         ])  # fmt: skip
-    return markdown_table(header, rows)
+    said = (
+        "Of several learning rates an arm stands at the best by proxy reward on prompts kept for that, the mean over "
+        "the seeds that were run at all of them (in brackets how many); ↑ and ↓ mark the highest and the lowest: a "
+        "rate beyond may be better.\n\n"
+    )
+    several = any(len(study.rates(name)) > 1 for name in study.names)
+    return said * several + markdown_table(header, rows)
 
 
 def _at_equal_kl(study: Study) -> list[str]:

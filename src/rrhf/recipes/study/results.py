@@ -16,10 +16,11 @@ import numpy as np
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import cache_folder, json_lines, write_text
+from rrhf.common.presentation import NONE
 from rrhf.recipes.reproduce.arms import Arm, arm_named
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.scale import REWARDS, SET_ASIDE
-from rrhf.recipes.reproduce.work import by_key, chosen_rate
+from rrhf.recipes.reproduce.work import Results, by_key, chosen_rate, rate_rewards
 from rrhf.recipes.study.statistics import Estimate, bootstrap
 
 Line = Mapping[str, Any]
@@ -52,7 +53,7 @@ class Study:
 
     @cached_property
     def first(self) -> int:
-        """The first seed, which chooses the rates."""
+        """The first seed, which every arm was run from at all its rates."""
         return min(int(line["seed"]) for line in self.lines)
 
     @cached_property
@@ -83,8 +84,25 @@ class Study:
         """The arm's results at its chosen rate, by seed; none where it was not run."""
         if name not in self.names:
             return {}
-        _, rate = chosen_rate(self.arm(name), self.rates(name) or [0.0], by_key(self.lines), self.first)
-        return self.at_rate(name, rate)
+        return self.at_rate(name, self.chosen(name))
+
+    def chosen(self, name: str) -> float | None:
+        """The arm's learning rate: the best of those it was run at, or None where it has none."""
+        return chosen_rate(self.arm(name), self.rates(name) or [0.0], self.by_key, [self.first])[1]
+
+    def shown_rate(self, name: str) -> str:
+        """The arm's learning rate, whether it is at an edge of its grid (↑ or ↓), and how many seeds chose it."""
+        rates, rate = self.rates(name), self.chosen(name)
+        if rate is None:
+            return NONE
+        if len(rates) < 2:
+            return f"{rate:g}"
+        edge = {rates[0]: "↓", rates[-1]: "↑"}.get(rate, "")
+        return f"{rate:g}{edge} ({len(rate_rewards(name, rates, self.by_key))})"
+
+    @cached_property
+    def by_key(self) -> Results:
+        return by_key(self.lines)
 
     def at_rate(self, name: str, rate: float | None) -> dict[int, Line]:
         """The arm's results at a rate, by seed."""
