@@ -150,6 +150,18 @@ def test_losses_over_tokens_read_the_policy_that_sampled(model: str, tmp_path: P
         trainer(model, args, OnlineRecords(tiny.rows(4), Online(SAMPLING, [vowels])))
 
 
+def test_a_baseline_is_over_equal_responses_too(model: str, tmp_path: Path) -> None:
+    """Of one token to draw from all are equal: three of a query for GRPO, and one of them for a ranking."""
+    online = Online(replace(SAMPLING, top_k=1), [vowels])
+    for loss, count in (("grpo", 3), ("hinge", 1)):
+        args = config(tmp_path / loss, ranking_loss=loss)
+        made = trainer(model, args, OnlineRecords(tiny.rows(4, responses=0), online))
+        made.train()
+        records, _ = window(made, 0)
+        assert {len(record.responses) for record in records} == {count}
+        assert all(len(set(record.responses)) == 1 for record in records)
+
+
 def test_a_window_trains_as_its_records_do_offline(model: str, tmp_path: Path) -> None:
     """The same steps on the same records offline, in the order of the windows, come to the same weights."""
     import torch

@@ -95,6 +95,31 @@ def test_verdicts_are_those_that_the_truth_demands(file: Path) -> None:
     assert gain.mean == pytest.approx(0.3, abs=0.02) and gain.low < 0.3 < gain.high and gain.seeds == SEEDS
 
 
+def test_the_seeds_that_ran_every_rate_choose_it_together() -> None:
+    """Of three seeds one has 1e-3 on top by much less than the two others have 1e-4."""
+    three = [{**line("PPO", seed, rate), "rate_reward": reward} for seed, rate, reward in (
+        (0, 1e-4, 0.50), (0, 1e-3, 0.55), (1, 1e-4, 0.7), (1, 1e-3, 0.6), (2, 1e-4, 0.7), (2, 1e-3, 0.6),
+    )]  # fmt: skip
+    study = Study([*three, line("PPO", 3, 1e-3), line("RRHF-DP", 0), line("start", 0)], Path())
+    assert study.chosen("PPO") == 1e-4 and set(study.seeds("PPO")) == {0, 1, 2}
+    assert (study.shown_rate("PPO"), study.shown_rate("RRHF-DP"), study.shown_rate("start")) == (
+        "0.0001↓ (3)", "0.001", "–"
+    )  # fmt: skip
+    alone = Study([one for one in three if one["seed"] == 0], Path())
+    assert alone.chosen("PPO") == 1e-3 and alone.shown_rate("PPO") == "0.001↑ (1)"
+    between = [{**line("PPO", 0, rate), "rate_reward": reward} for rate, reward in ((1, 0.1), (2, 0.3), (3, 0.2))]
+    assert Study(between, Path()).shown_rate("PPO") == "2 (1)"
+
+
+def test_what_ppo_takes_is_that_with_the_penalty_and_memory_the_least_of_the_seeds() -> None:
+    theirs = [{**line("PPO", seed), "arm": "PPO+KL", "models_resident": 2} for seed in range(3)]
+    ours = [line("RRHF-DP", seed) for seed in range(3)]
+    ours[2]["peak_memory_bytes"] = 9e9  # of a process that held more
+    runs = [*ours, *(line("PPO", seed) for seed in range(3)), *theirs]
+    found = {claim.letter: finding for claim, finding in judged(Study(runs, Path()))}["r"]
+    assert found.verdict == HOLDS and "RRHF-DP: 1 models, 1.00 GB" in found.said and "PPO+KL: 2 models" in found.said
+
+
 @pytest.mark.parametrize(("apart", "verdict"), [(0.0, HOLDS), (0.2, FAILS), (0.008, OPEN)])
 def test_starts_end_alike_within_a_twentieth_of_the_spread_of_rho(tmp_path: Path, apart: float, verdict: str) -> None:
     runs = [line("RRHF-P", seed, level=0.6) for seed in range(SEEDS)]
