@@ -261,11 +261,17 @@ def test_what_changes_no_result_may_change(undisturbed: Path, tmp_path: Path) ->
         "train.max_tokens_per_forward=512",
         "train.logging_steps=7",
         "sample.max_requests=5",
+        "score.max_requests=5",
+        "evaluate.timeout=20",
+        "max_tokens=9000",
+        "train.alarm_length=9",
         "train.watch_prompts=3",
     ]
     result = command(*RUN, *free, cwd=folder).done()
     assert "evaluate: evaluation.json is complete" in result.err
     assert "max_tokens_per_forward: 512" in (folder / "run/config.yaml").read_text(encoding="utf-8")
+    result = command(*RUN, *free, "evaluate.max_tokens_per_forward=512", cwd=folder)  # more than `max_tokens`
+    assert result.code == 2 and "evaluate.max_tokens_per_forward was None, is 512" in result.err
 
 
 def test_a_result_of_a_reward_that_was_edited_is_refused(undisturbed: Path, tmp_path: Path) -> None:

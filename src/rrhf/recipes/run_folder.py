@@ -27,8 +27,10 @@ FREE = (
     "evaluate_rounds",
     "train.watch_",
     "train.alarm",
+    "train.alarm_",
     *(f"train.{name}" for name in sorted(TRAINING_FREE)),
-    *(f"sample.{limit.name}" for limit in fields(EndpointLimits)),
+    # At the top they go to all three.
+    *(f"{stage}{limit.name}" for stage in ("", "sample.", "score.", "evaluate.") for limit in fields(EndpointLimits)),
 )
 
 
@@ -164,4 +166,5 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
 
 def _bound(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Without the settings that change no result."""
-    return {key: value for key, value in flat.items() if not key.startswith(FREE)}
+    beginnings = tuple(name for name in FREE if name.endswith("_"))
+    return {key: value for key, value in flat.items() if key not in FREE and not key.startswith(beginnings)}
