@@ -231,6 +231,10 @@ NONSENSE: dict[str, tuple[list[str], str]] = {
     "sample, a penalty": (["sample", *TRAIN[1:], "--length_penalty", "nan"], "--length_penalty nan: must be a finite"),
     "reproduce, no file": (["reproduce", "imdb", "--check", "no.json", "--output", "o"], "no.json: no such file"),
     "convert, pairs of none": (["convert", "d", "--output", "o.jsonl", "--pairing", "all"], "give --to as well"),
+    "convert, rows of no responses": (
+        ["convert", "d", "--output", "o.jsonl", "--queries_only", "--to", "trl-best"],
+        "--queries_only: leaves no responses",
+    ),
     "arena, raters": (
         ["arena", "create", "s", "--data", "A=d.jsonl", "--data", "B=d.jsonl", "--raters", "-3"],
         "-3: from 1",
@@ -306,6 +310,15 @@ def test_an_unknown_reward(reward: str, words: list[str], refused: Callable[...,
     tiny.write_rows(Path("data.jsonl"), tiny.rows(2))
     said = refused("score", "--data", "data.jsonl", "--reward", reward, "--output", "out.jsonl")
     assert all(word in said for word in words)
+
+
+def test_queries_alone() -> None:
+    rows = tiny.rows(3)
+    tiny.write_rows(Path("data.jsonl"), rows)
+    assert main(["convert", "--queries-only", "data.jsonl", "--output", "queries.jsonl"]) == 0
+    assert rows[0]["responses"] and tiny.read_rows(Path("queries.jsonl")) == [
+        {name: row[name] for name in ("id", "query", "topic")} for row in rows
+    ]
 
 
 def test_an_unknown_format(refused: Callable[..., str]) -> None:

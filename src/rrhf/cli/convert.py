@@ -21,10 +21,14 @@ def main(arguments: list[str]) -> None:
     options = _parser().parse_args(arguments)
     if options.pairing and not options.to:
         raise UserError(f"--pairing {options.pairing}: chooses pairs for another trainer: give --to as well")
+    if options.queries_only and (options.to or options.weights):
+        raise UserError("--queries_only: leaves no responses for --to and --weights: leave these out")
     counts: Counter[str] = Counter()
     records = load_dataset_records(options.source, options.format, options.split, options.limit, counts)
     if options.weights:
         records = (weighted(record, dict(options.weights)) for record in records)
+    if options.queries_only:
+        records = (record.without_responses() for record in records)
     if options.to is None:
         written = write_records(options.output, progress(records, "convert", unit="records"), options.overwrite)
     else:
@@ -46,6 +50,10 @@ def _parser() -> PlainParser:
     rows.add_argument("--format", help=f"one of {', '.join(FORMATS)}, or pkg.module:function; default: by its columns")
     rows.add_argument("--split", default="train", help="split of a hub data set (default: train)")
     rows.add_argument("--limit", type=int, help="at most this many records")
+    rows.add_argument(
+        "--queries_only", "--queries-only", action="store_true",
+        help="without the responses that the data bring, which `rrhf sample` would keep",
+    )  # fmt: skip
     rows.add_argument(
         "--weights", nargs="+", type=_weight, metavar="NAME=X",
         help="score by the sum of these ratings in the data (rewards of the records), each times its weight",

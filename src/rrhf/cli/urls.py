@@ -49,7 +49,7 @@ BARE = {
 }
 FAMILIES = {"baseline", "arena"}  # commands of which the next word is the command
 # flags without a value, where something stands bare
-SWITCHES = {"overwrite", "dry_run", "every_rate", "page", "private", "quick", "small", "full", "help"}
+SWITCHES = {"overwrite", "dry_run", "every_rate", "page", "private", "queries_only", "quick", "small", "full", "help"}
 SEVERAL = {"results", "scores", "weights", "without", "raters", "add"}  # flags of several values there
 GONE_ON_WITH = {"run", "demo", "reproduce", "baseline best-of-n"}  # folders that a second command goes on in
 FINISHED = "finished.json"  # in a staging folder: which command's result lies there and may not be up yet
