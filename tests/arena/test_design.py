@@ -145,13 +145,15 @@ def test_a_file_of_several_responses_is_as_many_systems(tmp_path: Path) -> None:
     file = tmp_path / "both.jsonl"
     file.write_text('{"id": "1", "query": "x", "responses": ["p", "q"], "sources": ["rho|old", "pi"]}\n')
     assert read_systems([str(file)]).responses == {"rho": {"1": "p"}, "old": {"1": "p"}, "pi": {"1": "q"}}
+    with pytest.raises(UserError, match=r"'rho' has a response to it already: .*whatever NAME says.* --queries_only"):
+        read_systems([str(file), f"another={file}"])
 
 
 @pytest.mark.parametrize(
     ("files", "words"),
     [
         ({"a": {"q": "1"}}, "a is not two systems"),
-        ({"a": {"q": "1"}, "same/a": {"q": "2"}}, "NAME=FILE"),
+        ({"a": {"q": "1"}, "same/a": {"q": "2"}}, "with --data NAME=FILE"),
         ({"a": {"q": "1"}, "b": {"q": ("2", "Another?")}}, "another query"),
         ({"a": {"q\0": "1"}, "b": {"q\0": "2"}}, "half a surrogate"),
     ],

@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from rrhf.cli.main import main
-from rrhf.evaluation.pairwise.questions import answers_to, read_questions
+from rrhf.common.errors import UserError
+from rrhf.evaluation.pairwise.questions import answers_of_both, answers_to, read_questions
 from rrhf.records.files import read_records
 from support import misbehaving as bad
 from support import tiny
@@ -142,6 +143,32 @@ def test_questions_as_fastchat_has_them(folder: Path) -> None:
             assert list(answers_to(questions, folder / name).values()) == [f"to {text}" for text in texts]
         assert main(["convert", "question.jsonl", "--output", "queries.jsonl", "--overwrite"]) == 0
         assert [record.id for record in read_records("queries.jsonl")] == [question.id for question in questions]
+
+
+def test_responses_that_the_data_brought_are_not_judged_unseen(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """`rrhf sample` appends its responses to those that are there: the first of each file is the data set's."""
+    questions = read_questions(folder / "questions.jsonl")
+
+    def write(name: str, brought: int, own: str) -> Path:
+        rows = [
+            {
+                "query": question.query,
+                "responses": [*["So."] * (at < brought), own],
+                "sources": [*["human/chosen"] * (at < brought), "top-p/0"],
+            }
+            for at, question in enumerate(questions)
+        ]
+        tiny.write_rows(folder / name, rows)
+        return folder / name
+
+    with pytest.raises(UserError, match=r"the same in both, of source 'human/chosen'.*--queries_only"):
+        answers_of_both(questions, write("a.jsonl", 4, "Yes."), write("b.jsonl", 4, "No."))
+    said = answers_of_both(questions, write("a.jsonl", 3, "Yes."), write("b.jsonl", 0, "No."))
+    assert [list(answers.values()) for answers in said] == [["So."] * 3 + ["Yes."], ["No."] * 4]
+    assert "a.jsonl: 3 answers are the first of several responses to the query: human/chosen (3)" in caplog.text
+    caplog.clear()
+    answers_of_both(questions, write("a.jsonl", 0, "Yes."), write("b.jsonl", 0, "Yes."))  # two systems that agree
+    assert "several" not in caplog.text
 
 
 def test_the_judge_of_the_example_sums_as_table_9_does(folder: Path, server: bad.Misbehaving) -> None:

@@ -27,7 +27,7 @@ def read_systems(data: Sequence[str]) -> Systems:
     """Read ``FILE`` or ``NAME=FILE``; records of several files belong together by their id, or else by their query.
 
     A file with one response a record is one system, by the name given or the file's. A file with several is as many
-    systems, by the tags of their sources.
+    systems, by the tags of their sources; a name that is given says nothing there.
 
     Raises:
         UserError: a file cannot be read, a name stands twice, or there are fewer than two systems.
@@ -48,8 +48,7 @@ def read_systems(data: Sequence[str]) -> Systems:
                 texts = systems.responses.setdefault(system, {})
                 if query in texts:
                     raise UserError(
-                        f"{path}: record {record.id!r}: system {system!r} has a response to it already: "
-                        "name the systems apart with --data NAME=FILE"
+                        f"{path}: record {record.id!r}: system {system!r} has a response to it already: {_cure(record)}"
                     )
                 texts[query] = text
                 _check_names(path, record.id, system)
@@ -59,6 +58,16 @@ def read_systems(data: Sequence[str]) -> Systems:
             "give a file each, or one with several responses a record"
         )
     return systems
+
+
+def _cure(record: Record) -> str:
+    if len(record.responses) == 1:
+        return "name the systems apart with --data NAME=FILE"
+    return (
+        "where records have several responses their sources are the systems, whatever NAME says: give files with one "
+        "response a record. `rrhf sample` keeps the responses that its data bring; `rrhf convert QUERIES "
+        "--queries_only --output F` takes them out before it"
+    )
 
 
 def _check_names(path: Path, *names: str) -> None:

@@ -23,7 +23,12 @@ class Settings:
     questions: str = field(
         metadata={"help": "records, or questions in Vicuna's layout, with a category each or without"}
     )
-    a: str = field(metadata={"help": "records with the first system's answers, joined by id, else by the query"})
+    a: str = field(
+        metadata={
+            "help": "records with the first system's answers (of several responses the first), joined by id, else by "
+            "the query"
+        }
+    )
     b: str = field(metadata={"help": "records with the second system's answers"})
     judge: list[str] = field(
         metadata={"help": "a judge's file (see docs/judging.md); several are compared", "nargs": "+"}
@@ -54,12 +59,12 @@ def main(arguments: list[str]) -> None:
     if len(set(settings.judge)) < len(settings.judge):
         raise UserError("--judge: a file is named twice")
     from rrhf.evaluation.pairwise.judging import comparison_records, judge_pair
-    from rrhf.evaluation.pairwise.questions import answers_to, read_questions
+    from rrhf.evaluation.pairwise.questions import answers_of_both, read_questions
     from rrhf.records.files import write_records
     from rrhf.rewards.judges.reward import open_judge
 
     questions = read_questions(Path(settings.questions))
-    a, b = (answers_to(questions, Path(path)) for path in (settings.a, settings.b))
+    a, b = answers_of_both(questions, Path(settings.a), Path(settings.b))
     judges = {origin(name): open_judge(name, limits, settings.seed) for name in settings.judge}
     result = {"a": origin(settings.a), "b": origin(settings.b), "seed": settings.seed}
     numbers, said = judge_pair(judges, questions, a, b, seed=settings.seed, samples=settings.samples)

@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import logging
+from collections import Counter
 from pathlib import Path
+from typing import NamedTuple
 
 from rrhf.common.errors import UserError
 from rrhf.evaluation.pairwise.comparisons import Question
 from rrhf.records.files import read_records
 from rrhf.records.formats import load_dataset_records
-from rrhf.records.record import query_text
+from rrhf.records.record import Record, query_text
+
+log = logging.getLogger("rrhf")
+
+
+class _First(NamedTuple):
+    """The first response of a record, where it came from, and of how many it is the first."""
+
+    text: str
+    source: str
+    of: int
 
 
 def read_questions(path: Path) -> list[Question]:
@@ -35,17 +48,57 @@ def answers_to(questions: list[Question], path: Path) -> dict[str, str]:
     Raises:
         UserError: the file cannot be read, or questions have no answer in it; the first are named.
     """
-    by_id: dict[str, str] = {}
-    by_query: dict[str, str] = {}
+    return _texts(_first_responses(questions, path))
+
+
+def answers_of_both(questions: list[Question], a: Path, b: Path) -> tuple[dict[str, str], dict[str, str]]:
+    """``answers_to`` of two systems' files; where records have several responses, the log says which are taken.
+
+    Raises:
+        UserError: see ``answers_to``; or both files begin with the same responses, which the data set provided.
+    """
+    ours, theirs = (_first_responses(questions, path) for path in (a, b))
+    for path, found in ((a, ours), (b, theirs)):
+        taken = Counter(first.source for first in found.values() if first.of > 1)
+        if taken:
+            named = ", ".join(f"{source} ({count})" for source, count in taken.most_common(3))
+            log.warning(f"{path}: {taken.total()} answers are the first of several responses to the query: {named}")
+    if all(_is_one(ours[name], theirs[name]) for name in ours):
+        source = next(iter(ours.values())).source
+        raise UserError(
+            f"{a} and {b}: the first response to every question is the same in both, of source {source!r}: nothing to "
+            "compare. `rrhf sample` keeps the responses that its data bring, before its own: take them out with "
+            "`rrhf convert QUERIES --queries_only --output F`, and sample both systems from that file"
+        )
+    return _texts(ours), _texts(theirs)
+
+
+def _first_responses(questions: list[Question], path: Path) -> dict[str, _First]:
+    by_id: dict[str, _First] = {}
+    by_query: dict[str, _First] = {}
     for record in read_records(path, require="responses"):
-        by_id[record.id] = record.responses[0]
         messages = record.query
-        by_query[messages if isinstance(messages, str) else messages[-1]["content"]] = record.responses[0]
+        text = messages if isinstance(messages, str) else messages[-1]["content"]
+        by_id[record.id] = by_query[text] = _first_of(record)
     found = {q.id: by_id.get(q.id, by_query.get(q.query)) for q in questions}
-    missing = [name for name, text in found.items() if text is None]
+    missing = [name for name, first in found.items() if first is None]
     if missing:
         raise UserError(
             f"{path}: {len(missing)} of {len(questions)} questions have no answer there, such as {missing[0]!r}: "
             "answer all, with the question's id or query"
         )
-    return {name: text for name, text in found.items() if text is not None}
+    return {name: first for name, first in found.items() if first is not None}
+
+
+def _texts(found: dict[str, _First]) -> dict[str, str]:
+    return {name: first.text for name, first in found.items()}
+
+
+def _first_of(record: Record) -> _First:
+    source, _, _ = record.sources[0].partition("|")  # equal responses were merged
+    return _First(record.responses[0], source, len(record.responses))
+
+
+def _is_one(a: _First, b: _First) -> bool:
+    """Whether two files' answers are one response that both have; where each has one, two systems may well agree."""
+    return (a.text, a.source) == (b.text, b.source) and max(a.of, b.of) > 1
