@@ -127,7 +127,10 @@ class SamplingSettings:
     )
     batch_size: int | None = field(
         default=None,
-        metadata={"help": "queries that are decoded together; default: 32, more on a GPU, fewer where memory is short"},
+        metadata={
+            "help": "queries that are decoded together; default: 64 on a CPU, 128 elsewhere (OpenVINO: 32), fewer "
+            "where memory is short"
+        },
     )
     seed: int = field(default=0, metadata={"help": "seed of every random choice"})
 
