@@ -366,11 +366,16 @@ def test_sections_become_settings_by_name_and_all_faults_come_together(tmp_path:
     assert (config.watch.alarm, config.train.save_strategy) == ("off", "no")
     assert (config.train.bf16, config.train.use_cpu) == (False, True)
     assert load_yaml("[1e-4, 3E+2, -1e4, 1.5e-3, e5, 1e, 0x1e-4]") == [1e-4, 300.0, -1e4, 1.5e-3, "e5", "1e", "0x1e-4"]
-    wrong = {"modl": 1, "score": 3, "data": {"source": "s", "limits": 2}, "train": {"peft": "x"}}
+    elsewhere = {"device": "cpu", "policy": "beam", "kl_beta": 0.1, "eval_data": "f"}
+    wrong = {"modl": 1, "score": 3, "data": {"source": "s", "limits": 2}, "train": {"peft": "x", **elsewhere}}
     with pytest.raises(UserError) as raised:
         parse_config({**values, **wrong}, tmp_path)
     for fault in ("modl: unknown key: did you mean 'model'", "section score: must hold keys and values, not 3",
-                  "data.limits: unknown key: did you mean 'limit'", "section train: --peft x"):  # fmt: skip
+                  "data.limits: unknown key: did you mean 'limit'", "section train: --peft x",
+                  "train.device: unknown key: write 'device' outside the sections",
+                  "train.policy: unknown key: it is a key of another section: sample.policy, evaluate.policy",
+                  "train.kl_beta: unknown key: it is a key of another section: score.kl_beta",
+                  "(see `rrhf train --help`; docs/configuration.md says"):  # fmt: skip
         assert fault in str(raised.value)
 
 

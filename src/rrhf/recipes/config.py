@@ -223,14 +223,16 @@ class Section:
 
     def unknown(self, given: Mapping[str, Any]) -> list[str]:
         """A fault for each key that no flag has."""
+        if self.name == "data":  # no command has its flags
+            seen = f"(known: {', '.join(sorted(self.keys))})"
+        else:
+            seen = f"(see `rrhf {self.name} --help`; docs/configuration.md says which of its flags are no keys)"
         faults = []
-        # No command has the flags of the section data.
-        seen = f"(known: {', '.join(sorted(self.keys))})" if self.name == "data" else f"(see `rrhf {self.name} --help`)"
         for key in given:
             if key not in self.keys:
                 close = nearest(key, self.keys).partition("known:")[0].strip()
-                more = f"{': ' + close if close else ''} {seen}"
-                faults.append(f"{self.name}.{key}: unknown key{more}")
+                cure = _elsewhere(key) or f"{close} {seen}".strip()
+                faults.append(f"{self.name}.{key}: unknown key{' ' if cure == seen else ': '}{cure}")
         return faults
 
     @cached_property
@@ -253,6 +255,14 @@ class Section:
         if faults:
             raise UserError("; ".join(faults))
         return dict(zip(self.fields, self.flags.parse(as_arguments(known, self.name)), strict=True))
+
+
+def _elsewhere(key: str) -> str:
+    """Where a key that a section does not have does stand, or ""."""
+    if key in shared_section().keys:
+        return f"write {key!r} outside the sections, for all stages"
+    places = [f"{name}.{key}" for name, section in sections().items() if key in section.keys]
+    return f"it is a key of another section: {', '.join(places)}" if places else ""
 
 
 def takes_list(flag: Action, field: Field[Any]) -> bool:
