@@ -189,7 +189,7 @@ def test_json_and_yaml_can_be_read(block: Block) -> None:
     "page", sorted({block.page for block in BLOCKS if block.language == "python"}), ids=lambda page: page.name
 )
 def test_python_blocks_run(page: Path, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A page's blocks one after another, with what a reader has: a model, its tokenizer, scored records, a run."""
+    """The blocks in turn, with what a reader has: a model, its tokenizer, records and files of them, a run."""
     from rrhf.models.load import ModelSettings, load_policy
     from rrhf.records.record import record_from_row
 
@@ -198,6 +198,8 @@ def test_python_blocks_run(page: Path, model: Path, tmp_path: Path, monkeypatch:
     (tmp_path / "RUN" / "model").symlink_to(model)
     policy, tokenizer = load_policy(ModelSettings(model=str(model), device="cpu", dtype="float32"))
     records = [record_from_row(row, "here") for row in tiny.rows(4)]
+    for name in ("queries.jsonl", "held_out.jsonl", "scored.jsonl"):
+        tiny.write_rows(tmp_path / name, tiny.rows(2))
     names: dict[str, Any] = {"model": policy, "tokenizer": tokenizer, "records": records, "MODEL": str(model)}
     for block in blocks(page):
         if block.language == "python" and block.reason is None:
