@@ -292,3 +292,17 @@ def test_plain_texts_are_those_of_the_tokenizer(smollm2_tokenizer: Any) -> None:
     ids = [1, *smollm2_tokenizer("Is it ? , no .\n ok").input_ids, 0, 2]
     plain = smollm2_tokenizer.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
     assert text_format(smollm2_tokenizer).decode(ids) == plain == "Is it ? , no .\n ok"
+
+
+def test_drawn_tokens_are_those_that_are_trained_on_where_they_are_of_the_text() -> None:
+    form = text_format()
+    plain = form.encode_record(Record("q", ["abc", "abc", "x"], finish=["length"] * 3))
+    split = [form.encode_response("q", letter, "length")[0] for letter in "abc"]
+    other = [*split[:2], *split[:1]]  # of another text, as ids of another vocabulary are
+    record = Record(
+        "q", ["abc", "abc", "x"], finish=["length"] * 3, extra={"drawn_tokens": [[*split, EOS], other, None]}
+    )
+    assert form.encode_record(record).responses == [[*split, EOS], plain.responses[1], plain.responses[2]]
+    assert form.encode_record(record, max_length=3).responses[0] == split[:2]  # and cut as all are
+    strange = Record("q", ["abc"], finish=["length"], extra={"drawn_tokens": {"of": "the user"}})
+    assert form.encode_record(strange).responses == plain.responses[:1]

@@ -18,6 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rrhf.common.errors import UserError
+from rrhf.records.duplicates import merge_duplicates
 from rrhf.records.files import count_records, read_records, write_records
 from rrhf.records.ids import Ids
 from rrhf.records.record import Record, content_id, query_text, record_from_row, record_to_row
@@ -445,3 +446,17 @@ def test_some_responses_kept_and_none() -> None:
     bare = record.without_responses()
     assert (bare.responses, bare.scores, bare.rewards, bare.id, bare.extra) == ([], [], {}, record.id, {"t": 1})
     assert record.responses == ["a", "b", "c"]
+
+
+def test_columns_with_a_list_a_response_go_with_the_responses() -> None:
+    drawn, other = [[1, 2], [3], [4, 5]], {"t": [1, 2, 3]}  # a column of the user's stays as it is
+    record = Record(
+        "q", ["a", "b", "a"], extra={"drawn_tokens": drawn, "old_token_logprobs": [[0.1], [0.2], [0.3]], **other}
+    )
+    assert record.without_responses().extra == other
+    kept = record.keeping([2, 1]).extra
+    assert kept == {"drawn_tokens": [[4, 5], [3]], "old_token_logprobs": [[0.3], [0.2]], **other}
+    more = record.with_responses(["c"], ["stop"], ["m/0"]).extra
+    assert more["drawn_tokens"] == [*drawn, None] and more["t"] == [1, 2, 3]
+    merged, duplicates, _ = merge_duplicates(record)
+    assert duplicates == 1 and merged.extra["drawn_tokens"] == [[1, 2], [3]] and merged.extra["t"] == [1, 2, 3]

@@ -100,7 +100,7 @@ def _numbers(model: PreTrainedModel, forward: Forward, path: str) -> list[tuple[
 def _with_texts(record: Record, keys: Sequence[TextKey]) -> Record:
     texts, finishes = [text for _, text, _ in keys], [finish for _, _, finish in keys]
     tags = [f"evaluated/{number}" for number in range(len(keys))]
-    return replace(record, responses=texts, finish=finishes, sources=tags, scores=[], rewards={})
+    return replace(record.without_responses(), responses=texts, finish=finishes, sources=tags)
 
 
 def fit_context(encoded: Sequence[EncodedRecord], context: int | None, bos: int | None = None) -> list[EncodedRecord]:

@@ -184,7 +184,7 @@ class TextFormat:
         (``DRAWN_TOKENS``) are those, where they are this vocabulary's of that text.
         """
         query = self.encode_query(record.query)
-        drawn = record.extra.get(DRAWN_TOKENS) or [None] * len(record.responses)
+        drawn = record.response_columns().get(DRAWN_TOKENS) or [None] * len(record.responses)
         responses = []
         for response, finish, tokens in zip(record.responses, record.finish, drawn, strict=True):
             known = tokens and self.decode(tokens).startswith(response)  # a text may end at a stop string

@@ -29,8 +29,7 @@ def merge_duplicates(record: Record) -> tuple[Record, int, int]:
     if not empty and not duplicates:
         return record, 0, 0
     merged = replace(
-        record,
-        responses=list(places),
+        record.keeping([group[0] for group in groups]),
         sources=[_joined([record.sources[index] for index in group]) for group in groups],
         finish=["stop" if any(record.finish[index] == "stop" for index in group) else "length" for group in groups],
         scores=_merged_scores(record.scores, groups),

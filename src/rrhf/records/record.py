@@ -36,6 +36,7 @@ ENCODER = json.JSONEncoder(ensure_ascii=False, allow_nan=False)
 TOKEN_COLUMNS = ("old_token_logprobs", "reference_token_logprobs")
 # The same of the tokens themselves, null for a response that no policy of ours drew: its text may have another split.
 DRAWN_TOKENS = "drawn_tokens"
+RESPONSE_COLUMNS = (*TOKEN_COLUMNS, DRAWN_TOKENS)
 REQUIRED = ("query", "responses", "scores")  # a stage that needs one needs those before it
 CURES = {"responses": "run `rrhf sample` first", "scores": "run `rrhf score` first"}
 
@@ -73,7 +74,8 @@ class Record:
 
     def without_responses(self) -> Record:
         """A record of the query alone, with its id and unknown columns."""
-        return replace(self, responses=[], sources=[], finish=[], scores=[], rewards={})
+        extra = {name: value for name, value in self.extra.items() if name not in RESPONSE_COLUMNS}
+        return replace(self, responses=[], sources=[], finish=[], scores=[], rewards={}, extra=extra)
 
     def keeping(self, indices: Sequence[int]) -> Record:
         """A record with the responses at ``indices`` and all that belongs to them, in that order."""
@@ -81,9 +83,7 @@ class Record:
         def kept(values: list[Any]) -> list[Any]:
             return [values[index] for index in indices] if values else []
 
-        k, names = len(self.responses), (*TOKEN_COLUMNS, DRAWN_TOKENS)
-        columns = {n: kept(v) for n, v in self.extra.items() if n in names and isinstance(v, list) and len(v) == k}
-
+        columns = {name: kept(values) for name, values in self.response_columns().items()}
         return replace(
             self,
             responses=kept(self.responses),
@@ -97,7 +97,10 @@ class Record:
     def with_responses(
         self, texts: Sequence[str], finish: Sequence[str], sources: Sequence[str], scored: Record | None = None
     ) -> Record:
-        """A record with responses appended; those of ``scored`` bring the scores and rewards they have."""
+        """A record with responses appended; those of ``scored`` bring the scores and rewards they have.
+
+        In columns with a list a response (``RESPONSE_COLUMNS``) they have None.
+        """
         unscored: list[float | None] = [None] * len(texts)
         before: list[float | None] = [None] * len(self.responses)
         scores = [*(self.scores or before), *((scored.scores if scored else []) or unscored)]
@@ -112,7 +115,17 @@ class Record:
             finish=[*self.finish, *finish],
             scores=scores if any(score is not None for score in scores) else [],
             rewards=rewards,
+            extra={**self.extra, **{n: [*v, *[None] * len(texts)] for n, v in self.response_columns().items()}},
         )
+
+    def response_columns(self) -> dict[str, list[Any]]:
+        """The unknown columns that have a list a response."""
+        k = len(self.responses)
+        return {
+            name: values
+            for name, values in self.extra.items()
+            if name in RESPONSE_COLUMNS and isinstance(values, list) and len(values) == k
+        }
 
 
 def content_id(query: Query) -> str:

@@ -141,7 +141,8 @@ class Sampler:
             texts, finish = [self.text(response) for response in responses], [one.finish for one in responses]
             extended = record.with_responses(texts, finish, [f"{self.source}/{n}" for n in range(len(texts))])
             if tokens:
-                drawn = [*[None] * len(record.responses), *(response.drawn for response in responses)]
+                before = record.response_columns().get(DRAWN_TOKENS) or [None] * len(record.responses)
+                drawn = [*before, *(response.drawn for response in responses)]
                 extended = replace(extended, extra={**extended.extra, DRAWN_TOKENS: drawn})
             yield i, extended
 

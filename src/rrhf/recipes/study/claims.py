@@ -158,7 +158,11 @@ def at_least_ppo(study: Study) -> Finding:
         found = study.difference(name, "PPO", "proxy", allowed=AT_LEAST)
         if found is not None:
             tests.append(Test(f"{name} − PPO, proxy, + {AT_LEAST}", found))
-    return Finding(tests, beside(study, [*MAIN, "PPO", "PPO+KL"]))
+    said = beside(study, [*MAIN, "OP", "PPO", "PPO+KL"])
+    online = study.difference("OP", "PPO", "proxy") if tests else None
+    if online is not None:
+        said += f"; OP − PPO, proxy: {online}, which both train on samples of π"
+    return Finding(tests, said)
 
 
 def better_than_sft(study: Study) -> Finding:
@@ -455,7 +459,7 @@ CLAIMS = [
           "any training on good responses may: see (c)", raises_reward),
     Claim("b", "RRHF's reward is at least PPO's",
           "HH: −1.02 (DP) against −1.03, perplexity 14.75 against 13.84; IMDB: 0.861 (BP) against 0.796",
-          "tuning: all have the same grid of three rates and the same steps; a longer PPO may gain more", at_least_ppo),
+          "all have the same grid of rates and the same steps; PPO's samples are π's own, as OP's are", at_least_ppo),
     Claim("c", "RRHF is better than SFT", "IMDB: 0.861 (BP) against 0.539; HH: −1.02 (DP) against −1.31 (P)",
           "SFT sees the data set's response alone, RRHF samples too", better_than_sft),
     Claim("d", "RRHF is worse without L_rank", "HH, Table 7 (BP): −1.03 with it, −1.14 without",
