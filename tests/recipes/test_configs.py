@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from rrhf.losses import RANKING_LOSSES, ranking_loss
 from rrhf.recipes.config import ablations, override, parse_config, read_config, shipped
 from rrhf.recipes.recipe import run_recipe
 from rrhf.recipes.run_folder import RunFolder
+from rrhf.records.files import read_records
 from support import tiny
 from support.models import tiny_model, tiny_tokenizer, toy_records
 
@@ -136,6 +138,35 @@ def vowels(prompts: list[Any], completions: list[str], **columns: Any) -> list[f
 
 
 KINDS = ["hh-bp", "hh-sp", "hh-d", "hh-p", "hh-op32-kl", "hh-r", "raft", "imdb-op128"]
+
+
+def test_a_policy_gradient_keeps_responses_that_end_at_once(
+    workplace: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To its end, with its report and how ρ and π order the samples: a window has empty responses then."""
+    monkeypatch.chdir(tmp_path)
+    reward = f"{__name__}:vowels"
+    shutil.copytree(workplace / "policy", tmp_path / "policy")
+    generation = tmp_path / "policy" / "generation_config.json"
+    many = {**json.loads(generation.read_text()), "eos_token_id": list(range(2, 60, 2))}  # half of all end a response
+    generation.write_text(json.dumps(many))
+    values = override(
+        read_config("hh-sp+loss-grpo"),
+        [
+            f"model={tmp_path / 'policy'}", "device=cpu", "dtype=float32", f"score.reward=[{reward}]",
+            f"evaluate.reward=[{reward}]", f"data.source={workplace / 'queries.jsonl'}", "data.format=null",
+            "data.held_out_limit=2", "train.max_steps=2", "train.bf16=false", "train.report_to=none",
+            "train.max_length=96", "train.max_query_length=40", "sample.max_new_tokens=4", "sample.temperature=1",
+            "evaluate.max_new_tokens=4", "evaluate.perplexity_model=null",
+        ],
+    )  # fmt: skip
+    run = RunFolder(tmp_path / "run")
+    run.remember_config(values)
+    result = run_recipe(run, parse_config(values, run.model))
+    windows = [record for n in (0, 1) for record in read_records(run.model / "windows" / f"{n}.jsonl")]
+    assert any("" in record.responses for record in windows) and result["pi"]["n"] == 2
+    assert all(len(record.responses) == 4 for record in windows) and "ranking" in result
+    assert (run.folder / "report.html").exists()
 
 
 @pytest.mark.parametrize("name", KINDS)

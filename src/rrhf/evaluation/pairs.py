@@ -189,7 +189,7 @@ def rank_samples(
     Returns:
         None where no record has a pair.
     """
-    records = _preferring(read_records(samples, require="scores"), Counter())
+    records = _preferring(read_records(samples, "scores", "drop"), Counter())
     if not records or most < 1:
         return None
     step = max(1.0, len(records) / most)

@@ -86,13 +86,13 @@ def measure_samples(path: Path, reward: str | None, seed: int = 0) -> Samples | 
     """
     if reward is not None:
         try:
-            return measure_records(_scored(path), reward, seed)
+            return measure_records(scored_records(path), reward, seed)
         except KeyError:
             pass  # some record was not scored by this reward
-    return measure_records(_scored(path), None, seed)
+    return measure_records(scored_records(path), None, seed)
 
 
-def _scored(path: Path) -> Iterator[Record]:
+def scored_records(path: Path) -> Iterator[Record]:
     """The records of a file; empty responses are no fault here: best-of-n's draws of nothing are draws."""
     for record in read_records(path):
         if not record.scores:

@@ -15,7 +15,7 @@ from rrhf.common.presentation import clean, finite
 from rrhf.common.yaml_text import load_yaml
 from rrhf.evaluation.held_out import HeldOut
 from rrhf.evaluation.pairs import MEAN, most_violated
-from rrhf.evaluation.samples import Samples, measure_records, measure_samples
+from rrhf.evaluation.samples import Samples, measure_records, measure_samples, scored_records
 from rrhf.records.files import read_records
 from rrhf.report.choice import choose
 from rrhf.report.run import Generation, RankedPair, Run, Window
@@ -251,7 +251,7 @@ class _Folder:
             records = [path for _, path in windows]
             for name in dict.fromkeys((reward, None)):
                 try:
-                    every = chain.from_iterable(read_records(path, require="scores") for path in records)
+                    every = chain.from_iterable(scored_records(path) for path in records)
                     return measure_records(every, name, seed)
                 except KeyError:
                     continue
@@ -277,7 +277,7 @@ class _Folder:
         """The samples of each window, by the scores that training used; its step stands behind the records' ids."""
         found = []
         for _, path in self._windows():
-            first = next(read_records(path, require="scores"), None)
+            first = next(scored_records(path), None)
             samples = measure_samples(path, None, seed)
             step = (first.id.rpartition("@")[2] if first else "") or "0"
             if samples is not None and step.isdigit():
