@@ -281,6 +281,7 @@ COLUMNS = sorted(
         "chosen_score",
         "rejected_score",
         "system",
+        "history",
         "score_chosen",
         "score_rejected",
         "from",

@@ -76,6 +76,22 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"prompt": "Sky?", "chosen": [assistant("Blue.")], "rejected": [assistant("Green.")]},
         {"query": user("Sky?"), "responses": ["Blue.", "Green."]},
     ),
+    "preference, texts, behind Alpaca's columns": (
+        {"instruction": "Add.", "input": "1 2", "chosen": "The sum is 3.", "rejected": "The sum is 4."},
+        {"query": user("Add.\n\n1 2"), "responses": ["The sum is 3.", "The sum is 4."]},
+    ),
+    "preference, texts, behind a question": (
+        {"system": "", "question": "Sky?", "chosen": "Sure, blue.", "rejected": "Sure! Green."},
+        {"query": user("Sky?"), "responses": ["Sure, blue.", "Sure! Green."]},
+    ),
+    "preference, texts, behind a query": (
+        {"query": "The sky", "chosen": " is blue.", "rejected": " is green."},
+        {"query": "The sky", "responses": [" is blue.", " is green."]},
+    ),
+    "preference, texts, with a system prompt": (
+        {"system": "Be a cat.", "prompt": "Sky?", "chosen": "Blue.", "rejected": "Green."},
+        {"query": [{"role": "system", "content": "Be a cat."}, *user("Sky?")], "responses": ["Blue.", "Green."]},
+    ),
 }
 
 
@@ -90,6 +106,60 @@ def test_pairs(tmp_path: Path, name: str) -> None:
         scores=[1.0, 0.0],
         extra={"weight": 3, "original_scores": "theirs"},
     )
+
+
+def test_pairs_whose_query_is_not_known_are_counted(tmp_path: Path) -> None:
+    path = lines(
+        tmp_path / "a.jsonl",
+        {"input": "Sky?", "chosen": "It is blue.", "rejected": "It is green."},
+        {"question": "Sky?", "chosen": "Sky? Blue.", "rejected": "Sky? Green."},
+        {"input": " ", "chosen": "The sky is blue.", "rejected": "The sky is green."},
+        {"system": 3, "chosen": "The sky is blue.", "rejected": "The sky is green."},
+    )
+    counts = Counter[str]()
+    (record,) = load_dataset_records(path, counts=counts)
+    assert record.query == "The sky is"
+    assert counts == {
+        "chosen and rejected with `input`, but no `prompt` nor `instruction`: rename it": 1,
+        "chosen and rejected both have the text of `question` at their start: drop that column": 1,
+        "`system` is no text": 1,
+    }
+
+
+def test_system_prompts_and_earlier_turns_come_before_the_instruction(tmp_path: Path) -> None:
+    system = {"role": "system", "content": "Be a cat."}
+    talk = [{"from": "human", "value": "Sky?"}]
+    pair = {"chosen": {"from": "gpt", "value": "Blue."}, "rejected": {"from": "gpt", "value": "Green."}}
+    theirs = {"from": "system", "value": "Be a dog."}
+    for row, query in (
+        ({"instruction": "Sky?", "output": "Blue.", "history": [["Hi", "Miaow."]]}, [*user("Hi"), assistant("Miaow.")]),
+        ({"instruction": "Sky?", "chosen": "Blue.", "rejected": "Green.", "history": []}, []),
+        ({"conversations": talk, **pair}, []),
+        ({"conversations": [*talk, pair["chosen"]]}, []),
+        ({"prompt": "Sky?", "completion": "Blue."}, []),
+        ({"prompt": user("Sky?")}, []),
+    ):
+        (record,) = load_dataset_records(lines(tmp_path / "a.jsonl", {**row, "system": "Be a cat."}))
+        assert (record.query, record.extra) == ([system, *query, *user("Sky?")], {})
+    # A conversation that begins with a system message of its own keeps it alone, as in LLaMA-Factory.
+    (record,) = load_dataset_records(
+        lines(tmp_path / "b.jsonl", {"conversations": [theirs, *talk], **pair, "system": "s"})
+    )
+    assert record.query == [{"role": "system", "content": "Be a dog."}, *user("Sky?")]
+    counts = Counter[str]()
+    rows = [{"instruction": "a", "output": "b", "history": h} for h in (None, [["x"]], "x")]
+    assert len(list(load_dataset_records(lines(tmp_path / "c.jsonl", *rows), counts=counts))) == 1
+    assert counts == {"`history` is no list of pairs of texts": 2}
+
+
+def test_responses_that_no_format_reads_are_not_left_behind_unasked(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", {"instruction": "Add.", "input": "1 2", "output_1": "3", "output_2": "4"})
+    with pytest.raises(
+        UserError, match=r"reads the responses in output_1, output_2: give --format pkg.* --format prompts"
+    ):
+        list(load_dataset_records(path))
+    (record,) = load_dataset_records(path, "prompts")
+    assert record.query == user("Add.\n\n1 2")
 
 
 def test_alpaca_and_alpacafarm_and_vicuna(tmp_path: Path) -> None:
@@ -139,7 +209,7 @@ def test_reviews_and_prompts_out_of_csv_and_text(tmp_path: Path) -> None:
     assert [record.query for record in load_dataset_records(tmp_path / "b.txt")] == ["One day", "Two"]
     path = lines(tmp_path / "c.jsonl", {"prompt": user("x")}, {"instruction": "y"}, {"other": 1})
     counts = Counter[str]()
-    assert [r.query for r in load_dataset_records(path, "prompts", counts=counts)] == [user("x"), "y"]
+    assert [r.query for r in load_dataset_records(path, "prompts", counts=counts)] == [user("x"), user("y")]
     assert counts.total() == 1
     (tmp_path / "d.csv").write_text("text\na,b\n")
     with pytest.raises(UserError, match="line 2: more cells"):

@@ -12,6 +12,7 @@ import contextlib
 import csv
 import itertools
 import math
+import re
 from collections import Counter
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -31,9 +32,9 @@ from rrhf.records.foreign.instructions import (
     vicuna,
 )
 from rrhf.records.foreign.pairs import LAST_TURN, hh, hh_chat, preference, sharegpt, static
-from rrhf.records.foreign.ratings import PAIR_RATINGS, gpt4_llm, helpsteer, ultrafeedback, ultrafeedback_binarized
+from rrhf.records.foreign.ratings import gpt4_llm, helpsteer, ultrafeedback, ultrafeedback_binarized
 from rrhf.records.foreign.rewardbench import rewardbench
-from rrhf.records.foreign.rows import ForeignRow, Format, SkipRowError
+from rrhf.records.foreign.rows import PAIR_RATINGS, ForeignRow, Format, SkipRowError
 from rrhf.records.ids import Ids
 from rrhf.records.record import Record, Row, RowError, plain, record_from_row
 
@@ -65,6 +66,8 @@ FORMATS: dict[str, Format] = {
 
 # What each format needs. The first whose columns are all there is the guess; where two share theirs the values decide.
 COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
+    (frozenset({"query", "responses"}), "rrhf"),
+    (frozenset({"query", "chosen", "rejected"}), "preference"),
     (frozenset({"query"}), "rrhf"),
     (frozenset({"instruction", "outputs"}), "alpacafarm"),
     (frozenset({"instruction", "completions"}), "ultrafeedback"),
@@ -78,7 +81,7 @@ COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"turns"}), "vicuna"),
     (frozenset({"prompt", "chosen", "rejected", "subset"}), "rewardbench"),
     (frozenset({"prompt", "response", "chosen", "rejected"}), "static"),
-    (frozenset({"prompt", "chosen", "rejected"}), "preference"),
+    *((frozenset({name, "chosen", "rejected"}), "preference") for name in ("prompt", "instruction", "question")),
     (frozenset({"chosen", "rejected"}), "preference"),
     (frozenset({"chosen", "rejected"}), "hh"),  # where they are dialogues
     (frozenset({"chosen", "rejected"}), "hh-chat"),  # never guessed
@@ -87,6 +90,9 @@ COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"review"}), "imdb"),
     *((frozenset({name}), "prompts") for name in PROMPT_COLUMNS),
 )
+
+# Responses beside a prompt, which ``prompts`` would leave behind: such rows are not guessed to be queries alone.
+ANSWER = re.compile(r"(output|response|answer|completion)_[0-9a-z]")
 
 
 def guess_format(row: ForeignRow, source: str) -> str:
@@ -98,6 +104,12 @@ def guess_format(row: ForeignRow, source: str) -> str:
     columns = {name for name, value in row.items() if value is not None}
     for needed, name in COLUMNS:
         if needed <= columns:
+            answers = sorted(filter(ANSWER.fullmatch, columns)) if name == "prompts" else []
+            if answers:
+                raise UserError(
+                    f"{source}: no format is known that reads the responses in {', '.join(answers)}: give --format "
+                    "pkg.module:function, or --format prompts for the queries alone"
+                )
             dialogue = isinstance(row.get("chosen"), str) and LAST_TURN in row["chosen"]
             return "hh" if name == "preference" and "prompt" not in columns and dialogue else name
     raise UserError(

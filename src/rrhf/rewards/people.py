@@ -23,7 +23,7 @@ from rrhf.common.errors import UserError, nearest
 from rrhf.common.remote import fetched
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records, require_file
-from rrhf.records.foreign.ratings import number_of
+from rrhf.records.foreign.rows import number_of
 from rrhf.records.formats import file_rows
 from rrhf.records.record import Record, RowError
 from rrhf.rewards.kind import Item, RewardContext, RewardKind, Scorer

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from rrhf.common.errors import UserError
 from rrhf.records.foreign.ratings import weighted
 from rrhf.records.formats import guess_format, load_dataset_records
 from rrhf.records.record import Record
+from rrhf.rewards.scoring import score_records
 
 
 def user(text: str) -> list[dict[str, str]]:
@@ -150,5 +152,9 @@ def test_attribute_rows_as_a_table(tmp_path: Path) -> None:
 def test_weights() -> None:
     record = Record(query="q", responses=["a", "b"], rewards={"helpfulness": [3.0, 4.0], "verbosity": [1.0, None]})
     assert weighted(record, {"helpfulness": 0.5, "verbosity": -1.0}).scores == [0.5, None]
+    # Scored before, the record kept its first scores under this name, where --reward provided finds them.
+    before = replace(record, rewards={**record.rewards, "provided": [3.0, 4.0]})
+    (scored,) = score_records([weighted(before, {"helpfulness": 2.0})], ["provided"])
+    assert scored.scores == [6.0, 8.0]
     with pytest.raises(UserError, match=r"no rating 'help' to weigh \(it has helpfulness, verbosity\)"):
         weighted(record, {"help": 1.0})

@@ -2,24 +2,38 @@
 
 from __future__ import annotations
 
-from rrhf.records.foreign.rows import ForeignRow, SkipRowError, text_of, unused, user, value_of
-from rrhf.records.record import Message
+from rrhf.records.foreign.rows import ForeignRow, SkipRowError, text_of, unused, user, value_of, with_system
+from rrhf.records.record import Message, Query
 
 PROMPT_COLUMNS = ("prompt", "query", "instruction", "question", "text")
+INSTRUCTION = ("instruction", "input", "system", "history")  # what ``instruction_of`` reads
 
 
-def instruction_of(row: ForeignRow) -> list[Message]:
-    """Alpaca's ``instruction``, with ``input`` below it where there is one, as one user message."""
+def instruction_of(row: ForeignRow) -> Query:
+    """Alpaca's ``instruction``, with ``input`` below it where there is one, as one user message.
+
+    In front of it stand, as LLaMA-Factory has them, a ``system`` prompt and the earlier turns of ``history``, pairs of
+    what was asked and what was answered.
+    """
     instruction = text_of(row, "instruction")
     detail = row.get("input")
     content = f"{instruction}\n\n{detail}" if isinstance(detail, str) and detail.strip() else instruction
-    return user(content)
+    return with_system([*_earlier(row.get("history") or []), *user(content)], row)
+
+
+def _earlier(history: object) -> list[Message]:
+    messages: list[Message] = []
+    for turn in history if isinstance(history, list) else [history]:
+        if not isinstance(turn, (list, tuple)) or len(turn) != 2 or not all(isinstance(text, str) for text in turn):
+            raise SkipRowError("`history` is no list of pairs of texts")
+        messages += [*user(turn[0]), {"role": "assistant", "content": turn[1]}]
+    return messages
 
 
 def alpaca(row: ForeignRow) -> ForeignRow:
     """Alpaca's ``instruction``, ``input``, ``output``: one user message, one response without a score."""
     return {
-        **unused(row, "instruction", "input", "output"),
+        **unused(row, *INSTRUCTION, "output"),
         "query": instruction_of(row),
         "responses": [text_of(row, "output")],
     }
@@ -32,7 +46,7 @@ def alpacafarm(row: ForeignRow) -> ForeignRow:
         raise SkipRowError("`outputs` is no mapping from system to text")
     answers = {f"system/{name}": text for name, text in outputs.items() if text is not None}
     return {
-        **unused(row, "instruction", "input", "outputs"),
+        **unused(row, *INSTRUCTION, "outputs"),
         "query": instruction_of(row),
         "responses": list(answers.values()),
         "sources": list(answers),
@@ -57,7 +71,8 @@ def prompt_completion(row: ForeignRow) -> ForeignRow:
         completion = text_of(completion[0], "content")
     if not isinstance(completion, str):
         raise SkipRowError("`completion` is no text")
-    return {**unused(row, "prompt", "completion"), "query": prompt, "responses": [completion]}
+    rest = unused(row, "prompt", "completion", "system")
+    return {**rest, "query": with_system(prompt, row), "responses": [completion]}
 
 
 def imdb(row: ForeignRow) -> ForeignRow:
@@ -67,8 +82,10 @@ def imdb(row: ForeignRow) -> ForeignRow:
 
 
 def prompts(row: ForeignRow) -> ForeignRow:
-    """Queries alone, text or messages, in whichever of ``PROMPT_COLUMNS`` comes first."""
+    """Queries alone, text or messages, in whichever of ``PROMPT_COLUMNS`` comes first; an instruction as Alpaca's."""
     for name in PROMPT_COLUMNS:
         if row.get(name) is not None:
-            return {**unused(row, name), "query": row[name]}
+            if name == "instruction" and isinstance(row[name], str):
+                return {**unused(row, *INSTRUCTION), "query": instruction_of(row)}
+            return {**unused(row, name, "system"), "query": with_system(row[name], row)}
     raise SkipRowError(f"none of the columns {', '.join(PROMPT_COLUMNS)}")

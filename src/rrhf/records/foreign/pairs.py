@@ -5,7 +5,19 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from rrhf.records.foreign.rows import ForeignRow, SkipRowError, chosen_row, text_of, unused, value_of
+from rrhf.records.foreign.instructions import INSTRUCTION, instruction_of
+from rrhf.records.foreign.rows import (
+    PAIR_RATINGS,
+    ForeignRow,
+    SkipRowError,
+    chosen_row,
+    number_of,
+    text_of,
+    unused,
+    user,
+    value_of,
+    with_system,
+)
 from rrhf.records.record import Message, Query
 
 LAST_TURN = "\n\nAssistant:"
@@ -52,29 +64,66 @@ SPEAKERS = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "a
 
 
 def sharegpt(row: ForeignRow) -> ForeignRow:
-    """ShareGPT's ``conversations`` (from, value); with ``chosen`` and ``rejected`` a pair, else its last turn."""
+    """ShareGPT's ``conversations`` (from, value); with ``chosen`` and ``rejected`` a pair, else its last turn.
+
+    A text ``system`` is its system prompt; a pair is scored by its ratings where it brings them, else 1 and 0.
+    """
     turns = value_of(row, "conversations")
     if not isinstance(turns, list) or not all(
         isinstance(turn, dict) and turn.get("from") in SPEAKERS for turn in turns
     ):
         raise SkipRowError("`conversations` is no list of turns from human, gpt or system")
     messages = [{"role": SPEAKERS[turn["from"]], "content": text_of(turn, "value")} for turn in turns]
-    rest = unused(row, "conversations", "chosen", "rejected")
+    used = ("conversations", "chosen", "rejected", "system")
     if isinstance(row.get("chosen"), dict) and isinstance(row.get("rejected"), dict):
-        return chosen_row(messages, text_of(row["chosen"], "value"), text_of(row["rejected"], "value"), rest)
+        query, texts = with_system(messages, row), [text_of(row[name], "value") for name in ("chosen", "rejected")]
+        for names in PAIR_RATINGS:
+            ratings = [number_of(row.get(name)) for name in names]
+            if None not in ratings:
+                return {**chosen_row(query, texts[0], texts[1], unused(row, *used, *names)), "scores": ratings}
+        return chosen_row(query, texts[0], texts[1], unused(row, *used))
     if len(messages) < 2 or messages[-1]["role"] != "assistant":
         raise SkipRowError("the conversation does not end with an answer")
-    return {**rest, "query": messages[:-1], "responses": [messages[-1]["content"]]}
+    return {**unused(row, *used), "query": with_system(messages[:-1], row), "responses": [messages[-1]["content"]]}
 
 
 def preference(row: ForeignRow) -> ForeignRow:
-    """TRL's preference rows, as text or messages; without ``prompt`` it is what chosen and rejected share."""
+    """TRL's preference rows, as text or messages; without ``prompt`` it is what chosen and rejected share.
+
+    Of texts without ``prompt`` the query may stand in ``instruction`` (with ``input``, as Alpaca's), ``question`` or
+    ``query``. A ``system`` prompt comes first.
+    """
     chosen, rejected = value_of(row, "chosen"), value_of(row, "rejected")
     kinds = {type(chosen), type(rejected)}
     if kinds not in ({str}, {list}):
         raise SkipRowError("chosen and rejected are neither two texts nor two lists of messages")
+    if kinds == {str} and row.get("prompt") is None:
+        return _preference_without_prompt(row, chosen, rejected)
     parts = _preference_texts if kinds == {str} else _preference_messages
-    return chosen_row(*parts(row.get("prompt"), chosen, rejected), unused(row, "prompt", "chosen", "rejected"))
+    query, first, second = parts(row.get("prompt"), chosen, rejected)
+    return chosen_row(with_system(query, row), first, second, unused(row, "prompt", "chosen", "rejected", "system"))
+
+
+def _preference_without_prompt(row: ForeignRow, chosen: str, rejected: str) -> ForeignRow:
+    """Two texts whose query stands in another column, or is what they begin with."""
+    columns = [name for name in ("instruction", "question", "query", "input") if _has_text(row, name)]
+    if not columns:
+        query, first, second = _preference_texts(None, chosen, rejected)
+        return chosen_row(with_system(query, row), first, second, unused(row, "chosen", "rejected", "system"))
+    name = columns[0]
+    if row[name].strip() in chosen[: _shared(chosen, rejected)]:
+        raise SkipRowError(f"chosen and rejected both have the text of `{name}` at their start: drop that column")
+    if name == "input":
+        raise SkipRowError("chosen and rejected with `input`, but no `prompt` nor `instruction`: rename it")
+    if name == "instruction":
+        return chosen_row(instruction_of(row), chosen, rejected, unused(row, *INSTRUCTION, "chosen", "rejected"))
+    query = user(row[name]) if name == "question" else row[name]
+    return chosen_row(with_system(query, row), chosen, rejected, unused(row, name, "chosen", "rejected", "system"))
+
+
+def _has_text(row: ForeignRow, name: str) -> bool:
+    value = row.get(name)
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _preference_texts(prompt: Any, chosen: str, rejected: str) -> tuple[Query, str, str]:

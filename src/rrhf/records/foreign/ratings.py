@@ -10,19 +10,21 @@ from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.records.foreign.pairs import preference
-from rrhf.records.foreign.rows import ForeignRow, SkipRowError, chosen_row, grouped, text_of, unused, user, value_of
+from rrhf.records.foreign.rows import (
+    PAIR_RATINGS,
+    ForeignRow,
+    SkipRowError,
+    chosen_row,
+    grouped,
+    number_of,
+    text_of,
+    unused,
+    user,
+    value_of,
+)
 from rrhf.records.record import Query, Record
 
 Scores = list[float | None]
-
-
-def number_of(value: Any) -> float | None:
-    """A rating as a number, also where it is written as text; None for "N/A" and whatever else is none."""
-    try:
-        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except ValueError:
-        return None
-    return number if math.isfinite(number) else None
 
 
 def weighted(record: Record, weights: Mapping[str, float]) -> Record:
@@ -40,7 +42,8 @@ def weighted(record: Record, weights: Mapping[str, float]) -> Record:
         None if any(value is None for _, value in terms) else math.fsum(weight * value for weight, value in terms)
         for terms in zip(*columns)
     ]
-    return replace(record, scores=scores)
+    kept = {name: values for name, values in record.rewards.items() if name != "provided"}  # the scores before these
+    return replace(record, scores=scores, rewards=kept)
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -95,13 +98,7 @@ def _aspects(annotations: Any) -> dict[str, float | None]:
     return {aspect: number_of(note.get("Rating")) for aspect, note in held.items() if isinstance(note, dict)}
 
 
-# The names under which the ratings of a pair stand: chosen, rejected.
-PAIR_RATINGS = (
-    ("chosen-rating", "rejected-rating"),
-    ("chosen_rating", "rejected_rating"),
-    ("chosen_avg_rating", "rejected_avg_rating"),
-    ("score_chosen", "score_rejected"),
-)
+# The names under which the systems of a pair stand: chosen, rejected.
 PAIR_MODELS = (("chosen-model", "rejected-model"), ("chosen_model", "rejected_model"))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,42 @@ def text_of(row: ForeignRow, name: str) -> str:
 def user(text: str) -> list[Message]:
     """A query of one user message."""
     return [{"role": "user", "content": text}]
+
+
+def with_system(query: Query, row: ForeignRow) -> Query:
+    """The query behind the row's ``system`` prompt, unless it begins with one.
+
+    Where the row has that column, a query of text becomes a user message, also if the prompt is empty. Raises
+    ``SkipRowError`` where it is no text.
+    """
+    if "system" not in row:
+        return query
+    system = row["system"] or ""
+    if not isinstance(system, str):
+        raise SkipRowError("`system` is no text")
+    messages = user(query) if isinstance(query, str) else query
+    begins = isinstance(messages, list) and messages and isinstance(messages[0], dict) and messages[0].get("role")
+    if not isinstance(messages, list) or not system.strip() or begins == "system":
+        return messages
+    return [{"role": "system", "content": system}, *messages]
+
+
+# The names under which the ratings of a pair stand: chosen, rejected.
+PAIR_RATINGS = (
+    ("chosen-rating", "rejected-rating"),
+    ("chosen_rating", "rejected_rating"),
+    ("chosen_avg_rating", "rejected_avg_rating"),
+    ("score_chosen", "score_rejected"),
+)
+
+
+def number_of(value: Any) -> float | None:
+    """A rating as a number, also where it is written as text; None for "N/A" and whatever else is none."""
+    try:
+        number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
+    except ValueError:
+        return None
+    return number if math.isfinite(number) else None
 
 
 def chosen_row(query: Query, chosen: str, rejected: str, rest: ForeignRow) -> ForeignRow:
