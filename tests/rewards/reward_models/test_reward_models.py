@@ -146,6 +146,7 @@ def row(query: Any, response: str, end: bool = True) -> list[int]:
     if isinstance(query, str):
         return [*tokenizer(query + response).input_ids, tokenizer.eos_token_id]
     text = tokenizer.apply_chat_template([*query, {"role": "assistant", "content": response}], tokenize=False)
+    text = text.rstrip("\n") if end else text  # as OpenRLHF's rows end
     return [*tokenizer(text).input_ids, *[tokenizer.eos_token_id] * end]
 
 
@@ -169,6 +170,16 @@ def test_heads_of_other_trainers(
     model, linear = write_causal(tmp_path, "llama", head, bias, **settings)
     found = make_scorer(str(tmp_path), CPU)(items(records))
     close(found, [at_the_end(model.model, linear, row(r.query, text)) for r in records for text in r.responses])
+
+
+def test_where_a_template_ends_a_turn_with_the_end_token_no_second_one_is_read(tmp_path: Path) -> None:
+    model, linear = write_causal(tmp_path, "llama", "score")
+    tokenizer = tiny_tokenizer(eos="<|im_end|>")  # ChatML's turns end in <|im_end|> and a line break
+    tokenizer.save_pretrained(tmp_path)
+    found = make_scorer(str(tmp_path), CPU)(items(CHAT))
+    rows = [row(r.query, text, end=False)[:-1] for r in CHAT for text in r.responses]
+    assert {ids[-1] for ids in rows} == {tokenizer.eos_token_id}
+    close(found, [at_the_end(model.model, linear, ids) for ids in rows])
 
 
 def test_openrlhf_rewards_are_normalised_where_the_configuration_says_so(tmp_path: Path) -> None:

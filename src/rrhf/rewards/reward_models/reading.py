@@ -64,7 +64,8 @@ class CausalReader:
     """Rows of a causal reward model, whose score is read at their last token.
 
     Messages go through the chat template with the response as the assistant's turn; a text query is followed by the
-    response and the end token. ``always_end`` puts the end token behind a template's rows too, unless it stands there.
+    response and the end token. ``always_end`` puts the end token behind a template's rows too, unless it stands there;
+    line breaks behind the last message go first, as in OpenRLHF's rows, so that ``<|im_end|>\\n`` ends in its token.
     ``unread`` is a token (padding) that does not count as the last one, as transformers' classes have it: rows end
     before it.
 
@@ -131,7 +132,9 @@ class CausalReader:
             ids: list[int] = list(self.tokenizer(query + response).input_ids)
         else:
             messages = [*query, {"role": "assistant", "content": response}]
-            ids = list(self.tokenizer(self.format.whole(messages), add_special_tokens=False).input_ids)
+            text = self.format.whole(messages)
+            text = text.rstrip("\n") if self.always_end else text
+            ids = list(self.tokenizer(text, add_special_tokens=False).input_ids)
         ends = isinstance(query, str) or self.always_end
         if ends and end is not None and ids[-1:] != [end]:
             ids.append(int(end))
