@@ -73,6 +73,12 @@ class BudgetReached(UserError):  # noqa: N818 - it is a limit reached, not an er
         self.done = done
 
 
+class RequestRefused(UserError):  # noqa: N818 - as the one above
+    """A request failed for good; ``status`` is the HTTP status of its last try, None where no answer came."""
+
+    status: int | None = None
+
+
 class _Failed(Exception):  # noqa: N818
     """A try without an answer: the ``reason``, whether to try ``again``, and how long the server asks to wait.
 
@@ -150,7 +156,7 @@ class EndpointClient:
 
         Raises:
             UserError: the package is missing, the server is down, refuses the key, does not know the model, or refuses
-                a parameter.
+                a parameter; ``RequestRefused`` where the server said so, with its status.
             BudgetReached: the budget has no room for the check.
         """
         with event_loop("rrhf-endpoint") as run:
@@ -205,9 +211,8 @@ class EndpointClient:
             with contextlib.suppress(_Failed, UserError, _OutOfBudget):
                 names = await self._models(run)
         if names and self.model not in names:
-            return UserError(
-                f"{self.settings.url}: {failed.reason}: model {self.model}: {nearest(str(self.model), names)}"
-            )
+            unknown = f"model {self.model}: {nearest(str(self.model), names)}"
+            return self._refused(failed, f"{self.settings.url}: {failed.reason}: {unknown}")
         return self._error(failed, self.settings.url)
 
     async def _models(self, run: _Run) -> list[str]:
@@ -471,7 +476,12 @@ class EndpointClient:
             None: "check that it is the API's root, often ending in /v1, that the server is up, and the time-out",
         }
         cure = cures.get(failed.status, "try again later" if failed.status and failed.status >= 500 else "")
-        return UserError(f"{where}: {failed.reason}" + (f": {cure}" if cure else ""))
+        return self._refused(failed, f"{where}: {failed.reason}" + (f": {cure}" if cure else ""))
+
+    def _refused(self, failed: _Failed, message: str) -> RequestRefused:
+        refused = RequestRefused(message)
+        refused.status = failed.status
+        return refused
 
 
 def _delay(tries: int, key: str) -> float:

@@ -188,6 +188,9 @@ def test_what_a_server_takes_is_not_learned_from_its_failures(
     server.plan = [judges, bad.status(503), bad.status(503)]
     with pytest.raises(UserError, match="HTTP 503"):
         scored(name, remote=EndpointLimits(max_retries=0))
+    server.plan = [judges, bad.status(503)]  # and a moment later it is there again
+    with pytest.raises(UserError, match=r"HTTP 503: .*`json: never` in the judge's file asks without"):
+        scored(name, remote=EndpointLimits(max_retries=0))
     server.posts.clear()
     assert scored(name) == SUMS
     assert all("response_format" in post for post in work(server))

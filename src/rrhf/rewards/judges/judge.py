@@ -13,7 +13,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rrhf.common.endpoint import PROMPT_OVERHEAD, BudgetReached, Choice, EndpointClient, Question
+from rrhf.common.endpoint import PROMPT_OVERHEAD, Choice, EndpointClient, Question, RequestRefused
 from rrhf.common.endpoint_settings import EndpointLimits, share_of_process
 from rrhf.common.errors import UserError
 from rrhf.common.journal import Journal
@@ -169,9 +169,10 @@ class Judge:
             taken = True
             try:
                 self._probe(schema=True)
-            except BudgetReached:
-                raise
-            except UserError as error:
+            except RequestRefused as error:
+                if error.status not in (400, 422):  # a failure that may pass says nothing of schemas
+                    hint = "asked with a JSON schema; `json: never` in the judge's file asks without"
+                    raise UserError(f"{error} ({hint})") from error
                 self._probe(schema=False)  # the server is still there: it is the schema that it refuses
                 log.info("%s takes no JSON schema, and is asked in words alone: %s", self.template.url, error)
                 taken = False
