@@ -48,6 +48,23 @@ def write_encoder(folder: Path, labels: dict[int, str] | None = None, context: i
     return model
 
 
+def write_roberta(folder: Path, context: int = 64) -> Any:
+    """A RoBERTa of two layers with one label; its head has a layer before the last. Returns the model."""
+    import torch
+    from transformers import RobertaConfig, RobertaForSequenceClassification
+
+    tokenizer = bert_tokenizer()
+    config = RobertaConfig(
+        vocab_size=len(tokenizer), hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64,
+        max_position_embeddings=context, num_labels=1, pad_token_id=0, type_vocab_size=2, initializer_range=0.4,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = RobertaForSequenceClassification(config).eval()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return model
+
+
 def write_causal(folder: Path, family: str, head: str, bias: bool = False, **settings: Any) -> tuple[Any, Any]:
     """A causal language model with a scalar head beside it, as trainers save one; returns (the model, the head)."""
     import torch

@@ -105,10 +105,21 @@ def attention_options(settings: ModelSettings, device: torch.device) -> dict[str
 
 
 def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
-    """The most positions a model, or the model of a configuration, was made for, where the configuration says so."""
+    """The most positions a model, or the model of a configuration, was made for, where the configuration says so.
+
+    Of a model whose positions begin behind its padding's (RoBERTa and its like) those before are taken off.
+    """
     config = getattr(model, "config", model).get_text_config()
     for name in ("max_position_embeddings", "n_positions", "max_sequence_length"):
         value = getattr(config, name, None)
         if isinstance(value, int) and value > 0:
-            return value
+            return value - _positions_unused(model)
     return None
+
+
+def _positions_unused(model: PreTrainedModel | PreTrainedConfig) -> int:
+    """How many rows of its table of positions a model never reads: 512 tokens fit RoBERTa's 514."""
+    modules = model.named_modules() if hasattr(model, "named_modules") else ()
+    tables = (module for name, module in modules if name.endswith("position_embeddings"))
+    padding = next((getattr(table, "padding_idx", None) for table in tables), None)
+    return 0 if padding is None else int(padding) + 1

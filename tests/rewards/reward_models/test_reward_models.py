@@ -23,7 +23,7 @@ from rrhf.rewards.reward_models.kind import log_odds
 from rrhf.rewards.reward_models.passes import length_batches
 from rrhf.rewards.scoring import RewardContext, is_provided, make_scorer, reward_digest, score_records
 from support.models import tiny_model, tiny_tokenizer
-from support.reward_models import bert_tokenizer, write_causal, write_encoder, write_gptj
+from support.reward_models import bert_tokenizer, write_causal, write_encoder, write_gptj, write_roberta
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -135,6 +135,28 @@ def test_rows_longer_than_the_context_are_cut_from_the_left_and_counted(
     cut = 2 if len(query) > 16 else 1
     assert "its context is 24 tokens; longer rows are cut from the left" in caplog.text
     assert f"{cut} of 2 rows were longer than its context of 24 tokens and were cut from the left" in caplog.text
+
+
+@pytest.mark.parametrize("head", ["classifier", "classifier.out_proj"])
+def test_the_head_of_an_encoder_in_bfloat16_is_multiplied_in_fp32(head: str, tmp_path: Path) -> None:
+    """Responses whose logits lie near each other keep their order; bfloat16 has 8 bits for all of them."""
+    (write_encoder if head == "classifier" else write_roberta)(tmp_path)
+    record = Record("why", ["a" * length for length in range(1, 33)])
+    scorer = make_scorer(str(tmp_path), RewardContext(device="cpu", dtype="bfloat16"))
+    found = scorer(items([record]))
+    assert len(set(found)) == 32
+    assert sum(float(torch.tensor(score).bfloat16()) == score for score in found) < 8
+    stored = load_file(tmp_path / "model.safetensors")[f"{head}.weight"]
+    assert stored.dtype == torch.float32 and torch.equal(scorer.model.model.get_submodule(head).weight, stored)
+
+
+def test_of_a_roberta_no_more_tokens_are_read_than_it_has_positions_for(tmp_path: Path) -> None:
+    """Its table of positions begins behind the padding's number, 0 here."""
+    model = write_roberta(tmp_path, context=24)
+    scorer = make_scorer(str(tmp_path), CPU)
+    found = scorer(items([Record("q" * 40, ["short", "longer"])]))
+    assert scorer.model.reader.context == 23
+    close(found, [float(lone_logits(model, "q" * (20 - len(text)), text)) for text in ("short", "longer")])
 
 
 # --- causal models ---------------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.stage import train_reward_model, trainable
 from support import tiny
 from support.models import tiny_model, tiny_tokenizer
-from support.reward_models import write_encoder
+from support.reward_models import bert_tokenizer, write_encoder, write_roberta
 from support.tiny import die
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -151,6 +151,10 @@ def test_rows_that_are_too_long_are_cut_together_and_still_share_their_query(bos
     assert rows[1] == ids("9xy") or (bos and rows[1] == ids("xy"))
     _, rows = read("a", "b")
     assert rows == [ids(f"{'0123456789'[-10 + len(begin) :]}{text}") for text in "ab"]
+
+
+def test_rows_of_a_roberta_are_no_longer_than_its_positions(tmp_path: Path) -> None:
+    assert trainable(write_roberta(tmp_path, context=24), bert_tokenizer(), 512).reader.context == 23
 
 
 def test_killed_and_run_again_it_ends_as_if_undisturbed(tmp_path: Path) -> None:

@@ -20,12 +20,12 @@ from rrhf.rewards.reward_models.heads import (
     stored_rows,
     stored_tensors,
 )
-from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward, Head, RewardModel
+from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward, Fp32Linear, Head, RewardModel
 from rrhf.rewards.reward_models.reading import CausalReader, PairReader
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 CLASSIFIER = "ForSequenceClassification"
 HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
@@ -164,9 +164,28 @@ def _classifier(
         )
     _refuse_missing(place, info)
     limit = getattr(tokenizer, "model_max_length", None) or 0
-    limits = [n for n in (limit, place.context) if n and n < 10**9]  # "no limit" is a huge number
+    limits = [n for n in (limit, context_length(model)) if n and n < 10**9]  # "no limit" is a huge number
     reader = PairReader(tokenizer, min(limits, default=None), joined=place.outputs > 1)
+    _head_in_fp32(model, folder)
     return EncoderReward(model.to(device).eval(), reader)
+
+
+def _head_in_fp32(model: PreTrainedModel, folder: Path) -> None:
+    """Let the last layer of a classifier in half precision multiply in fp32, with its weights as they are stored."""
+    import torch
+    from torch import nn
+
+    body = f"{model.base_model_prefix}."
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, nn.Linear) and not name.startswith(body)}
+    heads = [name for name, layer in layers.items() if layer.out_features == model.config.num_labels]
+    if not heads or layers[heads[-1]].weight.dtype not in (torch.bfloat16, torch.float16):
+        return
+    name = heads[-1]
+    rounded = layers[name]
+    stored = stored_tensors(folder, [f"{name}.{kind}" for kind in rounded.state_dict()])
+    head = Fp32Linear(rounded.in_features, rounded.out_features, bias=rounded.bias is not None)
+    head.load_state_dict({kind: stored.get(f"{name}.{kind}", value) for kind, value in rounded.state_dict().items()})
+    model.set_submodule(name, head)
 
 
 def _causal(

@@ -46,6 +46,14 @@ class Head:
         return (logits - self.mean) / self.std
 
 
+class Fp32Linear(nn.Linear):
+    """The last layer of a classifier whose other layers are in half precision: weights and product are in fp32."""
+
+    def forward(self, states: Tensor) -> Tensor:
+        with torch.autocast(states.device.type, enabled=False):
+            return nn.functional.linear(states.float(), self.weight, self.bias)
+
+
 def encoder_logits(model: PreTrainedModel, rows: Sequence[Row], padding: int) -> Tensor:
     """The classification logits of rows, padded on the right. Tensor of shape (rows, labels), fp32."""
     width = max(len(row.ids) for row in rows)
