@@ -111,3 +111,7 @@ def test_what_does_not_fit_is_found_before_a_run_begins(rho: Path, tmp_path: Pat
             opened_rewards(settings, scoring, scoring.context())
     scoring = ScoringSettings(model=str(rho), reference_model=str(rho), kl_beta=1.0)
     assert opened_rewards(settings, scoring, scoring.context()).combination.shaping is not None
+    other = str(rho.parent / "." / ".." / rho.parent.name / rho.name)  # the same folder, spelt otherwise
+    scoring = ScoringSettings(model=other, reference_model=str(rho), kl_beta=1.0)
+    shaping = opened_rewards(settings, scoring, scoring.context()).combination.shaping
+    assert shaping is not None and shaping.policy == shaping.reference in scoring.sums_columns(scoring.context())

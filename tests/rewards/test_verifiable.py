@@ -74,6 +74,8 @@ def test_as_a_reward() -> None:
     assert [record.scores for record in score_records(records, [NAME])] == [[1.0, 0.0], [1.0]]
     (record,) = score_records([Record(query="q", responses=["7"], extra={"solution": "so #### 7"})], [NAME])
     assert record.scores == [1.0]
+    mixed = [*records[:1], Record(query="q", responses=["7"], extra={"solution": "so #### 7"})]
+    assert [record.scores for record in score_records(mixed, [NAME])] == [[1.0, 0.0], [1.0]]
     with pytest.raises(UserError, match="asks for the column 'answer'"):
         list(score_records([Record(query="q", responses=["7"])], [NAME]))
 

@@ -120,8 +120,11 @@ class ScoringSettings:
         """The KL term that ``kl_beta`` asks for, of columns that ``sums_columns`` has."""
         if not self.kl_beta:
             return None
-        columns = {model: name for name, model in self.sums_columns(context).items()}
-        return Shaping(self.kl_beta, columns[str(self.model)], columns[str(self.reference_model)])
+        pi, rho = (
+            reference_sums_name(str(model), context.text, context.max_length)
+            for model in (self.model, self.reference_model)
+        )
+        return Shaping(self.kl_beta, pi, rho)
 
     def sums_columns(self, context: RewardContext) -> dict[str, str]:
         """The columns of log-probability sums that the records get, each with its model.

@@ -42,16 +42,17 @@ def math_verify(
     Args:
         prompts, completions: as text or messages, one a response.
         answer, solution: the column with the right answer, plain or in LaTeX; text around it does no harm, and of
-            GSM8K's solutions what stands behind ``####`` counts.
+            GSM8K's solutions what stands behind ``####`` counts. A record without ``answer`` is held to its solution.
 
     Raises:
         UserError: math-verify is not installed, or the records have neither column.
     """
-    right = answer if answer is not None else solution
-    if right is None:
+    if answer is None and solution is None:
         raise UserError("math_verify asks for the column 'answer' (or 'solution'), which the records lack: add it")
     if importlib.util.find_spec("math_verify") is None:
         raise UserError("math_verify needs the library of that name: pip install 'rrhf[math]'")
+    answers, solutions = ([None] * len(completions) if given is None else given for given in (answer, solution))
+    right = [second if first is None else first for first, second in zip(answers, solutions, strict=True)]
     texts = [completion if isinstance(completion, str) else completion[-1]["content"] for completion in completions]
     return [
         None if gold is None else CHECKER.check(str(gold).rpartition("####")[2].strip(), text)

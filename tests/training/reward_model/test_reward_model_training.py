@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,9 @@ from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.rewards.scoring import RewardContext, make_scorer
 from rrhf.training.reward_model.config import RewardModelConfig
+from rrhf.training.reward_model.data import RankedRecords
 from rrhf.training.reward_model.stage import train_reward_model, trainable
+from rrhf.training.reward_model.trainer import RewardTrainer
 from support import tiny
 from support.models import tiny_model, tiny_tokenizer
 from support.reward_models import bert_tokenizer, write_encoder, write_roberta
@@ -151,6 +154,18 @@ def test_rows_that_are_too_long_are_cut_together_and_still_share_their_query(bos
     assert rows[1] == ids("9xy") or (bos and rows[1] == ids("xy"))
     _, rows = read("a", "b")
     assert rows == [ids(f"{'0123456789'[-10 + len(begin) :]}{text}") for text in "ab"]
+
+
+def test_held_out_scores_that_a_margin_makes_equal_are_left_out_of_the_loss_alone(tmp_path: Path) -> None:
+    tokenizer = bert_tokenizer()
+    model = write_encoder(tmp_path, context=128)
+    reward = trainable(model, tokenizer, 128)
+    near, far = (Record("q", [" a", " bcd"], scores=[0.1, score], id=str(score)) for score in (0.2, 0.9))
+    settings = config(tmp_path / "rm", ties="margin:0.5")
+    trainer = RewardTrainer(model, reward, settings, RankedRecords([far], reward, "margin:0.5"), None, tokenizer)
+    both, alone, none = (trainer.evaluate(RankedRecords(held, reward)) for held in ([near, far], [far], [near]))
+    assert both["eval_loss"] == alone["eval_loss"] and math.isnan(none["eval_loss"])
+    assert both["eval_accuracy"] == none["eval_accuracy"] in (0.0, 1.0)
 
 
 def test_rows_of_a_roberta_are_no_longer_than_its_positions(tmp_path: Path) -> None:

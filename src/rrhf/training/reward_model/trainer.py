@@ -179,16 +179,18 @@ class RewardTrainer(Trainer):
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """Loss and accuracy on held-out queries."""
+        """Loss and accuracy on held-out queries; the loss of those that have a pair by ``ties``, NaN where none has."""
         data = eval_dataset if eval_dataset is not None else self.eval_dataset
         ranked = self.ranked(data)
-        losses = [
-            float(self._loss(torch.tensor(rewards, dtype=torch.float64), query))
-            for query, (_, rewards) in zip(data.records, ranked, strict=True)
+        rewards = [torch.tensor(part, dtype=torch.float64) for _, part in ranked]
+        found = [
+            bradley_terry(part, query.truth(), self.args.ties, self.args.center_rewards)
+            for part, query in zip(rewards, data.records, strict=True)
         ]
+        losses = [float(loss) for loss in found if loss is not None]
         report: dict[str, Any] = ranking_report(ranked)
         metrics = {
-            f"{metric_key_prefix}_loss": math.fsum(losses) / len(losses),
+            f"{metric_key_prefix}_loss": math.fsum(losses) / len(losses) if losses else math.nan,
             f"{metric_key_prefix}_accuracy": report["accuracy"]["mean"],
         }
         self.log(metrics)
