@@ -90,6 +90,9 @@ def test_what_systems_differ_in_unseen_is_not_in_the_source() -> None:
 
 def test_characters_that_turn_the_order_are_named() -> None:
     assert "⟨U+202E⟩" in text_html("a\u202eb") and "\u202e" not in text_html("a\u202eb")
+    for text in ("a &#x202E;evil&#8238; b", "<https://a.org/%E2%80%AEgpj>", "[&#x202E;](b)", "`a\u202eb`"):
+        assert "⟨U+202E⟩" in text_html(text) and "\u202e" not in text_html(text), text
+    assert "&amp;lt;" not in text_html("&lt;p&gt;")  # other entities are what they stand for
     assert "\u200f" in text_html("\u200fשלום")  # a mark that honest right-to-left text needs stays
 
 

@@ -213,6 +213,25 @@ def test_a_study_is_not_made_twice(place: str) -> None:
         assert find_rater(study, tokens["anna"])
 
 
+def test_what_a_removed_study_left_behind_is_not_written_into_a_new_one(tmp_path: Path) -> None:
+    place, log = tmp_path / "study.db", tmp_path / "study.db-wal"
+    create(str(place))
+    with open_study(str(place)) as study:
+        new_link(study, "anna")
+        kept = log.read_bytes()
+    log.write_bytes(kept)  # as a process that is killed leaves it
+    with pytest.raises(UserError, match=r"exists already, .* or remove it, with .*study\.db-wal$"):
+        create(str(place))
+    place.unlink()
+    with pytest.raises(UserError, match=r"study\.db-wal: left behind by a study .* or remove it$"):
+        create(str(place))
+    assert not place.exists() and log.read_bytes() == kept
+    log.unlink()
+    tokens = create(str(place))
+    with open_study(str(place)) as study:
+        assert find_rater(study, tokens["anna"])
+
+
 def test_no_secret_is_kept(tmp_path: Path) -> None:
     tokens = create(str(tmp_path / "study.db"))
     kept = (tmp_path / "study.db").read_bytes()

@@ -190,6 +190,12 @@ def is_blank(place: str) -> bool:
     return "://" not in place and Path(place).is_file() and Path(place).stat().st_size == 0
 
 
+def leftovers(place: str) -> list[str]:
+    """The files that SQLite keeps beside a study while it is open; a process that was killed leaves them there."""
+    beside = [] if "://" in place else [f"{place}-{kind}" for kind in ("wal", "shm", "journal")]
+    return [file for file in beside if Path(file).exists()]
+
+
 def exists(place: str) -> bool:
     """Whether there is a study already.
 

@@ -49,8 +49,10 @@ def split_turns(text: str) -> list[Message]:
 @lru_cache(maxsize=4096)
 def text_html(text: str) -> Markup:
     """A text in Markdown as safe HTML. White space at its ends, in which systems differ, is not shown."""
-    shown = TURNING.sub(lambda found: f"\u2068⟨U+{ord(found[0]):04X}⟩\u2069", clean(text).strip())
-    return Markup(_MARKDOWN.render(shown))  # nosec B704 # escaped by the library: `html` is off
+    shown = _MARKDOWN.render(clean(text).strip())
+    # Named here and not before: Markdown makes characters of entities, and of what is percent-encoded in an address.
+    shown = TURNING.sub(lambda found: f"\u2068⟨U+{ord(found[0]):04X}⟩\u2069", shown)
+    return Markup(shown)  # nosec B704 # escaped by the library: `html` is off
 
 
 def _plain(tokens: list[Token]) -> list[Token]:

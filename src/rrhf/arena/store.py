@@ -27,6 +27,7 @@ from rrhf.arena.database import (
     Database,
     exists,
     is_blank,
+    leftovers,
     name_of,
 )
 from rrhf.arena.design import Task, assign, design_tasks
@@ -129,10 +130,20 @@ def create_study(
         url: the address at which raters reach the pages.
 
     Raises:
-        UserError: there is a study already, or the systems have no query in common.
+        UserError: there is a study already, or what one that was removed left behind; or the systems have no query in
+            common.
     """
+    left = leftovers(place)
+    beside = f", with {' and '.join(left)}" if left else ""
     if exists(place):
-        raise UserError(f"{name_of(place)} exists already, and may hold votes: choose another name, or remove it")
+        raise UserError(
+            f"{name_of(place)} exists already, and may hold votes: choose another name, or remove it{beside}"
+        )
+    if left:  # SQLite would write what stands there into the new study
+        raise UserError(
+            f"{' and '.join(left)}: left behind by a study that is gone, and may hold its last votes: choose another "
+            f"name, or remove {'it' if len(left) == 1 else 'them'}"
+        )
     tasks = design_tasks(systems, comparisons, settings, secrets.SystemRandom())
     if "://" in place:
         return _fill(place, systems, tasks, raters, settings, url)
