@@ -613,6 +613,16 @@ def test_results_of_judges_people_and_pairs(tmp_path: Path) -> None:
         write_report([run], tmp_path / "page.html", [tmp_path / "other.json"])
 
 
+def test_preferences_are_not_called_training_samples(tmp_path: Path) -> None:
+    """``rrhf evaluate --pairs`` writes evaluation.pairs.jsonl too."""
+    run = make_run(tmp_path / "run", n=10, steps=3)
+    assert load_run(run).ranked
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    evaluation["accuracy"] = evaluation.pop("ranking")
+    (run / "evaluation.json").write_text(json.dumps(evaluation))
+    assert not load_run(run).ranked and "The most violated pairs were not measured" in page_of(run)
+
+
 def test_alarms_are_said_at_the_top(tmp_path: Path) -> None:
     """A collapse in training, another at the evaluation, rewards that part, and samples without a signal."""
     run = make_run(tmp_path / "run", n=20, steps=3)

@@ -385,7 +385,8 @@ def _read(folder: Path, name: str, most: int, budget: int) -> Run:
         held=held,
         generations=kept,
         generations_file=generations,
-        ranked=files.ranked(ranked, most // 2),
+        # `rrhf evaluate --pairs` writes people's preferences under that name: they are no training samples.
+        ranked=files.ranked(ranked, most // 2) if evaluation.get("ranking") else [],
         ranked_file=ranked,
         missing=files.missing,
     )
