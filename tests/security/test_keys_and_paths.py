@@ -128,6 +128,19 @@ def test_a_run_of_somebody_else_cannot_show_our_files(tmp_path: Path) -> None:
     assert not found.generations and "password" not in repr(found)
 
 
+def test_a_training_of_somebody_else_cannot_show_our_files(tmp_path: Path) -> None:
+    """What a training was made of lies outside its folder; it is read where it is what the folder says it was."""
+    ours, folder = tmp_path / "ours.jsonl", tmp_path / "sent"
+    tiny.write_rows(ours, tiny.rows(4, responses=2))
+    folder.mkdir()
+    (folder / "training.json").write_text("{}", encoding="utf-8")
+    for more in ({}, {"data_checksum": "ef" * 32}):
+        settings = json.dumps({"data": str(ours), **more})
+        (folder / "training-settings.json").write_text(settings, encoding="utf-8")
+        found = load.load_run(folder)
+        assert found.samples is None and found.missing["samples"].startswith("ours.jsonl is missing, or holds")
+
+
 def test_ids_and_sources_name_no_files(tmp_path: Path) -> None:
     """Whatever a record is called, what is written lies where it was asked for."""
     work = tiny.workplace(tmp_path / "work", {})

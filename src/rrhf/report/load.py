@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import inside
+from rrhf.common.files import checksum_of_file, inside
 from rrhf.common.presentation import clean, finite
 from rrhf.common.yaml_text import load_yaml
 from rrhf.evaluation.held_out import HeldOut
@@ -258,6 +258,9 @@ class _Folder:
         path = self.folder / "scored.jsonl"
         if not path.is_file() and self.model == self.folder and settings.get("data"):
             path = Path(settings["data"])  # of a training alone: what it was trained on, where it still stands
+            if not _holds(path, settings.get("data_checksum", "")):  # who sent the folder may name any file of ours
+                self.missing["samples"] = f"{path.name} is missing, or holds something else than what was trained on"
+                return None
         try:
             samples = measure_samples(path, reward, seed) if path.is_file() else None
         except UserError:
@@ -326,6 +329,14 @@ class _Folder:
 def _inside(name: str) -> str:
     """A name without the folders of an absolute path: where something lies on a machine is nobody's business."""
     return Path(name).name if name.startswith("/") else name
+
+
+def _holds(path: Path, checksum: str) -> bool:
+    """Whether ``path`` is a file, and the one that was noted."""
+    try:
+        return path.is_file() and checksum_of_file(path) == checksum
+    except OSError:
+        return False
 
 
 def _finite_only(row: Mapping[str, Any]) -> dict[str, float]:
