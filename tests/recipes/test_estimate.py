@@ -12,7 +12,7 @@ from rrhf.models.load import ModelSettings
 from rrhf.recipes import estimate
 from rrhf.recipes.config import merge, parse_config
 from rrhf.recipes.estimate import RECORD_SECONDS, estimate_run
-from rrhf.recipes.speed import Shape, Speed, measure_machine
+from rrhf.recipes.speed import EVALUATED_SHARE, Shape, Speed, measure_machine
 from rrhf.sampling.settings import SamplingSettings
 from support import tiny
 
@@ -45,6 +45,17 @@ def test_stages_by_hand(place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     twice = stages(place, monkeypatch, iterations=2)
     assert all(twice[name].hours == pytest.approx(2 * found[name].hours) for name in ("sample", "score", "train"))
     assert twice["evaluate"] == found["evaluate"]
+
+
+def test_an_evaluation_where_nothing_is_sampled(place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its responses are as long as they may get; the speed is of those that the data provides."""
+    shapes: list[Shape] = []
+    monkeypatch.setattr(
+        estimate, "measure_machine", lambda model, shape, sampling: shapes.append(shape) or Speed(36.0, 72.0, 3.6)
+    )
+    found = estimate_run(parse_config(merge(place, {"sample": None}), Path("model"))).stages[-1]
+    assert found.name == "evaluate" and shapes[0].response > 1
+    assert found.hours == pytest.approx(18 * EVALUATED_SHARE * 36 * 6 / shapes[0].response / 3600)
 
 
 def test_servers_and_judges_are_asked(place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:

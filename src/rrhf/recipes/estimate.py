@@ -113,7 +113,7 @@ def estimate_run(config: RunConfig) -> Estimate:
     shape = Shape(max(round(texts.query), 1), max(round(mean), 1), max(round(kept), 1))
     sampling = config.sample or config.evaluate_sampling
     speed, rate = _speed(config, parameters, shape, replace(sampling, max_new_tokens=max(most, 1)))
-    stages = _stages(config, texts, parameters, speed, drawn, local, requests, most)
+    stages = _stages(config, texts, parameters, speed, shape.response, drawn, local, requests, most)
     counted = (
         f"counted: {texts.records:,} records with {texts.provided:.3g} responses; of the first {SAMPLED} the mean: "
         f"queries {texts.query:.1f} tokens, responses {texts.response:.1f}; {texts.token:.2f} bytes a token"
@@ -204,9 +204,17 @@ def processor() -> str:
 
 
 def _stages(
-    config: RunConfig, texts: Texts, parameters: int, speed: Speed, drawn: int, local: int, asked: int, most: int
+    config: RunConfig,
+    texts: Texts,
+    parameters: int,
+    speed: Speed,
+    response: int,
+    drawn: int,
+    local: int,
+    asked: int,
+    most: int,
 ) -> list[Stage]:
-    """Every stage of the run; rounds (IP-n) count as often as they are."""
+    """Every stage of the run; rounds (IP-n) count as often as they are. ``response``: tokens that ``speed`` is of."""
     rounds, n, train = config.rounds.iterations, texts.records, config.train
     batch = train.per_device_train_batch_size * train.gradient_accumulation_steps * train.world_size
     steps = train.max_steps if train.max_steps > 0 else round(train.num_train_epochs * -(-n // batch))
@@ -232,7 +240,7 @@ def _stages(
     held_out = config.data.held_out_limit
     judges = sum(name.startswith("judge:") for name in config.evaluate_rewards.reward)
     new = config.evaluate_sampling.max_new_tokens
-    evaluated = 2 * held_out * EVALUATED_SHARE * speed.sampled * new / max(most, 1) / 3600
+    evaluated = 2 * held_out * EVALUATED_SHARE * speed.sampled * new / response / 3600
     stages.append(
         Stage("evaluate", 2 * held_out, 2 * held_out * (texts.query + 2 * new), 2 * held_out * (texts.line + new * 4),
               2 * held_out * judges, evaluated, _unknown(config.evaluate_rewards.reward))
