@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rrhf.evaluation.best_of_n import kl_bound, values_of_best
+from rrhf.recipes.run_folder import RunFolder
 from support import tiny
 from support.tiny import die
 
@@ -57,6 +58,14 @@ def test_the_best_is_kept_and_measured_killed_or_not(model: Path, tmp_path: Path
 
     other = tiny.warm(*command(model), "--num_responses", "3", cwd=done)
     assert other.code == 2 and "num_responses was 4, is 3" in other.err
+
+
+def test_a_second_command_in_the_folder_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = workplace(tmp_path / "taken")
+    with RunFolder(folder / "best").alone():
+        second = tiny.warm(*command(model), cwd=folder)
+    assert second.code == 2 and "best: another run is in this folder: process" in second.err
+    assert not list((folder / "best").iterdir())
 
 
 def test_what_has_no_best_is_refused(model: Path, tmp_path: Path) -> None:

@@ -102,14 +102,16 @@ def run_best_of_n(asked: BestOfN) -> dict[str, Any]:
         The content of ``evaluation.json``.
 
     Raises:
-        UserError: samples cannot have a best, or a stage cannot be done, or other settings stand in the folder.
+        UserError: samples cannot have a best, or a stage cannot be done, or other settings, or another process, stand
+            in the folder.
     """
     asked.refuse()
     run, policies = RunFolder(asked.output), PolicyCache()
-    run.remember_config(json.loads(json.dumps(asked.as_settings())))
-    carry_out(_stages(asked, run, policies), run)
-    with run.timed("report"):
-        write_report([run.folder], run.report)
+    with run.alone():
+        run.remember_config(json.loads(json.dumps(asked.as_settings())))
+        carry_out(_stages(asked, run, policies), run)
+        with run.timed("report"):
+            write_report([run.folder], run.report)
     result: dict[str, Any] = json.loads(run.evaluation.read_text(encoding="utf-8"))
     return result
 
