@@ -61,6 +61,19 @@ def test_killed_inside_windows_and_resumed(undisturbed: Path, model: Path, tmp_p
     assert not different
 
 
+def test_sampling_is_not_counted_as_training_where_a_kill_came_between(model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path / "run", config(model))
+    killed = tiny.warm(*RUN, cwd=folder, faults=[die("rrhf.recipes.run_folder:RunFolder.split_time", 1)])
+    assert killed.code == -signal.SIGKILL and (folder / "run/model/training.json").exists()
+    timings = folder / "run/timings.json"
+    assert "sample" not in json.loads(timings.read_text())
+    tiny.warm(*RUN, cwd=folder).done()
+    first = json.loads(timings.read_text())
+    assert first["sample"] > 0
+    tiny.warm(*RUN, cwd=folder).done()
+    assert json.loads(timings.read_text())["train"] == first["train"], "taken off once"
+
+
 def test_a_signal_within_a_window_keeps_its_parts(model: Path, tmp_path: Path) -> None:
     folder = tiny.workplace(tmp_path, config(model))
     stopped = tiny.warm(*RUN, cwd=folder, faults=[die(DECODE, 6, "TERM")])

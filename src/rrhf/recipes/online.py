@@ -9,6 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
+from rrhf.common.files import read_object
 from rrhf.models.cache import PolicyCache
 from rrhf.recipes.config import RunConfig
 from rrhf.recipes.offline import (
@@ -50,10 +51,8 @@ def run_online(run: RunFolder, config: RunConfig, policies: PolicyCache) -> dict
         unshaped = replace(cut, scoring=replace(cut.scoring, kl_beta=0.0))  # the KL term is that of each window
         data, stages = run.scored, [score_stage(replace(whole, config=unshaped), run.queries)]
     carry_out(stages, run)
-    training = train_stage(whole, data, online)
-    trained = training.is_complete()
-    carry_out([training], run)
-    if not trained:
+    carry_out([train_stage(whole, data, online)], run)
+    if "sample" not in read_object(run.timings):  # a process may have been stopped between the two
         run.split_time("train", window_seconds(run.model))
     carry_out([evaluate_stage(whole)], run)
     return finish(run, [run])
