@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import json
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from rrhf.cluster import training
+from rrhf.cluster.settings import ClusterSettings
 from rrhf.cluster.training import training_on
 from rrhf.common.errors import UserError
 from rrhf.models.adapters import AdapterSettings
@@ -77,6 +81,56 @@ def test_a_node_dies_while_training(nodes: Nodes, tmp_path: Path, monkeypatch: p
     assert not list((tmp_path / "cluster").glob(".cluster-*"))
     with pytest.raises(UserError, match="holds a finished model"):
         train(tmp_path, "cluster", nodes.settings(cluster_workers=1))
+
+
+def on_no_cluster(folder: Path, overwrite: bool = False) -> dict[str, Any]:
+    config, model = RRHFConfig(output_dir=str(folder), use_cpu=True, bf16=False), ModelSettings("start", "cpu")
+    return training.train_on_cluster(
+        ClusterSettings("local"), Path("scored.jsonl"), model, config, AdapterSettings(), overwrite=overwrite
+    )
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_a_second_command_is_refused_before_the_processes_work(
+    overwrite: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first one has sent them its folder for what they tell each other, and none holds the output folder yet."""
+    monkeypatch.setattr(training, "connected", lambda settings: nullcontext())
+    monkeypatch.setattr(training, "share", lambda settings, device: training.Share(1, 1, 0))
+    (tmp_path / ".cluster-of-one-that-was-killed").mkdir()
+    seen: list[list[Path]] = []
+
+    def fit(settings: ClusterSettings, job: Any, mine: training.Share) -> None:
+        with pytest.raises(UserError, match="another command trains into this folder on a cluster: process"):
+            on_no_cluster(tmp_path, overwrite)
+        seen.append(list(tmp_path.glob(".cluster-*")))
+        assert seen[0] == [job.scratch]
+        (tmp_path / "training.json").write_text("{}")
+
+    monkeypatch.setattr(training, "_fit", fit)
+    on_no_cluster(tmp_path)
+    assert seen and not list(tmp_path.glob(".cluster-*"))
+
+
+def test_a_node_that_dies_when_all_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray starts the processes anew: there is nothing left to do, and nothing to refuse."""
+    pytest.importorskip("ray")
+    import ray.train
+    import ray.train.collective
+
+    monkeypatch.setattr(ray.train, "get_context", lambda: SimpleNamespace(get_world_rank=lambda: 0))
+    monkeypatch.setattr(ray.train.collective, "broadcast_from_rank_zero", lambda data: data)
+    (tmp_path / "training.json").write_text("{}")
+    scratch = tmp_path / ".cluster-1"
+    scratch.mkdir()
+    config = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
+    model = ModelSettings("start", "cpu")
+    job = training._Job(
+        str(tmp_path), scratch, Path("scored.jsonl"), None, model, config, AdapterSettings(), None, None, None
+    )
+    monkeypatch.chdir(tmp_path)
+    training._train({"job": job})
+    assert not (scratch / training.REFUSED).exists()
 
 
 @pytest.mark.skipif(not tiny.LONG, reason="five more processes: RRHF_LONG=1")

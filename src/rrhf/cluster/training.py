@@ -12,7 +12,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,11 +22,11 @@ from rrhf.cluster.connection import Share, connected, share
 from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
-from rrhf.common.locks import wait_until_free
+from rrhf.common.locks import LOCK, hold, only_process, wait_until_free
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.training.config import RRHFConfig
-from rrhf.training.folder import TRAINED, claimed, refuse_trained
+from rrhf.training.folder import TRAINED, claimed, is_trained, refuse_trained
 from rrhf.training.online import Online
 from rrhf.training.stage import Saved, train_model
 from rrhf.training.watch_settings import WatchSettings
@@ -36,6 +36,9 @@ log = logging.getLogger("rrhf")
 REFUSED = "refused.txt"  # what a process found wrong, in the scratch folder
 ABORTING = 30.0  # seconds in which a training that is stopped comes to its end
 DYING = 60.0  # seconds in which the processes of a dead node's group come to their end
+_SECOND = (
+    "{folder}: another command trains into this folder on a cluster: {{who}}. Wait for it, or choose another --output"
+)
 
 
 @dataclass(frozen=True)
@@ -81,9 +84,11 @@ def train_on_cluster(
     folder = Path(str(config.output_dir)).absolute()
     with connected(settings):
         mine = share(settings, model.device)
-        with claimed(folder, config, overwrite):  # no restart may empty the folder
-            refuse_trained(folder)
-        with _scratch(folder) as scratch:
+        _refuse_second(folder)  # whose folder --overwrite would empty
+        with ExitStack() as held:
+            with claimed(folder, config, overwrite):  # no restart may empty the folder
+                refuse_trained(folder)
+                scratch = held.enter_context(_scratch(folder))
             given = {**config.as_given(), "output_dir": config.output_dir}
             job = _Job(str(Path.cwd()), scratch, data, eval_data, model, given, adapter, watch, online, saved)
             log.info(f"train: on the cluster, {mine}")
@@ -96,15 +101,25 @@ def train_on_cluster(
 
 @contextmanager
 def _scratch(folder: Path) -> Iterator[Path]:
-    """A folder of this training in its output folder, for what its processes tell each other."""
+    """A folder of this training in its output folder, for what its processes tell each other.
+
+    The command holds it for as long as it lives; the output folder itself is for its processes to hold.
+    """
+    _refuse_second(folder)
     for old in folder.glob(".cluster-*"):  # of a command that was killed
         shutil.rmtree(old, ignore_errors=True)
     scratch = folder / f".cluster-{uuid.uuid4().hex}"
-    scratch.mkdir()
-    try:
-        yield scratch
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
+    with only_process(scratch, _SECOND.format(folder=folder)):
+        try:
+            yield scratch
+        finally:
+            shutil.rmtree(scratch, ignore_errors=True)
+
+
+def _refuse_second(folder: Path) -> None:
+    for other in folder.glob(".cluster-*"):
+        with suppress(OSError):  # it came to its end just now
+            hold(other / LOCK, _SECOND.format(folder=folder)).close()
 
 
 def _fit(settings: ClusterSettings, job: _Job, mine: Share) -> None:
@@ -165,6 +180,7 @@ def _innermost(error: BaseException) -> str:
 def _train(settings: dict[str, Any]) -> None:
     """What each process does: it goes on from where the output folder is."""
     from ray.train import get_context
+    from ray.train.collective import broadcast_from_rank_zero
 
     from rrhf.common.logging import set_up_logging
 
@@ -180,9 +196,12 @@ def _train(settings: dict[str, Any]) -> None:
                 f"{job.scratch.parent} is not the same folder on all nodes of the cluster: training needs an --output "
                 "(and data) on a disk that all of them see"
             )
+        done = False
         if get_context().get_world_rank() == 0:
             wait_until_free(job.scratch.parent, DYING)
-        _as_here(job)
+            done = is_trained(job.scratch.parent)  # by the group before this one, which then died
+        if not broadcast_from_rank_zero(done):
+            _as_here(job)
     except UserError as error:
         if job.scratch.is_dir():
             write_text(job.scratch / REFUSED, str(error))
