@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from rrhf.common.errors import UserError
-from rrhf.common.launch import check_connected, launched_processes, warn_of_whole_weights
+from rrhf.common.launch import check_connected, is_first, launched_processes, wait_for_first, warn_of_whole_weights
 from rrhf.common.locks import LOCK, hold
 from rrhf.training.folder import SETTINGS
 from support import tiny
@@ -112,6 +112,18 @@ def test_a_second_training_into_the_same_folder(place: Path) -> None:
     other.close()
     tiny.warm(*TRAIN, "--overwrite", cwd=place).done()
     assert not (place / "out" / "kept").exists()
+
+
+@pytest.mark.parametrize(("rank", "world", "first"), [("0", "2", True), ("1", "2", False), ("1", None, True)])
+def test_which_process_is_the_first(
+    rank: str, world: str | None, first: bool, place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank without a number of processes is no launch's: nobody else would do what is done once."""
+    monkeypatch.setenv("RANK", rank)
+    if world is not None:
+        monkeypatch.setenv("WORLD_SIZE", world)
+    assert is_first() == first
+    wait_for_first(lambda: True)
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import signal
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from rrhf.common.yaml_text import load_yaml
 from rrhf.recipes.config import parse_config
 from rrhf.recipes.run_folder import RunFolder
 from support import tiny
+from support.ports import free_port
 from support.tiny import Result, count, die, put
 
 RUN = ("run", "config.yaml", "--output", "run")
@@ -41,6 +43,50 @@ def undisturbed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tiny.workplace(tmp_path_factory.mktemp("undisturbed"), tiny.config(model))
     tiny.cold(*RUN, cwd=folder).done()
     return folder
+
+
+PAID = """
+import os
+from tiny_rewards import spaces
+
+def judge(prompts, completions, **columns):
+    with open("paid", "a") as file:
+        file.write(os.environ["RANK"])
+    return spaces(prompts, completions)
+"""
+
+
+def test_several_processes_measure_and_count_their_time_once(model: Path, tmp_path: Path) -> None:
+    """A judge in the evaluation is paid once; seconds are those of the clock."""
+    settings = tiny.config(model)
+    settings["evaluate"]["reward"] = ["paid:judge"]
+    folder = tiny.workplace(tmp_path / "work", settings)
+    (folder / "paid.py").write_text(PAID)
+    forks, began = tiny.forks(*tiny.PRELOADED), time.monotonic()
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    started = [
+        forks.start("rrhf.cli.main:main", list(RUN), cwd=folder, env={**shared, "RANK": rank, "LOCAL_RANK": rank})
+        for rank in ("0", "1")
+    ]
+    first, second = [forks.wait(process).done() for process in started]
+    assert "2 process(es)" in first.err and "report: run/report.html" in first.out and second.out == ""
+    assert set((folder / "paid").read_text()) == {"0"}
+    evaluation, timings = (
+        json.loads((folder / "run" / name).read_text()) for name in ("evaluation.json", "timings.json")
+    )
+    assert evaluation["pi"]["n"] == 9 and evaluation["ranking"]["pi"]["n"] > 0
+    assert sum(timings.values()) <= time.monotonic() - began and (folder / "run/report.html").exists()
+
+
+def test_only_the_first_process_counts_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = RunFolder(tmp_path)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for rank, counted in (("1", False), ("0", True)):
+        monkeypatch.setenv("RANK", rank)
+        with run.timed("train"):
+            pass
+        run.split_time("train", {"sample": 1.0})
+        assert run.timings.exists() == counted
 
 
 def test_a_run_says_how_it_orders_its_samples_and_on_what_it_ran(undisturbed: Path) -> None:

@@ -62,6 +62,7 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
     from dataclasses import replace
 
     from rrhf.common.files import inside, json_lines
+    from rrhf.common.launch import is_first
     from rrhf.common.logging import set_up_logging
     from rrhf.recipes.recipe import run_recipe
     from rrhf.recipes.run_folder import RunFolder
@@ -80,6 +81,8 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
         except Stopped as stopped:
             print(f"rrhf run: {stopped}", file=sys.stderr)
             return stopped.code
+    if not is_first():
+        return 0
     generations = json_lines(inside(output, evaluation["generations"]))
     print()
     print(format_evaluation(evaluation))

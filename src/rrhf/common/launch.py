@@ -6,7 +6,8 @@ import gc
 import logging
 import os
 import sys
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 
 from rrhf.common.errors import UserError
 
@@ -20,6 +21,18 @@ RANKS = ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK", "MV2_COMM_WORLD_RANK")
 def rank_and_world(environment: Mapping[str, str] = os.environ) -> tuple[int, int]:
     """Which process this is and how many there are, as torchrun says it (RANK, WORLD_SIZE); (0, 1) without one."""
     return int(environment.get("RANK", "0")), int(environment.get("WORLD_SIZE", "1"))
+
+
+def is_first() -> bool:
+    """Whether this process does what is done once in a launch."""
+    rank, world = rank_and_world()
+    return rank == 0 or world == 1
+
+
+def wait_for_first(done: Callable[[], bool]) -> None:
+    """Wait until the first process of a launch has made what ``done`` looks for; the launcher ends all if it fails."""
+    while not is_first() and not done():
+        time.sleep(0.2)
 
 
 def launched_processes(environment: Mapping[str, str] = os.environ) -> int:

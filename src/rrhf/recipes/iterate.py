@@ -17,6 +17,7 @@ from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
+from rrhf.common.launch import is_first, wait_for_first
 from rrhf.common.yaml_text import read_yaml
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
@@ -145,11 +146,12 @@ def _evaluation(at: Pass, number: int, last: int) -> list[Stage]:
     few, prompts = at.config.rounds.evaluate_rounds, at.run.folder / at.run.held_out.name
     if not few or (at.run.evaluation.exists() and not prompts.exists()):  # the latter: it was the last one once
         return []
-    if not prompts.exists():
-        write_records(prompts, islice(read_records(at.run.held_out), few))
-    if number > 1:  # what ρ wrote to them is known
+    if is_first() and number > 1:  # what ρ wrote to them is known
         for name in ("evaluation.rho.jsonl", "evaluation.rho.made-of.json"):
             known, here = at.run.folder.parent / str(number - 1) / name, at.run.folder / name
             if known.exists() and not here.exists():
                 shutil.copyfile(known, here)
+    if is_first() and not prompts.exists():
+        write_records(prompts, islice(read_records(at.run.held_out), few))
+    wait_for_first(prompts.exists)
     return [evaluate_stage(at, prompts)]

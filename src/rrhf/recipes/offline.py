@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.cluster.pool import open_pool
 from rrhf.common.errors import UserError
+from rrhf.common.launch import is_first, wait_for_first
 from rrhf.common.remote import push_finished
 from rrhf.evaluation.stage import evaluate_models, reward_context
 from rrhf.models.cache import PolicyCache
@@ -49,6 +50,7 @@ class Stage:
     inputs: Callable[[], dict[str, str]]
     work: Callable[[], object]
     beside: Path | None = None  # another file that it makes
+    shared: bool = True  # whether several processes do it together; else the first does
 
     def is_complete(self) -> bool:
         if self.beside is not None and not self.beside.exists():
@@ -113,7 +115,9 @@ def carry_out(stages: Sequence[Stage], run: RunFolder, *clocks: RunFolder) -> No
             for folder in (run, *clocks):
                 folder.remember_environment(stage.name)
                 timed.enter_context(folder.timed(stage.name))
-            stage.work()
+            if stage.shared or is_first():
+                stage.work()
+            wait_for_first(stage.is_complete)
         push_finished(run.folder)
 
 
@@ -121,9 +125,11 @@ def finish(run: RunFolder, reported: Sequence[RunFolder]) -> dict[str, Any]:
     """Write the card and the report over the folders ``reported``; returns the content of ``evaluation.json``."""
     from rrhf.report import write_report
 
-    write_card(run.model, refresh=True)  # now with the evaluation
-    with run.timed("report"):
-        write_report([folder.folder for folder in reported], run.report)
+    if is_first():
+        write_card(run.model, refresh=True)  # now with the evaluation
+        with run.timed("report"):
+            write_report([folder.folder for folder in reported], run.report)
+    wait_for_first(run.evaluation.exists)  # of rounds, a link
     evaluation: dict[str, Any] = json.loads(run.evaluation.read_text(encoding="utf-8"))
     return evaluation
 
@@ -138,6 +144,7 @@ def data_stage(at: Pass) -> Stage:
         lambda: data_digests(at.config.data),
         lambda: write_queries(at.config.data, at.run.queries, at.run.held_out),
         beside=at.run.queries,
+        shared=False,
     )
 
 
@@ -147,6 +154,7 @@ def sample_stage(at: Pass) -> Stage:
         at.run.responses,
         lambda: {**_files(at.run.queries), **_sampled(at.config)},
         lambda: _sample(at.run, at.config, at.policies),
+        shared=at.config.sample is not None,
     )
 
 
@@ -181,6 +189,10 @@ def evaluate_stage(at: Pass, held_out: Path | None = None) -> Stage:
         return {name: model_digest(name) for name in (at.rho.model, config.evaluate.judge(at.evaluated))}
 
     def work() -> None:
+        ranking = _ranking(at)
+        if not is_first():
+            _draw(at, prompts)
+            return
         evaluate_models(
             prompts,
             at.run.evaluation,
@@ -191,7 +203,7 @@ def evaluate_stage(at: Pass, held_out: Path | None = None) -> Stage:
             config.evaluate,
             context=context,
             policies=at.policies,
-            more=_ranking(at),
+            more=ranking,
         )
 
     return Stage(
@@ -205,6 +217,17 @@ def evaluate_stage(at: Pass, held_out: Path | None = None) -> Stage:
         },
         work,
     )
+
+
+def _draw(at: Pass, prompts: Path) -> None:
+    """Help the first process with the responses that it measures alone: each would pay its judges again."""
+    from rrhf.evaluation.generations import draw_to_file
+
+    sampling = replace(at.config.evaluate_sampling, num_responses=1)
+    records = [record.without_responses() for record in read_records(prompts)]
+    for name, model in at.evaluated.items():
+        place = at.run.evaluation.with_name(f"{at.run.evaluation.stem}.{name}.jsonl")
+        draw_to_file(place, records, model, sampling, at.config.text, name, policies=at.policies)
 
 
 def _ranking(at: Pass) -> dict[str, Any]:

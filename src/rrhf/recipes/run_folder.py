@@ -15,7 +15,7 @@ from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.environment import environment
 from rrhf.common.errors import UserError
 from rrhf.common.files import read_object, write_text
-from rrhf.common.launch import rank_and_world
+from rrhf.common.launch import is_first
 from rrhf.common.locks import only_process
 from rrhf.common.settings import differences, refuse_other_settings
 from rrhf.common.yaml_text import read_yaml
@@ -65,13 +65,15 @@ class RunFolder:
         Raises:
             UserError: another run is in it; the message names its process and machine.
         """
-        if rank_and_world()[0]:  # the first process of a launch holds it for all
+        if not is_first():  # who holds it for all
             return nullcontext()
         refusal = f"{self.folder}: another run is in this folder: {{who}}. Wait for it, or choose another --output"
         return only_process(self.folder, refusal)
 
     def show(self, inner: RunFolder) -> None:
         """Let this folder's results be those of ``inner``, by links: a run's are its last round's."""
+        if not is_first():
+            return
         found = sorted(inner.folder.glob(f"{inner.evaluation.stem}.*"))
         for path in (inner.responses, inner.scored, inner.model, *found):
             link, temporary = self.folder / path.name, self.folder / f".{path.name}.link"
@@ -123,12 +125,14 @@ class RunFolder:
                 f"{result} was made before {' and '.join(changed)} changed: put back what it was made of, remove "
                 f"{result} to make it anew, or choose another --output"
             )
-        if changed or before is None:
+        if is_first() and (changed or before is None):
             self.folder.mkdir(parents=True, exist_ok=True)
             write_text(self.made_of, json.dumps({**noted, stage: inputs}, indent=1) + "\n")
 
     def remember_environment(self, stage: str) -> None:
         """Note on what a stage is done: ``environments``, each with its stages; a run may go on on another machine."""
+        if not is_first():
+            return
         here = environment()
         noted = read_object(self.environment).get("environments", [])
         if not noted or {name: noted[-1].get(name) for name in here} != here:
@@ -140,6 +144,8 @@ class RunFolder:
 
     def split_time(self, stage: str, parts: Mapping[str, float]) -> None:
         """Count ``parts``, seconds by stage, as theirs and no more as those of ``stage``, in which they passed."""
+        if not is_first():
+            return
         timings = read_object(self.timings)
         for name, seconds in {**parts, stage: -sum(parts.values())}.items():
             timings[name] = round(max(timings.get(name, 0.0) + seconds, 0.0), 2)
@@ -152,9 +158,13 @@ class RunFolder:
         try:
             yield
         finally:
-            timings = read_object(self.timings)
-            timings[stage] = round(timings.get(stage, 0.0) + time.monotonic() - begin, 2)
-            write_text(self.timings, json.dumps(timings, indent=1) + "\n")
+            if is_first():  # of several processes, whose time passes at once
+                self._add(stage, time.monotonic() - begin)
+
+    def _add(self, stage: str, seconds: float) -> None:
+        timings = read_object(self.timings)
+        timings[stage] = round(timings.get(stage, 0.0) + seconds, 2)
+        write_text(self.timings, json.dumps(timings, indent=1) + "\n")
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:

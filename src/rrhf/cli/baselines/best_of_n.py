@@ -9,6 +9,7 @@ from rrhf.cli.parser import show_help
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.flag_help import Groups, flags_of, settings_in_source, without
 from rrhf.common.flags import Flags
+from rrhf.common.launch import is_first
 from rrhf.common.logging import set_up_logging
 from rrhf.evaluation.stage import EvaluationSettings
 from rrhf.models.load import ModelSettings
@@ -57,6 +58,8 @@ def main(arguments: list[str], name: str) -> int:
         Path(files.data), Path(files.output), model, sampling, rewards, scoring, text, remote, evaluation, settings
     )
     result = run_best_of_n(asked)
+    if not is_first():
+        return 0
     print(format_evaluation(result))
     print(format_best_of_n(result["best_of_n"]))
     return 0

@@ -17,6 +17,7 @@ from typing import Any
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
+from rrhf.common.launch import is_first
 from rrhf.evaluation.best_of_n import best_index, best_of_n_curve
 from rrhf.evaluation.metrics import cut_at_turn
 from rrhf.evaluation.stage import EvaluationSettings, refuse_unusable
@@ -110,8 +111,9 @@ def run_best_of_n(asked: BestOfN) -> dict[str, Any]:
     with run.alone():
         run.remember_config(json.loads(json.dumps(asked.as_settings())))
         carry_out(_stages(asked, run, policies), run)
-        with run.timed("report"):
-            write_report([run.folder], run.report)
+        if is_first():
+            with run.timed("report"):
+                write_report([run.folder], run.report)
     result: dict[str, Any] = json.loads(run.evaluation.read_text(encoding="utf-8"))
     return result
 
@@ -140,7 +142,13 @@ def _stages(asked: BestOfN, run: RunFolder, policies: PolicyCache) -> list[Stage
     model = asked.model.model
     return [
         Stage("sample", run.responses, lambda: {**files(asked.data), model: model_digest(model)}, sample),
-        Stage("cut", cut, lambda: files(run.responses), lambda: write_records(cut, _cut(asked, run.responses))),
+        Stage(
+            "cut",
+            cut,
+            lambda: files(run.responses),
+            lambda: write_records(cut, _cut(asked, run.responses)),
+            shared=False,
+        ),
         score(asked.rewards, cut, run.scored),
         *([score(asked.gold, run.scored, gold)] if asked.settings.gold_reward else []),
         Stage(
@@ -148,6 +156,7 @@ def _stages(asked: BestOfN, run: RunFolder, policies: PolicyCache) -> list[Stage
             run.evaluation,
             lambda: {**files(run.scored, scored), "perplexity model": model_digest(_judge(asked))},
             lambda: _evaluate(asked, run, scored, policies),
+            shared=False,  # each process would pay the judges again
         ),
     ]
 
