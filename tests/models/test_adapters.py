@@ -147,6 +147,20 @@ def test_an_adapter_loads_as_its_base_with_it(base: Path, adapter: tuple[Path, A
     assert tokenizer("The river").input_ids == load_policy_or_adapter(cpu(base))[1]("The river").input_ids
 
 
+def test_an_adapter_trains_on_as_a_whole_model(adapter: tuple[Path, Any], tmp_path: Path) -> None:
+    """An adapter freezes its base; merged into it, all weights are to be trained."""
+    folder, _ = adapter
+    start, _ = load_policy_or_adapter(cpu(folder), training=True)
+    assert all(parameter.requires_grad for parameter in start.parameters())
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(4))
+    train = ("train", "--model", str(folder), "--data", "scored.jsonl", "--output", "out", "--device", "cpu",
+             "--max_steps", "1", "--bf16", "false", "--learning_rate", "1e-3", "--report_to", "none")  # fmt: skip
+    tiny.warm(*train, cwd=tmp_path).done()
+    trained = load_policy_or_adapter(cpu(tmp_path / "out"))[0]
+    matrices = [(a, b) for a, b in zip(start.parameters(), trained.parameters(), strict=True) if a.dim() == 2]
+    assert matrices and not any(torch.equal(before, after) for before, after in matrices)
+
+
 def test_a_quantised_base_is_loaded_whole_before_merging(base: Path, adapter: tuple[Path, Any]) -> None:
     """On whole weights both ways must agree; 4-bit weights need a GPU."""
     _, adapted = adapter
@@ -242,6 +256,43 @@ def test_an_adapter_without_its_parts(adapter: tuple[Path, Any], tmp_path: Path)
     (folder / "adapter_config.json").write_text("{")
     with pytest.raises(UserError, match=r"adapter_config\.json cannot be read"):
         load_policy_or_adapter(cpu(folder))
+
+
+@pytest.mark.parametrize("layer", ["lm_head", "embed_tokens"])
+@pytest.mark.filterwarnings("ignore:Model")
+def test_shared_embeddings_get_no_adapter(layer: str, tmp_path: Path) -> None:
+    """Merged into the weight that both share, it would change the other one too."""
+    from peft import LoraConfig, get_peft_model
+
+    def config() -> Any:
+        return LoraConfig(r=2, target_modules=["q_proj", layer], task_type="CAUSAL_LM")
+
+    with pytest.raises(UserError, match=rf"--lora_target_modules: an adapter on \S*{layer}, but .* share a weight"):
+        with_adapter(tiny_model("llama-tied"), config())
+    assert with_adapter(tiny_model("llama"), config()).active_adapter
+    tied = tiny_model("llama-tied", vocabulary=512)
+    tied.save_pretrained(tmp_path / "base")
+    tiny_tokenizer().save_pretrained(tmp_path / "base")
+    tied.name_or_path = str(tmp_path / "base")
+    get_peft_model(tied, config()).save_pretrained(tmp_path / "adapter", save_embedding_layers=False)
+    change(tmp_path / "adapter", base_model_name_or_path=str(tmp_path / "base"))
+    with pytest.raises(UserError, match=rf"--model \S*adapter: an adapter on \S*{layer}, but .* share a weight"):
+        load_policy_or_adapter(cpu(tmp_path / "adapter"))
+
+
+def test_virtual_tokens_are_refused(base: Path, tmp_path: Path) -> None:
+    """The passes over records read none, and would train nothing."""
+    from peft import PrefixTuningConfig, PromptTuningConfig, get_peft_model
+
+    for kind in (PromptTuningConfig, PrefixTuningConfig):
+        config = kind(task_type="CAUSAL_LM", num_virtual_tokens=3)
+        with pytest.raises(UserError, match=f"peft_config: {kind.__name__} puts virtual tokens"):
+            with_adapter(tiny_model("llama"), config)
+    model, _ = load_policy_or_adapter(cpu(base))
+    config = PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=3)
+    get_peft_model(model, config).save_pretrained(tmp_path / "prompt")
+    with pytest.raises(UserError, match="prompt: PromptTuningConfig puts virtual tokens"):
+        load_policy_or_adapter(cpu(tmp_path / "prompt"))
 
 
 def test_layers_that_the_model_does_not_have(base: Path, tmp_path: Path) -> None:

@@ -64,16 +64,44 @@ def with_adapter(model: PreTrainedModel, config: Any) -> Any:
     """``model`` with a new adapter in its layers, which alone is trained.
 
     Raises:
-        UserError: the model has no layers of the names that ``config`` gives.
+        UserError: the model has no layers of the names that ``config`` gives; these are its embeddings, and shared; or
+            ``config`` is of virtual tokens.
     """
+    peft = _peft("peft_config")
+    _refuse_virtual_tokens(config, "peft_config")
     try:
-        return _peft("peft_config").get_peft_model(model, config)
+        adapted = peft.get_peft_model(model, config)
     except ValueError as error:  # the layers' names are what can be wrong here
         names = sorted({name.rpartition(".")[2] for name, layer in model.named_modules() if hasattr(layer, "weight")})
         raise UserError(
             f"the adapter does not fit the model: {error}. Layers with weights here (--lora_target_modules): "
             f"{', '.join(names)}"
         ) from error
+    _refuse_shared(adapted, "--lora_target_modules")
+    return adapted
+
+
+def _refuse_virtual_tokens(config: Any, what: str) -> None:
+    """Prompt and prefix tuning change no layer: they put vectors of their own in front of a row, or of its keys."""
+    if getattr(config, "is_prompt_learning", False):
+        raise UserError(
+            f"{what}: {type(config).__name__} puts virtual tokens in front of a text, which the passes over records do "
+            "not read: take an adapter of layers, as LoRA"
+        )
+
+
+def _refuse_shared(adapted: Any, what: str) -> None:
+    """An adapter on one of two embeddings that share a weight cannot be merged: the other would change with it."""
+    model = adapted.get_base_model()
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    if None in ends or len({id(getattr(end, "base_layer", end).weight) for end in ends}) == 2:
+        return
+    names = sorted(name for name, layer in model.named_modules() if layer in ends and hasattr(layer, "base_layer"))
+    if names:
+        raise UserError(
+            f"{what}: an adapter on {', '.join(names)}, but the model's input and output embeddings share a weight, so "
+            "that merging it would change both: leave them out of the layers that get one"
+        )
 
 
 def load_policy_or_adapter(
@@ -93,6 +121,7 @@ def load_policy_or_adapter(
         config = peft.PeftConfig.from_pretrained(str(folder))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"--model {folder}: {ADAPTER_CONFIG} cannot be read: {error}") from error
+    _refuse_virtual_tokens(config, f"--model {folder}")
     try:
         model, tokenizer = load_policy(replace(settings, model=location.base), training, location.tokenizer)
     except UserError as error:
@@ -108,7 +137,9 @@ def load_policy_or_adapter(
     if missing or result.unexpected_keys:
         wrong = f"no weights for {missing[0]}" if missing else f"the model has no {result.unexpected_keys[0]}"
         raise UserError(f"{misfit}: {wrong}")
-    return adapted.merge_and_unload().eval(), tokenizer
+    _refuse_shared(adapted, f"--model {folder}")
+    # An adapter freezes its base, also once it is merged: what is loaded here trains as any policy does.
+    return adapted.merge_and_unload().requires_grad_(True).eval(), tokenizer
 
 
 def merged(model: Any, settings: ModelSettings, quantised: bool = False) -> PreTrainedModel:
