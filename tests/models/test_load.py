@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from collections.abc import Callable
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -162,8 +163,11 @@ def test_a_hub_id_that_cannot_be_had() -> None:
 # --- GGUF ---------------------------------------------------------------------------------------------------------
 
 
-def write_gguf(path: Path, model: PreTrainedModel) -> None:
-    """A Llama as a GGUF file in fp32: its heads' rows interleaved, as llama.cpp's converter has them."""
+def write_gguf(path: Path, model: PreTrainedModel, extra: Callable[[Any], None] = lambda writer: None) -> None:
+    """A Llama as a GGUF file in fp32: its heads' rows interleaved, as llama.cpp's converter has them.
+
+    ``extra`` is called with the writer before anything is written.
+    """
     from gguf import GGUFWriter, TokenType
 
     config = model.config
@@ -218,6 +222,7 @@ def write_gguf(path: Path, model: PreTrainedModel) -> None:
         if module in heads:
             weights = interleaved(weights, heads[module])
         writer.add_tensor(f"{prefix}{names[module]}.weight", np.ascontiguousarray(weights))
+    extra(writer)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -310,6 +315,44 @@ def test_a_gguf_file_that_is_cut_short(tmp_path: Path, cache: Path) -> None:
     path.write_bytes(whole[: 2 * len(whole) // 3])
     assert f"{path}: transformers cannot read this GGUF file" in refused(cpu(path))
     assert not list(cache.glob("gguf/*"))
+
+
+def scaled_by(kind: str) -> Callable[[Any], None]:
+    from gguf import RopeScalingType
+
+    def scaled(writer: Any) -> None:
+        writer.add_rope_scaling_type(RopeScalingType(kind))
+        writer.add_rope_scaling_factor(8.0)
+
+    return scaled
+
+
+def factors(name: str) -> Callable[[Any], None]:
+    return lambda writer: writer.add_tensor(name, np.array([1, 1, 8, 8], dtype=np.float32))
+
+
+@pytest.mark.parametrize(
+    ("extra", "said"),
+    [
+        (lambda: scaled_by("linear"), r"llama.rope.scaling.type = linear"),
+        (lambda: scaled_by("yarn"), r"llama.rope.scaling.type = yarn"),
+        (lambda: factors("rope_freqs.weight"), "tensor rope_freqs.weight"),
+        (lambda: factors("rope_factors_long.weight"), "tensor rope_factors_long.weight"),
+        (lambda: scaled_by("none"), None),
+    ],
+)
+def test_a_scaled_rotation(
+    extra: Callable[[], Callable[[Any], None]], said: str | None, tmp_path: Path, cache: Path
+) -> None:
+    """transformers would load it unscaled, as another model."""
+    pytest.importorskip("gguf")
+    path = tmp_path / "scaled.gguf"
+    write_gguf(path, tiny_model("llama"), extra())
+    if said is None:
+        assert load_policy(cpu(path))
+    else:
+        assert f"{path}: its rotation is scaled ({said})" in refused(cpu(path))
+        assert not list(cache.glob("gguf/*"))
 
 
 def test_no_such_gguf_file(tmp_path: Path, cache: Path) -> None:

@@ -318,7 +318,7 @@ def gguf_as_folder(path: Path) -> Path:
     configuration.
 
     Raises:
-        UserError: no such file, or it is no GGUF file that transformers reads.
+        UserError: no such file, it is no GGUF file that transformers reads, or its rotation is scaled, which it drops.
     """
     if not path.exists():
         raise UserError(f"--model {path}: no such file")
@@ -334,6 +334,29 @@ def gguf_as_folder(path: Path) -> Path:
     return folder
 
 
+def _refuse_scaled_rotation(path: Path) -> None:
+    """Of GGUF files transformers reads how a rotation is scaled for GPT-OSS alone; others it would load unscaled.
+
+    Raises:
+        UserError: the file's rotation is scaled.
+    """
+    from gguf import GGUFReader
+
+    reader = GGUFReader(path)
+    name = reader.fields.get("general.architecture")
+    architecture = None if name is None else name.contents()
+    kind = reader.fields.get(f"{architecture}.rope.scaling.type")
+    scaling = "none" if kind is None or architecture == "gpt-oss" else str(kind.contents())
+    factors = [tensor.name for tensor in reader.tensors if tensor.name.startswith(("rope_freqs.", "rope_factors_"))]
+    if scaling == "none" and not factors:
+        return
+    why = f"tensor {factors[0]}" if factors else f"{architecture}.rope.scaling.type = {scaling}"
+    raise UserError(
+        f"--model {path}: its rotation is scaled ({why}), which transformers does not read from a GGUF file, so that "
+        "another model would be loaded: give the model's folder or hub id, of which the file was made"
+    )
+
+
 def _convert(path: Path, folder: Path) -> None:
     """Write the GGUF file as a model folder, whole or not at all."""
     import shutil
@@ -343,11 +366,14 @@ def _convert(path: Path, folder: Path) -> None:
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
     try:
+        _refuse_scaled_rotation(path)
         quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:
         raise UserError(f"--model {path}: reading GGUF needs the package gguf: pip install 'rrhf[gguf]'") from error
+    except UserError:
+        raise
     except Exception as error:  # a broken file's bytes can raise anything
         raise UserError(f"--model {path}: transformers cannot read this GGUF file: {error}") from error
     if hasattr(config, "quantization_config"):
