@@ -14,12 +14,14 @@ import torch
 from torch import Tensor
 
 from oracles.logprobs import all_sums
-from rrhf.models.attention import our_attention
+from rrhf.models.attention import attention, our_attention
+from rrhf.models.kernels import reference
 from rrhf.models.kernels.cpu import device as cpu
 from rrhf.models.kernels.cuda import flex_attention
 from rrhf.models.passes import response_logprobs
 from rrhf.sampling import decoding
 from rrhf.sampling.batch_size import queries_at_once, query_bytes
+from rrhf.sampling.policies import Draws
 from rrhf.sampling.settings import SamplingSettings
 from support.families import FAMILIES, QUERIES, draw, table
 from support.trees import path_and_reason, random_record
@@ -82,6 +84,19 @@ def test_several_slots_a_query(name: str) -> None:
         assert len({tuple(tokens) for tokens in drawn}) == 9
 
 
+@pytest.mark.parametrize("name", ["llama", "afmoe"])
+def test_several_slots_of_one_query(name: str) -> None:
+    """What attention returns is contiguous, for models that take a view of it."""
+    model = FAMILIES[name].make()
+    settings = SamplingSettings(policy="top-p", num_responses=3, max_new_tokens=8)
+
+    def drawn(path: str) -> list[list[int]]:
+        policy = Draws(settings, ["a"], [{3, 40}], None, torch.device("cpu"))
+        return [response.tokens for response in decoding.decode(model, QUERIES[1:2], policy, 8, path)[0]]
+
+    assert drawn("tree") == drawn("padded")
+
+
 @pytest.mark.parametrize("name", ["llama4", "gpt-oss", "mistral"])
 def test_slots_that_read_their_own_columns(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As long responses are drawn: chunks, sinks and windows there too."""
@@ -118,6 +133,24 @@ def test_what_is_read_matters(name: str) -> None:
     exchanged = [type(r)(r.id, o.query, r.responses, r.scores) for r, o in zip(RECORDS, other, strict=True)]
     with torch.no_grad():
         assert float((all_sums(model, RECORDS) - all_sums(model, exchanged)).abs().min()) > 1e-3
+
+
+@pytest.mark.parametrize("name", ["afmoe", "jetmoe"])
+def test_models_that_take_a_view_train_by_masked_calls_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As trees are attended to on devices without kernels of their own."""
+    monkeypatch.setattr(cpu, "tree_attention", reference.tree_attention)
+    model = FAMILIES[name].make()
+    with torch.no_grad():
+        sums = response_logprobs(model, RECORDS, "tree").sums
+        assert float((sums - all_sums(model, RECORDS)).abs().max()) <= 1e-5
+
+
+def test_plain_calls_with_soft_caps_are_contiguous_too() -> None:
+    query, key = torch.randn(1, 4, 5, 8), torch.randn(1, 2, 5, 8)
+    layer = torch.nn.Module()
+    layer.layer_idx = 0
+    output, _ = attention(layer, query, key, key, None, softcap=30.0)
+    assert output.shape == (1, 5, 4, 8) and output.is_contiguous()
 
 
 @pytest.mark.parametrize("name", ["gpt-oss", "gemma2"])

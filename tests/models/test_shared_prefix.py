@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from oracles.logprobs import all_sums
+from rrhf.common.errors import UserError
 from rrhf.models.kernels import reference
 from rrhf.models.kernels.choice import KERNELS
 from rrhf.models.kernels.cpu import device as cpu
@@ -20,6 +21,7 @@ from rrhf.models.passes import response_logprobs
 from rrhf.models.shared_prefix import lay_out, tree_logprobs
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.models.trees import Tree, column_ends, visible
+from support import families
 from support.models import tiny_model
 from support.trees import RECORDS, path_and_reason, random_record, silently
 
@@ -308,3 +310,19 @@ def test_the_router_loss_is_included() -> None:
     assert padded is not None
     assert float(padded) > 0
     assert tree_logprobs(tiny_model("llama"), [record]).router_loss is None
+
+
+def test_the_router_loss_under_another_name() -> None:
+    model, record = families.FAMILIES["jetmoe"].make(), random_record((5, (6,)))
+    row = torch.tensor([[*record.query, *record.responses[0][:-1]]])
+    expected = 0.02 * model(input_ids=row, output_router_logits=True).aux_loss
+    for found in (tree_logprobs(model, [record]), padded_logprobs(model, [record])):
+        assert found.router_loss is not None and float(found.router_loss) > 0
+    assert float(tree_logprobs(model, [record]).router_loss or 0) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_a_router_loss_that_the_family_does_not_have() -> None:
+    model, record = families.FAMILIES["afmoe"].make(output_router_logits=True), random_record((5, (6,)))
+    for logprobs in (tree_logprobs, padded_logprobs):
+        with pytest.raises(UserError, match=r"AfmoeForCausalLM asks for a router loss .* set output_router_logits to"):
+            logprobs(model, [record])

@@ -139,6 +139,31 @@ FAMILIES: dict[str, Family] = {
     "gpt-oss": _family(
         "GPT-OSS", "GptOss", {**SIZES, **SLIDING, **EXPERTS}, "window in some layers; experts; attention sinks"
     ),
+    "afmoe": _family(
+        "AFMoE (Trinity)",
+        "Afmoe",
+        {
+            **SIZES,
+            **SLIDING,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 16,
+            "num_dense_layers": 1,
+        },
+        "window in some layers; experts; no router loss",
+    ),
+    "jetmoe": _family(
+        "JetMoE",
+        "JetMoe",
+        {
+            **{name: value for name, value in PLAIN.items() if name != "num_attention_heads"},
+            **EXPERTS,
+            "kv_channels": 8,
+            "output_router_logits": True,
+            "aux_loss_coef": 0.02,
+        },
+        "experts, of attention too; router loss as Mixtral's",
+    ),
     "gpt2": Family("GPT-2", "GPT2LMHeadModel", "GPT2Config", GPT),
     "gpt-j": _family("GPT-J", "GPTJ", {**GPT, "rotary_dim": 4}, "the paper's reward model"),
     "gpt-neox": _family("GPT-NeoX, Pythia", "GPTNeoX", NEOX),

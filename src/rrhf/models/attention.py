@@ -49,7 +49,10 @@ class Layout(Protocol):
     def position_ids(self) -> Tensor: ...
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
-        """Attend from the queries [1, H, T, D] of ``call`` to its keys [1, H_kv, T, D]; returns [1, T, H, D]."""
+        """Attend from the queries [1, H, T, D] of ``call`` to its keys [1, H_kv, T, D]; returns [1, T, H, D].
+
+        Contiguous where all of it is made here: some models take a view of it.
+        """
         ...
 
 
@@ -90,7 +93,7 @@ def attention(
         sinks=None if sinks is None else sinks[:, None],
     )
     if rrhf_layout is None:  # sdpa knows neither
-        return product_attention(call, _additive(attention_mask, call)).transpose(1, 2), None
+        return product_attention(call, _additive(attention_mask, call)).transpose(1, 2).contiguous(), None
     return rrhf_layout.attend(layer, _scaled_by_position(module, call, rrhf_layout)), None
 
 

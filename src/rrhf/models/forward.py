@@ -9,6 +9,8 @@ from typing import Any
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from rrhf.common.errors import UserError
+
 
 @dataclass
 class Logprobs:
@@ -50,7 +52,11 @@ def router_options(model: PreTrainedModel) -> dict[str, Any]:
 
 
 def router_loss(model: PreTrainedModel, outputs: Any) -> Tensor | None:
-    """The load-balancing loss of a mixture of experts, weighted as its configuration says."""
+    """The load-balancing loss of a mixture of experts, weighted as its configuration says.
+
+    Raises:
+        UserError: its configuration asks for one, and transformers has none for the family.
+    """
     config = model.config.get_text_config()
     if not getattr(config, "output_router_logits", False):
         return None
@@ -61,6 +67,10 @@ def router_loss(model: PreTrainedModel, outputs: Any) -> Tensor | None:
             getattr(model, "num_experts", None) or getattr(config, "num_local_experts", None) or config.num_experts
         )
         if balance is None or getattr(outputs, "router_logits", None) is None:
-            raise RuntimeError(f"{type(model).__name__} asks for a router loss that cannot be computed here")
+            raise UserError(
+                f"{type(model).__name__} asks for a router loss (output_router_logits), which cannot be computed for "
+                "this family here: set output_router_logits to false in its config.json"
+            )
         loss = balance(outputs.router_logits, experts, config.num_experts_per_tok)
-    return float(config.router_aux_loss_coef) * loss
+    weight = config.aux_loss_coef if hasattr(config, "aux_loss_coef") else config.router_aux_loss_coef  # JetMoE's name
+    return float(weight) * loss

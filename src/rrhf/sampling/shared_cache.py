@@ -150,8 +150,10 @@ class SharedCache:
             call = replace(call, sinks=call.sinks.view(heads, groups).repeat_interleave(self.width, dim=1))
         output = cache.attend(call, queries, mask).view(count, heads, groups, self.width, -1)
         if self._everything:
-            return output.permute(0, 3, 1, 2, 4).reshape(1, count * self.width, heads * groups, -1)
-        return output[self._row, :, :, self._slot].reshape(1, len(self._row), heads * groups, -1)
+            output = output.permute(0, 3, 1, 2, 4).reshape(1, count * self.width, heads * groups, -1)
+        else:
+            output = output[self._row, :, :, self._slot].reshape(1, len(self._row), heads * groups, -1)
+        return output.contiguous()  # of one query, or of one slot, it may be a view
 
     def _mask(self, call: AttentionCall, dtype: torch.dtype, groups: int, end: int) -> Tensor:
         """Additive mask of this step, [N, 1, groups · width, end]; the same for all layers of a kind."""
@@ -206,7 +208,7 @@ class _QueryPass:
             block.values[self.start + i, :, :length] = value[0]
             outputs.append(attention(call.over(query, key, value), self._mask(length, call)))
             begin += length
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
     def _mask(self, length: int, call: AttentionCall) -> Tensor:
         mask = self.masks.get((length, call.window, call.chunk))

@@ -116,7 +116,7 @@ class MaskedTrees:
             self.attention(call.over(*piece), self.mask(tree, call))
             for tree, piece in zip(self.trees, pieces, strict=True)
         ]
-        return torch.cat(outputs, dim=2).transpose(1, 2)
+        return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
 
     def mask(self, tree: Tree, call: AttentionCall) -> Tensor:
         """The additive mask [t, t] of one tree; the same for all layers of a kind."""
