@@ -21,6 +21,7 @@ from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
 from rrhf.training.config import RRHFConfig
 from rrhf.training.trainer import RRHFTrainer
+from support.families import FAMILIES
 from support.models import in_fp64, tiny_model, tiny_tokenizer, toy_records
 from support.training import Gradients, config
 
@@ -173,6 +174,22 @@ def test_dropout_is_off_where_ratios_are_taken(checkpointing: bool, tmp_path: Pa
     assert abs(grpo.state.log_history[0]["rank_loss"]) < 1e-5
     rrhf = trained(tiny_model("gpt2", len(TOKENIZER)), tmp_path, records, **asked)
     assert rrhf.model.training and all(module.training for module in rrhf.model.modules())  # as ever
+
+
+@pytest.mark.parametrize("loss", ["dpo", "hinge"])
+def test_so_are_rates_of_layers_that_are_checkpointed(loss: str, tmp_path: Path) -> None:
+    """OPT's layers drop by a rate of their own, in the training mode that checkpointing needs."""
+    records, vocabulary = toy_records(4, seed=1, responses=(2, 4)), len(TOKENIZER)
+    model = FAMILIES["opt"].make(vocab_size=vocabulary, dropout=0.1, layerdrop=0.2)
+    opt = trained(model, tmp_path, records, ranking_loss=loss, gradient_checkpointing=True, max_steps=1)
+    layers = opt.model.model.decoder.layers
+    assert all(layer.training for layer in layers)
+    assert {layer.dropout for layer in layers} == {0.0 if loss == "dpo" else 0.1}
+    assert opt.model.model.decoder.layerdrop == (0.0 if loss == "dpo" else 0.2)
+    assert opt.model.config.dropout == 0.1
+    if loss == "dpo":
+        pairs = opt.state.log_history[0]["rank_loss"] / math.log(2)
+        assert pairs == pytest.approx(round(4 * pairs) / 4, abs=1e-5)
 
 
 def test_an_adapter_is_switched_off_for_the_reference(tmp_path: Path) -> None:

@@ -45,6 +45,7 @@ from rrhf.training.two_pass import RandomState, SecondPass, first_pass
 
 log = logging.getLogger("rrhf")
 
+RATES = {"dropout", "activation_dropout", "layerdrop"}  # as layers call what they drop by, where that is no module
 NAMED = 20  # a message names at most so many records
 
 
@@ -295,11 +296,16 @@ class RRHFTrainer(Trainer):
         return total.to(self.args.device)
 
     def _set_training(self, model: nn.Module) -> None:
-        """Training mode; without dropout where log π is held against log ρ or log π_old, which were taken without."""
+        """Training mode; without dropout where log π is held against log ρ or log π_old, which were taken without.
+
+        Such a loss needs that until training ends: rates that are set to 0 stay so, but in the model's configuration.
+        """
         model.train()
         if {"reference_sums", "old_token_logprobs"} & set(self.needed):
             for module in model.modules():  # activations are checkpointed in training mode alone
                 module.training = bool(getattr(module, "gradient_checkpointing", False))
+                if module.training:  # OPT's layers, and others', have rates of their own, not modules
+                    vars(module).update(dict.fromkeys(RATES & vars(module).keys(), 0.0))
 
     def _take_smaller_forwards(self, inputs: Sequence[EncodedRecord], lack: str) -> None:
         """Lower the token budget after memory ran out.
