@@ -23,7 +23,7 @@ from rrhf.models.tokenization import TextSettings
 from rrhf.records.record import Record
 from rrhf.sampling import batch_size
 from rrhf.sampling.decoding import Response
-from rrhf.sampling.policies import PART, draw, uniforms
+from rrhf.sampling.policies import PART, Draws, draw, uniforms
 from rrhf.sampling.sampler import Sampler, sample
 from rrhf.sampling.settings import POLICIES, SamplingPolicy, SamplingSettings
 from support.models import tiny_model, tiny_tokenizer
@@ -347,6 +347,22 @@ def test_the_batch_size_by_default_is_what_fits_into_half_of_the_free_memory(
         assert texts(list(sample(records, model, tokenizer, settings))) == expected
     assert max(batches) == fitting
     assert [line for line in caplog.messages if f"{fitting} queries at a time" in line and "--batch_size" in line]
+
+
+@pytest.mark.parametrize("stops", [None, lambda tokens: False, lambda tokens: tokens[-1:] == [8]])
+def test_a_response_that_ended_by_itself_has_its_end_token_among_those_drawn(stops: Any) -> None:
+    """Also beside stop strings, which end others without one."""
+    settings = SamplingSettings(policy="greedy", max_new_tokens=4, stop=["…"] if stops else [])
+    draws = Draws(settings, ["a", "b", "c"], [{3}] * 3, stops, torch.device("cpu"))
+    slots = torch.arange(3)
+    for column in ([7, 5, 5], [3, 8, 5], [0, 3, 5], [0, 0, 5]):
+        slots = draws.advance(torch.nn.functional.one_hot(torch.tensor(column), 10).float()[slots], slots).slots
+    ((ended,), (stopped,), (long,)) = draws.results()
+    assert (ended.tokens, ended.finish, ended.drawn) == ([7], "stop", [7, 3])
+    at_string = stops is not None and stops([5, 8])
+    assert (stopped.tokens, stopped.finish) == ([5, 8], "stop")
+    assert stopped.drawn == ([5, 8] if at_string else [5, 8, 3])
+    assert (long.tokens, long.finish, long.drawn) == ([5] * 4, "length", [5] * 4)
 
 
 def test_seeds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

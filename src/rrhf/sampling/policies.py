@@ -122,6 +122,8 @@ class Draws:
         self.lengths = torch.zeros(count, dtype=torch.long, device=device)
         self.open = torch.ones(count, dtype=torch.bool, device=device)
         self.stopped = torch.zeros(count, dtype=torch.bool, device=device)
+        # Of those that stopped, which did by an end token: all of them, where there are no stop strings.
+        self.by_end = self.stopped if stops is None else torch.zeros_like(self.stopped)
         self.texts: list[list[int]] = [[] for _ in range(count)]  # for stop strings, which the host looks for
         self.step = 0
         self.greedy = settings.policy == "greedy"
@@ -159,6 +161,7 @@ class Draws:
         still = was_open & ~ended
         self.lengths[slots] += still
         if self.stops is not None:
+            self.by_end[slots] |= was_open & ended
             hit = [False] * len(slots)
             for i, (slot, token, is_open) in enumerate(torch.stack([slots, choices, still.long()], dim=1).tolist()):
                 self.texts[slot].append(token)
@@ -177,12 +180,10 @@ class Draws:
         return draw(logits, uniform, self.top_k, self.settings.top_p or 1.0)
 
     def results(self) -> list[list[Response]]:
-        ends = zip(self.tokens.tolist(), self.lengths.tolist(), self.stopped.tolist(), strict=True)
+        rows = (self.tokens, self.lengths, self.stopped, self.by_end)
         responses = [
-            Response(tokens[:length], "stop", None if self.stops is not None else tokens[length])
-            if stopped
-            else Response(tokens[:length], "length")
-            for tokens, length, stopped in ends
+            Response(tokens[:length], "stop" if stopped else "length", tokens[length] if by_end else None)
+            for tokens, length, stopped, by_end in zip(*(row.tolist() for row in rows), strict=True)
         ]
         return [responses[i : i + self.width] for i in range(0, len(responses), self.width)]
 
