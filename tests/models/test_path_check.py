@@ -43,6 +43,20 @@ def test_others_take_the_tree_without_a_copy(family: str, dtype: torch.dtype, mo
     assert silently(tiny_model(family).to(dtype), longest_row=40) == "tree"
 
 
+@pytest.mark.parametrize("family", ["phimoe", "qwen2-moe"])
+def test_a_window_that_the_mask_alone_tells(family: str) -> None:
+    """Known to samplers too, which do not know how long their rows will be."""
+    path, why = path_and_reason(FAMILIES[family].make(), 0)
+    assert path == "padded" and FAMILIES[family].reason in why
+    assert silently(FAMILIES[family].make(sliding_window=None, use_sliding_window=False), 40) == "tree"
+    assert silently(FAMILIES[family].make(sliding_window=512), 40) == "tree"  # no row outgrows it
+
+
+def test_a_window_that_the_family_does_not_read() -> None:
+    model = FAMILIES["llama"].make(sliding_window=8)
+    assert silently(model, 40) == "tree" and model.config.sliding_window == 8
+
+
 def test_a_response_that_leaks_into_the_next_is_noticed_by_the_exchange(monkeypatch: pytest.MonkeyPatch) -> None:
     """A leak too small for the comparison of numbers in bfloat16."""
     visible = reference.visible

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +22,7 @@ from rrhf.models.flex_check import check_flex
 from rrhf.models.forward import causal_lm
 from rrhf.models.kernels.attention_call import AttentionCall
 from rrhf.models.kernels.choice import wants_flex
+from rrhf.models.load import context_length
 from rrhf.models.out_of_memory import is_out_of_memory
 from rrhf.models.padded_rows import padded_logprobs
 from rrhf.models.shared_prefix import Forest, forest_logprobs, lay_out
@@ -166,14 +168,16 @@ def _is_quantised(model: PreTrainedModel) -> bool:
 
 
 class _Counted:
-    """A forest as the ``Layout`` of a forward call, and how often each layer asked it."""
+    """A forest as the ``Layout`` of a forward call, how often each layer asked it, and which of them told a window."""
 
     def __init__(self, forest: Forest) -> None:
-        self.forest, self.calls = forest, Counter[int]()
+        self.forest, self.calls, self.windowed = forest, Counter[int](), set[int]()
         self.position_ids = forest.position_ids
 
     def attend(self, layer: int, call: AttentionCall) -> Tensor:
         self.calls[layer] += 1
+        if call.window is not None:
+            self.windowed.add(layer)
         return self.forest.attend(layer, call)
 
 
@@ -188,9 +192,31 @@ def _layers_without_layout(model: PreTrainedModel, passes: Passes) -> str | None
     passes.tree(model, [_probe(model, 0)], watch)
     layers, calls = model.config.get_text_config().num_hidden_layers, layouts[0].calls
     if calls == Counter(range(layers)):
-        return None
+        return _windows_of_masks(model, passes, set(range(layers)) - layouts[0].windowed)
     once = sum(calls[layer] == 1 for layer in range(layers))
     return f"{once} of its {layers} layers attended by the tree once, {calls.total()} calls in all"
+
+
+def _windows_of_masks(model: PreTrainedModel, passes: Passes, layers: set[int]) -> str | None:
+    """A window that a mask alone tells (PhiMoE's, Qwen2-MoE's) is lost under a layout, which replaces the mask.
+
+    Whether ``layers``, which told none, have one shows in a row of a few tokens once the configuration's is shorter.
+    """
+    config = model.config.get_text_config()
+    window, kinds = getattr(config, "sliding_window", None), getattr(config, "layer_types", None)
+    untold = [layer for layer in layers if not kinds or kinds[layer] == "sliding_attention"]
+    if not window or not untold or window >= (context_length(config) or math.inf):
+        return None
+    record = _probe(model, 0)
+    before = passes.padded(model, [record]).values
+    config.sliding_window = 2
+    try:
+        after = passes.padded(model, [record]).values
+    finally:
+        config.sliding_window = window
+    if torch.equal(before, after):
+        return None  # a setting that this family does not read
+    return f"{len(untold)} of its {config.num_hidden_layers} layers told a window of {window} tokens by the mask alone"
 
 
 def _other_numbers(model: PreTrainedModel, passes: Passes, longest_row: int) -> str | None:
