@@ -23,6 +23,7 @@ from rrhf.sampling import decoding
 from rrhf.sampling.batch_size import queries_at_once, query_bytes
 from rrhf.sampling.policies import Draws
 from rrhf.sampling.settings import SamplingSettings
+from rrhf.sampling.shared_cache import SharedCache
 from support.families import FAMILIES, QUERIES, draw, table
 from support.trees import path_and_reason, random_record
 
@@ -123,6 +124,23 @@ def test_a_batch_size_is_found_for_every_family(name: str) -> None:
     tree, padded = (query_bytes(model, settings, 100, path) for path in ("tree", "padded"))
     assert tree > 0 and queries_at_once(model, settings, 100) >= 1
     assert padded > tree if hasattr(model.config.get_text_config(), "num_attention_heads") else padded == tree
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma4", "gpt-oss", "deepseek-v3"])
+def test_the_bytes_planned_for_a_query_are_those_of_its_cache(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    held: dict[int, int] = {}
+    layer = SharedCache.layer
+
+    def counted(self: SharedCache, number: int, key: Tensor, value: Tensor) -> Any:
+        held[number] = key.shape[1] * (key.shape[-1] + value.shape[-1]) * key.element_size()
+        return layer(self, number, key, value)
+
+    monkeypatch.setattr(SharedCache, "layer", counted)
+    model, settings = FAMILIES[name].make(), SamplingSettings(policy="greedy", max_new_tokens=2)
+    policy = Draws(settings, ["a"], [set()], None, torch.device("cpu"))
+    decoding.decode(model, QUERIES[1:2], policy, 2, "tree")
+    planned = query_bytes(model, settings, 101) - query_bytes(model, settings, 100)
+    assert planned == sum(held.values())
 
 
 @pytest.mark.parametrize("name", FAMILIES)

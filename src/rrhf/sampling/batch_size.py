@@ -57,5 +57,7 @@ def _numbers_a_column(layer: Any) -> int:
     heads = getattr(layer, "num_attention_heads", None)
     if not heads:
         return 0
+    if getattr(layer, "kv_lora_rank", None):  # MLA: every head's own, made of what is latent before it is kept
+        return heads * int(layer.qk_nope_head_dim + layer.qk_rope_head_dim + layer.v_head_dim)
     size = getattr(layer, "head_dim", None) or layer.hidden_size // heads
     return 2 * (getattr(layer, "num_key_value_heads", None) or heads) * int(size)
