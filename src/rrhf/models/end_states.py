@@ -13,6 +13,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rrhf.models.attention import NO_MASK, Layout, our_attention
+from rrhf.models.rotations import warn_of_rows
 from rrhf.models.shared_prefix import Forest, lay_out
 from rrhf.models.tokenization import EncodedRecord
 
@@ -60,4 +61,5 @@ def padded_end_states(backbone: PreTrainedModel, records: Sequence[EncodedRecord
 
 def end_states(backbone: PreTrainedModel, records: Sequence[EncodedRecord], path: str) -> Tensor:
     """The end states of all responses of ``records``, as trees or in padded rows. Tensor of shape (R, hidden_size)."""
+    warn_of_rows(backbone, records)
     return tree_end_states(backbone, records) if path == "tree" else padded_end_states(backbone, records)

@@ -9,6 +9,7 @@ from transformers import PreTrainedModel
 
 from rrhf.models.forward import Logprobs
 from rrhf.models.padded_rows import padded_logprobs
+from rrhf.models.rotations import warn_of_rows
 from rrhf.models.shared_prefix import tree_hidden, tree_logprobs
 from rrhf.models.tokenization import EncodedRecord
 
@@ -25,6 +26,7 @@ def response_logprobs(
     ``keep_logits`` lets the tree pass keep its logits for the backward pass where they are not large, which is faster.
     ``keep_hidden`` gives the hidden states that predict the response tokens too.
     """
+    warn_of_rows(model, records)
     if path == "tree":
         return tree_logprobs(model, records, keep_logits, keep_hidden)
     return padded_logprobs(model, records, keep_hidden)

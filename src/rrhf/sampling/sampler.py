@@ -96,6 +96,7 @@ class Sampler:
     def respond_in_tokens(self, records: Sequence[Record]) -> Iterator[tuple[int, list[int], list[Response]]]:
         """Yield (index of the record, its query's token ids, responses) in the same way."""
         from rrhf.models.out_of_memory import in_halves
+        from rrhf.models.rotations import warn_of_length
 
         encoded = [self.format.encode_query(record.query) for record in records]
         # A stable sort by length: batches depend on the data and the batch size alone.
@@ -104,6 +105,7 @@ class Sampler:
         if order and self.context is not None:
             self.settings.refuse_longer(longest, records[order[0]].id, self.context, "the model")
         size = self._batch_size(longest) if order else 1
+        warn_of_length(self.model, longest + self.settings.max_new_tokens, "--max_query_length, --max_new_tokens")
         while order:
 
             def draw(size: int, left: Sequence[int] = order) -> list[list[Response]]:

@@ -16,6 +16,7 @@ import torch
 from transformers import PreTrainedModel
 
 from rrhf.models.kernels.choice import kernels_for
+from rrhf.models.rotations import changes_with_length
 from rrhf.sampling.stepping import device_of
 
 T = TypeVar("T")
@@ -29,16 +30,9 @@ def lanes_of(model: PreTrainedModel, queries: int, width: int) -> int:
     """
     device = device_of(model)
     spread = torch.distributed.is_available() and torch.distributed.is_initialized()
-    if spread or torch.is_autocast_enabled(device.type) or any(map(_changes_with_length, model.modules())):
+    if spread or torch.is_autocast_enabled(device.type) or any(map(changes_with_length, model.modules())):
         return 1
     return min(queries, kernels_for(device).lanes(queries * width))
-
-
-def _changes_with_length(module: Any) -> bool:
-    """transformers' dynamic and long rotary embeddings write the frequencies that a length needs into the module."""
-    kinds = getattr(module, "rope_type", None)
-    named = kinds.values() if isinstance(kinds, dict) else [kinds]
-    return any("dynamic" in str(kind) or kind == "longrope" for kind in named)
 
 
 def side_by_side(work: Callable[[Sequence[int], threading.Event], list[T]], count: int, lanes: int) -> list[T]:
