@@ -104,6 +104,27 @@ def test_a_source_whose_url_holds_a_password(place: tuple[Path, bad.Misbehaving]
     assert holding(work, IN_URL) == []
 
 
+@pytest.mark.parametrize(
+    "command",
+    [
+        ("run", "config.yaml", "train.hub_token={key}", "--output", "out"),
+        ("run", "config.yaml", "hub_token={key}", "--output", "out"),
+        ("train", "--model", "m", "--data", "data.jsonl", "--output", "out", "--hub_token", "{key}"),
+        ("train", "--model", "m", "--data", "data.jsonl", "--output", "out", "--push_to_hub_token={key}"),
+        ("reward-model", "--model", "m", "--data", "data.jsonl", "--output", "out", "--hub-token={key}"),
+    ],
+)
+def test_a_token_of_the_hub_is_no_flag_and_no_key(
+    command: tuple[str, ...], place: tuple[Path, bad.Misbehaving], tmp_path: Path
+) -> None:
+    """Settings are written into files: config.yaml, report.html, training_args.bin."""
+    work = a_run(tmp_path / "work", place[1].url, place[0] / "model")
+    ended = tiny.warm(*(word.format(key=KEY) for word in command), cwd=work)
+    assert ended.code == 2 and KEY not in ended.out + ended.err
+    assert ("HF_TOKEN" in ended.err) is ("push_to_hub_token" not in command[-1]), ended.err
+    assert holding(work, KEY) == [] and not (work / "out").exists()
+
+
 # --- paths -----------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +62,7 @@ SHARED = ("rrhf.training.placement", "PlacedArguments")  # what all trainings ha
 # RRHFConfig's own fields that are about text; its others are shown with the training arguments …
 TEXT = ("max_length", "max_query_length", "system_prompt", "chat_template_kwargs")
 # … but for those that nobody needs to change …
-SETTLED = ("remove_unused_columns", "logging_nan_inf_filter")
+SETTLED = ("remove_unused_columns", "logging_nan_inf_filter", "hub_token")
 # … and so are those of transformers' training arguments that people use, in our words.
 COMMON = [
     Flag("max_steps", "int", -1, "optimiser steps in all, in place of --num_train_epochs"),
@@ -194,7 +193,7 @@ def carry_out(
             overwrite=files.overwrite,
             watch=watch,
             online=online,
-            saved=partial(card_of_training, token=config.hub_token),
+            saved=card_of_training,
         )
     except Stopped as stopped:
         print(f"rrhf train: {stopped}", file=sys.stderr)

@@ -8,7 +8,6 @@ import shutil
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -304,10 +303,9 @@ def _train(at: Pass, data: Path, online: Online | None) -> None:
 
     config = at.config
     at.policies.release()  # free the sampling weights
-    saved = partial(card_of_training, token=config.train.hub_token)
     watch = config.watch.filled(at.run.held_out, config.evaluate_rewards.reward)
     train = training_on(config.cluster)
-    train(data, config.model, config.train, config.adapter, watch=watch, saved=saved, online=online)
+    train(data, config.model, config.train, config.adapter, watch=watch, saved=card_of_training, online=online)
 
 
 def loss_needs(config: RunConfig) -> frozenset[str]:

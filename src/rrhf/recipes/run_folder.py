@@ -25,6 +25,7 @@ from rrhf.training.folder import FREE as TRAINING_FREE
 FREE = (
     "iterations",  # more rounds go on from the last
     "evaluate_rounds",
+    "hub_token",  # as train.hub_token: folders of before may have it
     "train.watch_",
     "train.alarm",
     "train.alarm_",

@@ -56,16 +56,16 @@ def push_model(source: str | Path, repo_id: str, *, private: bool = False, messa
     return str(address)
 
 
-def card_of_training(folder: Path, training: dict[str, Any], repository: str | None, token: str | None = None) -> None:
+def card_of_training(folder: Path, training: dict[str, Any], repository: str | None) -> None:
     """Write the card of a model that was trained just now, also over the draft that transformers pushed to the hub."""
     card = write_card(folder, training=training, name=repository)
     if repository is not None:
-        push_card(card, repository, token)
+        push_card(card, repository)
 
 
-def push_card(card: Path, repo_id: str, token: str | None = None) -> None:
+def push_card(card: Path, repo_id: str) -> None:
     """Upload the card alone, over the draft that transformers' ``--push_to_hub`` leaves in the repository."""
-    with _hub_client(repo_id, token) as api:
+    with _hub_client(repo_id) as api:
         api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repo_id, commit_message="Model card of rrhf")
 
 
@@ -108,13 +108,13 @@ def _columns(table: Path) -> list[str]:
 
 
 @contextmanager
-def _hub_client(repo_id: str, token: str | None = None) -> Iterator[Any]:
+def _hub_client(repo_id: str) -> Iterator[Any]:
     """The hub's client; what it raises becomes a message that names the cure, without the token."""
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
     from huggingface_hub.utils.tqdm import disable_progress_bars
 
-    token = token or get_token()
+    token = get_token()
     if token is None:
         raise UserError(
             "no token for the hub: run `hf auth login`, or set HF_TOKEN to one with the right to write "

@@ -41,7 +41,7 @@ CHECKSUMS = "checksums.json"  # of a checkpoint's other files
 # What a resumed run may change without becoming another run.
 FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "disable_tqdm", "report_to", "run_name",
         "logging_dir", "eval_steps", "eval_strategy", "max_tokens_per_forward",
-        "keep_logits"}  # fmt: skip
+        "keep_logits", "hub_token"}  # fmt: skip
 
 
 BUDGET = "max_tokens_per_forward"  # stands in the settings, chosen or given, and is not compared

@@ -28,6 +28,10 @@ class PlacedArguments(TrainingArguments):
         default=None,
         metadata={"help": "bfloat16 autocast over fp32 weights; default: for fp32 weights, where the hardware has it"},
     )
+    hub_token: str | None = field(
+        default=None,
+        metadata={"help": "refused, since settings are written into files: set HF_TOKEN, or run `hf auth login`"},
+    )
 
     def number_faults(self) -> list[str]:
         """What transformers and torch would refuse once the model is loaded, or take for something else."""
@@ -36,6 +40,11 @@ class PlacedArguments(TrainingArguments):
             learning_rate=0, num_train_epochs=0, warmup_steps=0, weight_decay=0, logging_steps=0, save_steps=0,
             eval_steps=0, dataloader_num_workers=0,
         )  # fmt: skip
+        if self.hub_token:
+            faults.append(
+                "--hub_token: settings are written into files, and a key stands in none: leave it out, and set "
+                "HF_TOKEN in the environment, or run `hf auth login`"
+            )
         for name in ("adam_beta1", "adam_beta2"):
             if not 0 <= getattr(self, name) < 1:
                 faults.append(f"--{name} {getattr(self, name)}: must lie in [0, 1)")

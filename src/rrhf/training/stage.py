@@ -323,7 +323,7 @@ def _remember_settings(job: Job) -> dict[str, Any]:
         budget = before.pop(BUDGET, None)
         if job.config.max_tokens_per_forward is None:
             job.config.max_tokens_per_forward = budget  # as it was chosen: the numbers go on bit for bit
-        unknown = {name for name in INPUTS if name not in before or name not in settings}
+        unknown = FREE | {name for name in INPUTS if name not in before or name not in settings}
         # Where the contents are known, where they lie is of no interest.
         unknown |= {name for name, content in NAMED.items() if content in before and content in settings}
         refuse_other_settings(

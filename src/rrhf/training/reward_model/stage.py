@@ -247,8 +247,12 @@ def _settings(job: Job) -> dict[str, Any]:
     }
     if job.config.bf16_by_default:
         del everything["bf16"]
-    free = FREE - {"max_tokens_per_forward"}
-    return {name: value for name, value in sorted(everything.items()) if name not in free and value is not None}
+    return {name: value for name, value in sorted(everything.items()) if name not in _free() and value is not None}
+
+
+def _free() -> set[str]:
+    """What a resumed training may change; the budget of a forward pass is the batching of the loss here."""
+    return FREE - {"max_tokens_per_forward"}
 
 
 def _remember_settings(job: Job) -> None:
@@ -256,7 +260,7 @@ def _remember_settings(job: Job) -> None:
     place, settings = job.folder / SETTINGS, _settings(job)
     if place.exists():
         refuse_other_settings(
-            read_object(place),
+            {name: value for name, value in read_object(place).items() if name not in _free()},
             settings,
             f"{job.folder} holds a training run with other settings",
             "run with those to go on, or give --overwrite to train anew",
