@@ -46,8 +46,10 @@ class Windows:
         return list(differences(self.note(number).get("made_of", {}), json.loads(json.dumps(made_of))).values())
 
     def begin(self, number: int, made_of: Mapping[str, Any]) -> None:
-        """Note what a window is going to be made of; what stands there of another one goes first."""
-        if self.note(number).get("made_of") != json.loads(json.dumps(made_of)):
+        """Note what a window is going to be made of; what stands there of another one, or is damaged, goes first."""
+        note = self.note(number)
+        damaged = "sha256" in note and not self.is_whole(number)
+        if damaged or note.get("made_of") != json.loads(json.dumps(made_of)):
             self.records(number).unlink(missing_ok=True)
         self.folder.mkdir(parents=True, exist_ok=True)
         write_text(self._note(number), json.dumps({"made_of": made_of}, indent=1) + "\n")
