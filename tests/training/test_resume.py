@@ -98,6 +98,31 @@ def test_a_signal_in_the_last_step_leaves_a_whole_model_and_ends_the_command(
     tiny.warm(*train, "--output", "before", cwd=tmp_path).done()
 
 
+def test_the_command_that_was_stopped_goes_on_given_as_it_was(models: dict[str, Path], tmp_path: Path) -> None:
+    """With --overwrite too, and what it says of the training is what an undisturbed one says."""
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
+    train = ("train", "--model", str(models["plain"]), "--data", "scored.jsonl", "--device", "cpu", "--max_steps", "12",
+             "--dtype", "float32", "--bf16", "false", "--gradient_accumulation_steps", "2", "--learning_rate", "0.01",
+             "--report_to", "none")  # fmt: skip
+    tiny.warm(*train, "--output", "whole", cwd=tmp_path).done()
+    again = (*train, "--output", "out", "--overwrite")
+    assert tiny.warm(*again, cwd=tmp_path, faults=[die(UPDATE, 7, "TERM")]).code == 143
+
+    place = tmp_path / "out/training-settings.json"
+    settings = json.loads(place.read_text(encoding="utf-8"))
+    assert settings.pop("processes") == 1  # with others a step has other queries
+    place.write_text(json.dumps({**settings, "processes": 4}), encoding="utf-8")
+    refused = tiny.warm(*train, "--output", "out", cwd=tmp_path)
+    assert refused.code == 2 and "(processes was 4, is 1)" in refused.err
+    place.write_text(json.dumps(settings), encoding="utf-8")  # as older versions wrote them
+
+    resumed = tiny.warm(*again, cwd=tmp_path).done()
+    assert "going on from" in resumed.err and "checkpoint-7" in resumed.err
+    whole, out = (json.loads((tmp_path / name / "training.json").read_text()) for name in ("whole", "out"))
+    assert out["train_loss"] == pytest.approx(whole["train_loss"], rel=1e-6)  # sums of fp32
+    assert "going on from" not in tiny.warm(*again, cwd=tmp_path).done().err  # a finished one is made anew
+
+
 def test_going_on_with_other_settings_says_which(models: dict[str, Path], tmp_path: Path) -> None:
     tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
     tiny.write_rows(tmp_path / "other.jsonl", tiny.rows(6))

@@ -20,7 +20,10 @@ class Files:
     eval_data: str | None = field(
         default=None, metadata={"help": "scored records on which the model is measured at the end"}
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "replace an output that exists; a stopped training of the same settings goes on"},
+    )
 
 
 def short_help() -> Groups:

@@ -52,7 +52,10 @@ class Files:
     eval_data: str | None = field(
         default=None, metadata={"help": "scored records that are measured every --eval_steps"}
     )
-    overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "replace an output that exists; a stopped training of the same settings goes on"},
+    )
     dry_run: bool = field(
         default=False, metadata={"help": "print what the run will need of the device's memory, and train nothing"}
     )

@@ -26,7 +26,7 @@ from rrhf.common.locks import LOCK, hold, only_process, wait_until_free
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.training.config import RRHFConfig
-from rrhf.training.folder import TRAINED, claimed, is_trained, refuse_trained
+from rrhf.training.folder import SCRATCH, TRAINED, claimed, empty, is_trained, refuse_trained
 from rrhf.training.online import Online
 from rrhf.training.stage import Saved, train_model
 from rrhf.training.watch_settings import WatchSettings
@@ -55,6 +55,7 @@ class _Job:
     watch: WatchSettings | None
     online: Online | None
     saved: Saved | None
+    overwrite: bool
 
 
 def training_on(settings: ClusterSettings | None) -> Callable[..., dict[str, Any]]:
@@ -86,11 +87,15 @@ def train_on_cluster(
         mine = share(settings, model.device)
         _refuse_second(folder)  # whose folder --overwrite would empty
         with ExitStack() as held:
-            with claimed(folder, config, overwrite):  # no restart may empty the folder
+            with claimed(folder, config):
+                if overwrite and is_trained(folder):  # no restart may remove what is finished
+                    empty(folder)
                 refuse_trained(folder)
                 scratch = held.enter_context(_scratch(folder))
             given = {**config.as_given(), "output_dir": config.output_dir}
-            job = _Job(str(Path.cwd()), scratch, data, eval_data, model, given, adapter, watch, online, saved)
+            job = _Job(
+                str(Path.cwd()), scratch, data, eval_data, model, given, adapter, watch, online, saved, overwrite
+            )
             log.info(f"train: on the cluster, {mine}")
             _fit(settings, job, mine)
             if (scratch / REFUSED).exists():
@@ -106,9 +111,9 @@ def _scratch(folder: Path) -> Iterator[Path]:
     The command holds it for as long as it lives; the output folder itself is for its processes to hold.
     """
     _refuse_second(folder)
-    for old in folder.glob(".cluster-*"):  # of a command that was killed
+    for old in folder.glob(f"{SCRATCH}*"):  # of a command that was killed
         shutil.rmtree(old, ignore_errors=True)
-    scratch = folder / f".cluster-{uuid.uuid4().hex}"
+    scratch = folder / f"{SCRATCH}{uuid.uuid4().hex}"
     with only_process(scratch, _SECOND.format(folder=folder)):
         try:
             yield scratch
@@ -117,7 +122,7 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
 
 def _refuse_second(folder: Path) -> None:
-    for other in folder.glob(".cluster-*"):
+    for other in folder.glob(f"{SCRATCH}*"):
         with suppress(OSError):  # it came to its end just now
             hold(other / LOCK, _SECOND.format(folder=folder)).close()
 
@@ -215,6 +220,7 @@ def _as_here(job: _Job) -> None:
         RRHFConfig(**job.config),
         job.adapter,
         eval_data=job.eval_data,
+        overwrite=job.overwrite and not is_trained(job.scratch.parent),
         watch=job.watch,
         saved=job.saved,
         online=job.online,

@@ -8,6 +8,10 @@ from typing import Any
 from rrhf.common.errors import UserError
 
 
+class OtherSettingsError(UserError):
+    """What was begun has other settings than what was asked for."""
+
+
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, str]:
     """Every name whose value changed → what it was and is, in words; a missing name counts as None."""
     names = sorted({*before, *now})
@@ -22,8 +26,8 @@ def refuse_other_settings(before: Mapping[str, Any], now: Mapping[str, Any], wha
     """Refuse to go on with work that was begun with other settings.
 
     Raises:
-        UserError: ``before`` and ``now`` differ; the message is ``what`` (the differences): ``cure``.
+        OtherSettingsError: ``before`` and ``now`` differ; the message is ``what`` (the differences): ``cure``.
     """
     changed = differences(before, now)
     if changed:
-        raise UserError(f"{what} ({'; '.join(changed.values())}): {cure}")
+        raise OtherSettingsError(f"{what} ({'; '.join(changed.values())}): {cure}")

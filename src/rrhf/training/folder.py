@@ -7,17 +7,20 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol, TypeVar
 
 from rrhf.common.errors import UserError
-from rrhf.common.files import write_text
+from rrhf.common.files import read_object, write_text
 from rrhf.common.locks import LOCK, only_process
+from rrhf.common.settings import OtherSettingsError
 from rrhf.records.checksums import checksum_of_file
 
 log = logging.getLogger("rrhf")
+
+T = TypeVar("T")
 
 
 TRAINED = "training.json"  # written last: a model folder that has it is complete
@@ -28,6 +31,19 @@ def is_trained(folder: Path) -> bool:
     return (folder / TRAINED).exists()
 
 
+def complete(folder: Path, summary: Mapping[str, Any]) -> None:
+    """Write ``summary``, which makes the folder complete, once all that stands beside it has come to the disk.
+
+    Else the weights could be lost in a power cut that the summary outlives, and the checkpoints are gone by then.
+    """
+    with naming_full_disk(folder):
+        for path in folder.iterdir():
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.fsync(file.fileno())
+    write_text(folder / TRAINED, json.dumps(summary, indent=2) + "\n")  # and the folder itself
+
+
 def refuse_trained(folder: Path) -> None:
     """Refuse to train into a folder that holds a finished model; raises ``UserError``."""
     if is_trained(folder):
@@ -36,17 +52,18 @@ def refuse_trained(folder: Path) -> None:
 
 SETTINGS = "training-settings.json"
 CHECKSUMS = "checksums.json"  # of a checkpoint's other files
+SCRATCH = ".cluster-"  # how a folder begins in which the processes of a training on a cluster meet
 
 
 # What a resumed run may change without becoming another run.
 FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "disable_tqdm", "report_to", "run_name",
         "logging_dir", "eval_steps", "eval_strategy", "max_tokens_per_forward",
-        "keep_logits", "hub_token"}  # fmt: skip
+        "keep_logits", "hub_token", "hub_strategy", "hub_always_push"}  # fmt: skip
 
 
 BUDGET = "max_tokens_per_forward"  # stands in the settings, chosen or given, and is not compared
 # Compared only where both runs know them: older versions did not write them down.
-INPUTS = {"data_checksum", "eval_data", "eval_data_checksum", "model_digest"}
+INPUTS = {"data_checksum", "eval_data", "eval_data_checksum", "model_digest", "processes"}
 NAMED = {  # name → its content
     "data": "data_checksum", "eval_data": "eval_data_checksum", "model": "model_digest",
     "reference_model": "reference_sums",
@@ -61,8 +78,8 @@ class Process(Protocol):
 
 
 @contextmanager
-def claimed(folder: Path, config: Process, overwrite: bool) -> Iterator[None]:
-    """Keep other trainings out of ``folder`` while this one works there; with ``overwrite`` empty it first.
+def claimed(folder: Path, config: Process) -> Iterator[None]:
+    """Keep other trainings out of ``folder`` while this one works there.
 
     Processes that are not connected with this one, whatever started them, are met here too.
     """
@@ -74,19 +91,58 @@ def claimed(folder: Path, config: Process, overwrite: bool) -> Iterator[None]:
         "they were to train together, start them with torchrun (docs/distributed.md)"
     )
     with only_process(folder, refusal):
-        if overwrite:
-            _refuse_to_empty(folder)
-        for old in folder.iterdir() if overwrite else ():
-            if old.is_dir() and not old.is_symlink():
-                shutil.rmtree(old)
-            elif old.name != LOCK:
-                old.unlink()
         yield
+
+
+def begun(folder: Path, config: Process, overwrite: bool, remember: Callable[[], T]) -> T:
+    """What ``remember`` returns: it writes down what this training is, or refuses to go on with one that was another.
+
+    With ``overwrite`` a training of the same settings that was stopped is gone on with: the command that began it had
+    ``overwrite`` too. What else stands in ``folder`` is removed.
+
+    Raises:
+        UserError: the folder holds a finished model, or what no training wrote, or as ``remember``.
+    """
+    if overwrite and config.process_index == 0:
+        if _is_unfinished(folder):
+            with suppress(OtherSettingsError):
+                return remember()
+        empty(folder)
+    refuse_trained(folder)
+    return remember()
+
+
+def _is_unfinished(folder: Path) -> bool:
+    try:
+        return bool(read_object(folder / SETTINGS)) and not is_trained(folder)
+    except UserError:  # it cannot be read: nobody can go on with it
+        return False
+
+
+def empty(folder: Path) -> None:
+    """Remove what a training wrote; stopped anywhere, it leaves no half checkpoint, and what says whose it was.
+
+    Raises:
+        UserError: no training wrote what is there.
+    """
+    _refuse_to_empty(folder)
+    for old in folder.glob(".removed-*"):
+        shutil.rmtree(old)
+    for old in folder.glob("checkpoint-*"):
+        old.rename(old.with_name(f".removed-{old.name}"))
+    last = (TRAINED, SETTINGS)
+    for old in sorted(folder.iterdir(), key=lambda path: last.index(path.name) + 1 if path.name in last else 0):
+        if old.name == LOCK or old.name.startswith(SCRATCH):
+            continue
+        if old.is_dir() and not old.is_symlink():
+            shutil.rmtree(old)
+        else:
+            old.unlink()
 
 
 def _refuse_to_empty(folder: Path) -> None:
     """A folder is emptied where a training made it, or begins in it; another one may be anything, somebody's home."""
-    passing = (LOCK, ".cluster-", f".{SETTINGS}")  # what stands there before a training has its settings written
+    passing = (LOCK, SCRATCH, f".{SETTINGS}")  # what stands there before a training has its settings written
     found = {path.name for path in folder.iterdir() if not path.name.startswith(passing)}
     if found and not found & {SETTINGS, TRAINED}:
         raise UserError(

@@ -36,7 +36,7 @@ from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.records.sources import source_shares
-from rrhf.training.callbacks import Seal, ShowProgress, StopOnSignal, Stopped, mean_loss
+from rrhf.training.callbacks import LogAtSaves, Seal, ShowProgress, StopOnSignal, Stopped, mean_loss
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.folder import (
     BUDGET,
@@ -44,11 +44,11 @@ from rrhf.training.folder import (
     INPUTS,
     NAMED,
     SETTINGS,
-    TRAINED,
+    begun,
     claimed,
+    complete,
     last_checkpoint,
     naming_full_disk,
-    refuse_trained,
 )
 from rrhf.training.master_weights import has_low_precision
 from rrhf.training.memory import MemoryPlan
@@ -81,8 +81,9 @@ def train_model(
     """Train ``model`` on the scored records of ``data`` and write it to ``config.output_dir``.
 
     With ``online`` (OP-k) the data need only have queries: their responses are sampled while the policy trains.
-    A folder that holds checkpoints of the same settings is continued. ``saved`` is called when the weights are
-    written and before the folder counts as complete, so that what it writes there is not missing from a complete one.
+    A folder that holds checkpoints of the same settings is continued, also with ``overwrite``. ``saved`` is called when
+    the weights are written and before the folder counts as complete, so that what it writes there is not missing from a
+    complete one.
 
     Returns:
         The summary that stands in ``training.json``.
@@ -95,10 +96,9 @@ def train_model(
     folder = Path(str(config.output_dir))
     model = _settle(model, config, adapter, eval_data)
     job = Job(folder, data, eval_data, model, config, adapter, watch or WatchSettings(), callbacks or [], online)
-    with claimed(folder, config, overwrite):
+    with claimed(folder, config):
         with config.main_process_first(local=False):
-            refuse_trained(folder)
-            settings = _remember_settings(job)
+            settings = begun(folder, config, overwrite, lambda: _remember_settings(job))
         job = replace(job, reference=_reference(job))  # before the policy is in memory
         training = _build(job, *_load(job))
         settings = _remember_budget(job, settings)
@@ -241,6 +241,7 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     trainer.add_callback(Seal())
     stop = StopOnSignal()
     trainer.add_callback(stop)
+    trainer.add_callback(LogAtSaves())
     return Training(trainer, precision, watch, stop)
 
 
@@ -302,7 +303,7 @@ def _save(
         trainer.save_state()
         if saved is not None:
             saved(folder, summary, trainer.hub_model_id if job.config.push_to_hub else None)
-        write_text(folder / TRAINED, json.dumps(summary, indent=2) + "\n")
+        complete(folder, summary)
         if job.config.save_total_limit is None:
             for old in folder.glob("checkpoint-*"):
                 shutil.rmtree(old)
@@ -321,8 +322,6 @@ def _remember_settings(job: Job) -> dict[str, Any]:
     if place.exists():
         before = read_object(place)
         budget = before.pop(BUDGET, None)
-        if job.config.max_tokens_per_forward is None:
-            job.config.max_tokens_per_forward = budget  # as it was chosen: the numbers go on bit for bit
         unknown = FREE | {name for name in INPUTS if name not in before or name not in settings}
         # Where the contents are known, where they lie is of no interest.
         unknown |= {name for name, content in NAMED.items() if content in before and content in settings}
@@ -332,6 +331,8 @@ def _remember_settings(job: Job) -> dict[str, Any]:
             f"{job.folder} holds a training run with other settings",
             "run with those to go on; to train anew give --overwrite or, in a run, remove that folder",
         )
+        if job.config.max_tokens_per_forward is None:
+            job.config.max_tokens_per_forward = budget  # as it was chosen: the numbers go on bit for bit
     else:
         write_text(place, json.dumps(settings, indent=1) + "\n")
     return settings
@@ -361,6 +362,7 @@ def _inputs(job: Job) -> dict[str, str | None]:
         "dtype": job.model.dtype,
         "ranking_loss_code": _loss_code(job.config.ranking_loss),
         "reference_sums": reference_column(job.model, job.config),
+        "processes": job.config.world_size,  # a step has so many times its queries: others are another training
     }
 
 

@@ -20,7 +20,10 @@ from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
 class Files:
     data: str = field(metadata={"help": "records with queries (.jsonl, .jsonl.gz, .parquet)"})
     output: str = field(metadata={"help": "the folder of the trained model"})
-    overwrite: bool = field(default=False, metadata={"help": "replace an output that exists"})
+    overwrite: bool = field(
+        default=False,
+        metadata={"help": "replace an output that exists; a stopped training of the same settings goes on"},
+    )
 
 
 def short_help(name: str) -> Groups:

@@ -31,7 +31,7 @@ from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.scoring import Rewards, is_provided, reward_digest
 from rrhf.rewards.stage import RewardSettings
 from rrhf.training.callbacks import StopOnSignal, Stopped
-from rrhf.training.folder import SETTINGS, TRAINED, claimed, naming_full_disk, refuse_trained
+from rrhf.training.folder import SETTINGS, begun, claimed, complete, naming_full_disk
 from rrhf.training.ppo import PPO, Models
 from rrhf.training.ppo_checkpoint import load_checkpoint, save_checkpoint, state
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
@@ -87,9 +87,8 @@ def train_ppo(job: Job, *, overwrite: bool = False) -> dict[str, Any]:
     """
     _refuse(job)
     job = replace(job, model=replace(job.model, device=str(resolve_device(job.model.device))))
-    with claimed(job.folder, OneProcess(), overwrite):
-        refuse_trained(job.folder)
-        settings = _remember(job)
+    with claimed(job.folder, OneProcess()):
+        settings = begun(job.folder, OneProcess(), overwrite, lambda: _remember(job))
         rewards = Rewards(job.reward.reward, weights=job.reward.reward_weights or None, context=job.context)
         try:
             ppo = _build(job, rewards)
@@ -217,7 +216,7 @@ def _save(job: Job, ppo: PPO, settings: dict[str, Any], history: list[dict[str, 
         "environment": environment(),
     }
     write_text(job.folder / "trainer_state.json", json.dumps(state(ppo, history), indent=1) + "\n")
-    write_text(job.folder / TRAINED, json.dumps(summary, indent=2) + "\n")
+    complete(job.folder, summary)
     for old in job.folder.glob("checkpoint-*"):
         shutil.rmtree(old)
     return summary

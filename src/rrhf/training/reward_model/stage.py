@@ -29,7 +29,7 @@ from rrhf.rewards.reward_models.load import FAILURES, quiet
 from rrhf.rewards.reward_models.passes import CausalReward, EncoderReward, Head, RewardModel
 from rrhf.rewards.reward_models.reading import CausalReader, PairReader
 from rrhf.training.callbacks import LogAtSaves, Seal, ShowProgress, StopOnSignal, Stopped, mean_loss
-from rrhf.training.folder import FREE, SETTINGS, TRAINED, claimed, last_checkpoint, naming_full_disk, refuse_trained
+from rrhf.training.folder import FREE, SETTINGS, begun, claimed, complete, last_checkpoint, naming_full_disk
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.data import RankedRecords
 from rrhf.training.reward_model.trainer import RewardTrainer
@@ -74,10 +74,9 @@ def train_reward_model(
         Stopped: a signal came; everything up to the last step is kept.
     """
     job = Job(Path(str(config.output_dir)), data, eval_data, model, config)
-    with claimed(job.folder, config, overwrite):
+    with claimed(job.folder, config):
         with config.main_process_first(local=False):
-            refuse_trained(job.folder)
-            _remember_settings(job)
+            begun(job.folder, config, overwrite, lambda: _remember_settings(job))
         trainer = _build(job)
         loss = _run(job, trainer)
         return _save(job, trainer, loss)
@@ -197,7 +196,7 @@ def _save(job: Job, trainer: RewardTrainer, loss: float) -> dict[str, Any]:
             write_text(folder / CALIBRATION, calibration_plot(measures["held_out"]["calibration"]))
         trainer.save_state()
         write_text(folder / MEASURES, json.dumps(measures, indent=1) + "\n")
-        write_text(folder / TRAINED, json.dumps({"settings": _settings(job), **measures}, indent=1) + "\n")
+        complete(folder, {"settings": _settings(job), **measures})
         if job.config.save_total_limit is None:
             for old in folder.glob("checkpoint-*"):
                 shutil.rmtree(old)
@@ -244,6 +243,7 @@ def _settings(job: Job) -> dict[str, Any]:
         "dtype": job.model.dtype,
         "attn_implementation": job.model.attn_implementation,
         "max_tokens_per_forward": job.config.max_tokens_per_forward,
+        "processes": job.config.world_size,
     }
     if job.config.bf16_by_default:
         del everything["bf16"]
@@ -259,9 +259,11 @@ def _remember_settings(job: Job) -> None:
     """Write down what this training is; refuse to go on with one that was another."""
     place, settings = job.folder / SETTINGS, _settings(job)
     if place.exists():
+        before = read_object(place)
+        free = _free() | ({"processes"} - before.keys())  # older versions did not write it down
         refuse_other_settings(
-            {name: value for name, value in read_object(place).items() if name not in _free()},
-            settings,
+            {name: value for name, value in before.items() if name not in free},
+            {name: value for name, value in settings.items() if name not in free},
             f"{job.folder} holds a training run with other settings",
             "run with those to go on, or give --overwrite to train anew",
         )
