@@ -520,10 +520,14 @@ def test_records_are_pushed_as_a_data_set(hub: Hub, tmp_path: Path) -> None:
     assert 'load_dataset("me/data", split="train")' in card
 
 
-def test_transformers_own_push_leaves_our_card(hub: Hub, tmp_path: Path) -> None:
+def test_transformers_own_push_sends_the_model_and_our_card(hub: Hub, tmp_path: Path) -> None:
     base, data = write_model(tmp_path / "base"), write_rows(tmp_path / "d.jsonl", rows(4))
-    flags = train_flags(base, data, tmp_path / "out")
+    (tmp_path / "out/windows").mkdir(parents=True)
+    write_rows(tmp_path / "out/windows/0.jsonl", rows(1))
+    flags = [*train_flags(base, data, tmp_path / "out"), "--save_steps", "1", "--save_total_limit", "1"]
     assert main([*flags, "--push_to_hub", "--hub_model_id", "me/trained"]) == 0
+    assert {"model.safetensors", "config.json", "tokenizer.json", CARD} <= set(hub.files)
+    assert not [name for name in hub.files if "/" in name or name.startswith("training") or name.endswith(".bin")]
     assert {commit[0] for commit in hub.commits} == {"models/me/trained"}
     assert MARK in hub.files[CARD].decode()
     for card in (hub.files[CARD].decode(), (tmp_path / "out" / CARD).read_text(encoding="utf-8")):

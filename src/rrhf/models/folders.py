@@ -12,6 +12,13 @@ from rrhf.common.remote import fetched_model, is_url
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+# What belongs to a model and goes to the hub; optimiser states, checkpoints and settings with local paths stay at home.
+MODEL_FILES = [
+    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
+    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.gguf",
+    "README.md",
+]  # fmt: skip
+
 
 def model_folder(path: str | Path) -> Path:
     """The folder of weights at ``path``: itself, or ``model/`` inside a run folder.

@@ -12,19 +12,13 @@ from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import read_object
-from rrhf.models.folders import model_folder
+from rrhf.models.folders import MODEL_FILES, model_folder
 from rrhf.records.files import count_records, read_records, write_records
 from rrhf.records.sources import source_shares
 from rrhf.report.card import CARD, column_words, hub_id, records_card, write_card
 
 log = logging.getLogger("rrhf")
 
-# What belongs to a model; optimiser states, checkpoints and settings with local paths stay at home.
-MODEL_FILES = [
-    "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
-    "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.gguf",
-    CARD,
-]  # fmt: skip
 RECORDS = PurePosixPath("data/train.parquet")  # where `datasets` finds the split train
 
 
@@ -57,14 +51,14 @@ def push_model(source: str | Path, repo_id: str, *, private: bool = False, messa
 
 
 def card_of_training(folder: Path, training: dict[str, Any], repository: str | None) -> None:
-    """Write the card of a model that was trained just now, also over the draft that transformers pushed to the hub."""
+    """Write the card of a model that was trained just now, also over one that stands in the repository."""
     card = write_card(folder, training=training, name=repository)
     if repository is not None:
         push_card(card, repository)
 
 
 def push_card(card: Path, repo_id: str) -> None:
-    """Upload the card alone, over the draft that transformers' ``--push_to_hub`` leaves in the repository."""
+    """Upload the card alone, beside a model that ``--push_to_hub`` has uploaded."""
     with _hub_client(repo_id) as api:
         api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repo_id, commit_message="Model card of rrhf")
 

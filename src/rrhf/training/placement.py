@@ -40,6 +40,9 @@ class PlacedArguments(TrainingArguments):
             learning_rate=0, num_train_epochs=0, warmup_steps=0, weight_decay=0, logging_steps=0, save_steps=0,
             eval_steps=0, dataloader_num_workers=0,
         )  # fmt: skip
+        strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
+        if self.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
+            faults.append(f"--hub_strategy {strategy}: checkpoints are not uploaded: leave it out")
         if self.hub_token:
             faults.append(
                 "--hub_token: settings are written into files, and a key stands in none: leave it out, and set "

@@ -17,7 +17,7 @@ import torch
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rrhf.common.errors import UserError
 from rrhf.losses import Loss, best_response, needed_by, ordered_pairs, ranking_loss, rrhf_loss
@@ -40,6 +40,7 @@ from rrhf.training.master_weights import has_low_precision, use_masters
 from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
 from rrhf.training.needs import optional_tensors, refuse_unmet
 from rrhf.training.online import OnlineRecords
+from rrhf.training.pushing import PushesModel
 from rrhf.training.reference import fill_in_memory, reference_pass
 from rrhf.training.two_pass import RandomState, SecondPass, first_pass
 
@@ -49,7 +50,7 @@ RATES = {"dropout", "activation_dropout", "layerdrop"}  # as layers call what th
 NAMED = 20  # a message names at most so many records
 
 
-class RRHFTrainer(Trainer):
+class RRHFTrainer(PushesModel):
     """Train a policy so that its length-normalised log-probabilities rank responses as their scores do (Eq. 5).
 
     Args:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rrhf.common.errors import UserError
 from rrhf.evaluation.ranking import Ranked, ranking_report
@@ -18,6 +18,7 @@ from rrhf.models.attention import our_attention
 from rrhf.models.out_of_memory import attempt
 from rrhf.rewards.reward_models.passes import CausalReward, RewardModel
 from rrhf.training.master_weights import has_low_precision, use_masters
+from rrhf.training.pushing import PushesModel
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.data import RankedRecords, RankedRows
 from rrhf.training.reward_model.loss import bradley_terry
@@ -28,7 +29,7 @@ log = logging.getLogger("rrhf")
 MEASURED_AT_ONCE = 64  # queries whose rows are sorted by length together when they are measured
 
 
-class RewardTrainer(Trainer):
+class RewardTrainer(PushesModel):
     """Train a sequence classification model with one label so that its logits rank responses as their scores do.
 
     Args:

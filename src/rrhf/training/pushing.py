@@ -1,0 +1,48 @@
+"""``--push_to_hub``: what a training uploads, which is the model and nothing else of its folder."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers import Trainer
+
+from rrhf.models.folders import MODEL_FILES
+
+
+class PushesModel(Trainer):
+    """A ``transformers.Trainer`` that uploads the model once, when it is saved at the end.
+
+    transformers' own uploads the whole folder, with every checkpoint anew: settings with local paths, windows of OP-k
+    and watched answers, which are training data.
+    """
+
+    def push_to_hub(
+        self,
+        commit_message: str | None = "End of training",
+        blocking: bool = True,
+        token: str | None = None,
+        revision: str | None = None,
+        private: bool | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Save the model and upload its files, without transformers' draft of a card."""
+        from huggingface_hub import HfApi
+
+        if self.hub_model_id is None:
+            self.init_hf_repo(token=token, private=private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        api: Any = HfApi(token=token)
+        return api.upload_folder(
+            repo_id=self.hub_model_id,
+            folder_path=self.args.output_dir,
+            commit_message=commit_message,
+            run_as_future=not blocking,
+            allow_patterns=MODEL_FILES,
+            ignore_patterns=["*/*"],
+            revision=revision or self.args.hub_revision,
+        )
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Checkpoints stay here."""
