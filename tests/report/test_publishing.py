@@ -6,6 +6,7 @@ import base64
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -23,6 +24,7 @@ from rrhf.cli.main import main
 from rrhf.common.errors import UserError
 from rrhf.models.folders import save_policy
 from rrhf.models.gguf import export_gguf
+from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings, load_policy
 from rrhf.records.files import read_records
 from rrhf.report.card import CARD, MARK, model_card, write_card
@@ -135,10 +137,9 @@ def test_results_are_honest(run: Path) -> None:
 def test_the_card_is_refreshed_after_evaluation_unless_somebody_wrote_it(
     run: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    import shutil
-
     again = shutil.copytree(run, tmp_path / "again")
     shutil.copy(again / "gain.json", again / "evaluation.json")
+    note_weights(again)
     (again / "scored.jsonl").unlink()  # what was counted in training is remembered
     assert main(["publish", str(again), "--to", "card"]) == 0
     place = again / "model" / CARD
@@ -153,6 +154,57 @@ def test_the_card_is_refreshed_after_evaluation_unless_somebody_wrote_it(
     assert "give --overwrite" in capsys.readouterr().err
     assert main(["publish", str(again), "--to", "card", "--overwrite"]) == 0
     assert "my words" not in place.read_text(encoding="utf-8")
+
+
+def note_weights(run: Path) -> None:
+    """As an evaluation does, of the model that is there now."""
+    noted = {"made_of": {"weights": model_digest(str(run / "model"))}}
+    (run / "evaluation.pi.made-of.json").write_text(json.dumps(noted), encoding="utf-8")
+
+
+def test_an_evaluation_of_another_model_is_not_on_the_card(run: Path, tmp_path: Path) -> None:
+    """The model was trained anew in its place; without a note of the weights, name and time tell."""
+    again = shutil.copytree(run, tmp_path / "again")
+    result = json.loads((again / "gain.json").read_text())
+    place, model = again / "evaluation.json", again / "model"
+    result["settings"] = {"models": {"rho": str(tmp_path / "base"), "pi": str(model)}}
+    place.write_text(json.dumps(result), encoding="utf-8")
+    assert "above 0" in model_card(model)  # as old versions left it
+    os.utime(place, (1, 1))
+    assert "Not evaluated" in model_card(model)
+    note_weights(again)
+    assert "above 0" in model_card(model)
+    (model / "config.json").write_text((model / "config.json").read_text() + "\n", encoding="utf-8")
+    os.utime(place)
+    assert "Not evaluated" in model_card(model)
+
+
+def test_the_card_says_what_was_measured_against_what(run: Path) -> None:
+    result = json.loads((run / "gain.json").read_text())
+    result["rewards"] = {"model:/home/me/secret/rm": next(iter(result["rewards"].values()))}
+    result["settings"] = {"models": {"rho": "/home/me/first", "pi": "/home/me/runs/7/rounds/3/model"}}
+    card = model_card(run / "model", result)
+    assert "By `model:rm` the model is better than ρ (`first`): the interval lies above 0" in card
+    assert "| reward `model:rm` |" in card and "/home" not in card and "secret" not in card
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"ranking_loss": "hinge"}, "with RRHF ([arXiv 2304.05302](https://arxiv.org/abs/2304.05302)): of several"),
+        ({"ranking_loss": "dpo", "sft_weight": 0.0}, "with the ranking loss `dpo`: of several scored responses to a "
+         "query it learns to rate the better ones higher."),
+        ({"ranking_loss": "none"}, "with supervised fine-tuning: it learns to write the best response"),
+        ({"baseline": "ppo"}, "with PPO: it learns from the scores of responses that it samples itself."),
+    ],
+)  # fmt: skip
+def test_the_card_says_how_it_was_trained(settings: dict[str, Any], said: str, run: Path) -> None:
+    assert said in model_card(run / "model", training={"settings": settings})
+
+
+def test_the_card_of_a_round_has_the_name_of_its_run(run: Path, tmp_path: Path) -> None:
+    shutil.copytree(run / "model", tmp_path / "mine/rounds/3/model")
+    assert "# mine, round 3\n" in model_card(tmp_path / "mine/rounds/3/model")
 
 
 @pytest.mark.parametrize("chat", [True, False])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Mapping, Sequence
 from importlib import metadata
@@ -13,8 +14,11 @@ from rrhf.common.files import read_object, write_text
 from rrhf.common.presentation import describe_shares, markdown_table
 from rrhf.common.yaml_text import read_yaml
 from rrhf.models.folders import model_folder
+from rrhf.models.identity import model_digest
 from rrhf.records.sources import COUNTED, source_shares
 from rrhf.report.tables import evaluation_table, interval_side, models_of
+
+log = logging.getLogger("rrhf")
 
 CARD = "README.md"
 MARK = "<!-- Written by rrhf. Take this line out, and rrhf leaves your changes alone. -->"
@@ -43,7 +47,8 @@ def write_card(
 
     Args:
         folder: a model folder, or a run folder.
-        evaluation: the content of an evaluation.json; left out, the run's own, where the model lies in a run folder.
+        evaluation: the content of an evaluation.json; left out, the run's own, where the model lies in a run folder and
+            is the one that was evaluated.
         training: the summary that ``train_model`` returns; left out, training.json beside the weights.
         name: the model's name on the hub, where it has one.
         refresh: leave a card alone that rrhf did not write.
@@ -76,10 +81,10 @@ def model_card(
     training = read_object(folder / "training.json") if training is None else training
     run = folder.resolve().parent if folder.resolve().name == "model" else None
     if evaluation is None and run is not None:
-        evaluation = read_object(run / "evaluation.json") or None
+        evaluation = _evaluation_of(folder, run)
     settings = training.get("settings") or read_object(folder / "training-settings.json")
     data = training.get("data") or source_shares(settings.get("data"))
-    title = (name or (run or folder.resolve()).name).split("/")[-1]
+    title = (name or _name_of(run or folder.resolve())).split("/")[-1]
     paragraphs = [
         _metadata(folder, settings, run),
         MARK,
@@ -123,6 +128,37 @@ def metadata_block(data: Any) -> str:
     return f"---\n{data.to_yaml()}\n---"
 
 
+def _name_of(folder: Path) -> str:
+    """The folder's name, or that of the run whose round it is."""
+    return f"{folder.parents[1].name}, round {folder.name}" if folder.parent.name == "rounds" else folder.name
+
+
+def _evaluation_of(folder: Path, run: Path) -> dict[str, Any] | None:
+    """The evaluation beside a model, where it is that model's: another may have been trained in its place since."""
+    place = run / "evaluation.json"
+    evaluation, made_of = read_object(place), read_object(run / "evaluation.pi.made-of.json").get("made_of")
+    if not evaluation:
+        return None
+    weights = made_of.get("weights") if isinstance(made_of, Mapping) else None
+    if weights:
+        fits = weights == model_digest(str(folder))
+    else:  # nobody knows which weights: by name and time
+        trained = folder / "training.json"
+        named = _models(evaluation).get("pi")
+        fits = isinstance(named, str) and Path(named).resolve() == folder.resolve()
+        fits = fits and not (trained.exists() and trained.stat().st_mtime > place.stat().st_mtime)
+    if not fits:
+        log.warning(f"{place}: is of another model than {folder} holds: the model card leaves it out")
+    return evaluation if fits else None
+
+
+def _models(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The names of the models that were evaluated: ``rho`` and ``pi``."""
+    settings = evaluation.get("settings")
+    models = settings.get("models") if isinstance(settings, Mapping) else None
+    return models if isinstance(models, Mapping) else {}
+
+
 # --- parts -----------------------------------------------------------------------------------------------------------
 
 
@@ -149,10 +185,20 @@ def _metadata(folder: Path, settings: Mapping[str, Any], run: Path | None) -> st
 def _introduction(settings: Mapping[str, Any], folder: Path) -> str:
     what = "A LoRA adapter" if (folder / "adapter_config.json").exists() else "A language model"
     base = f" from {public_name(settings['model'])}" if settings.get("model") else ""
-    return (
-        f"{what} trained{base} with RRHF ([arXiv 2304.05302](https://arxiv.org/abs/2304.05302)): of several scored "
-        "responses to a query it learns to rate the better ones higher, and to write the best one."
-    )
+    ranking = settings.get("ranking_loss", "hinge")
+    if settings.get("baseline"):
+        name = public_name(settings["baseline"]).upper()
+        how = f"{name}: it learns from the scores of responses that it samples itself."
+    elif ranking == "none" or settings.get("rank_weight") == 0:
+        how = "supervised fine-tuning: it learns to write the best response to a query (Eq. 4 of RRHF alone)."
+    else:
+        loss = "" if ranking == "hinge" else f", with the ranking loss `{public_name(ranking)}`"
+        writes = "" if settings.get("sft_weight") == 0 else ", and to write the best one"
+        how = (
+            f"RRHF ([arXiv 2304.05302](https://arxiv.org/abs/2304.05302)){loss}: of several scored responses to a "
+            f"query it learns to rate the better ones higher{writes}."
+        )
+    return f"{what} trained{base} with {how}"
 
 
 def _use(folder: Path, name: str | None, data: Mapping[str, Any]) -> str:
@@ -268,8 +314,9 @@ def _results(evaluation: Mapping[str, Any] | None, training: Mapping[str, Any]) 
         return "\n\n".join([*lines, "Not evaluated on held-out prompts."])
     both = len(models_of(evaluation)) == 2
     gains = {reward: values["gain"] for reward, values in evaluation.get("rewards", {}).items()} if both else {}
-    verdicts = [_verdict(reward, gain) for reward, gain in gains.items() if gain["low"] is not None]
-    lines.append(markdown_table(*evaluation_table(evaluation, "`{}`".format)))
+    rho = _models(evaluation).get("rho")
+    verdicts = [_verdict(reward, gain, rho) for reward, gain in gains.items() if gain["low"] is not None]
+    lines.append(markdown_table(*evaluation_table(evaluation, lambda reward: f"`{_reward(reward)}`")))
     judge = evaluation.get("perplexity_model")
     lines.append(
         f"{evaluation['pi'].get('n')} held-out prompts, one sampled response each, seed {evaluation.get('seed')}"
@@ -279,14 +326,21 @@ def _results(evaluation: Mapping[str, Any] | None, training: Mapping[str, Any]) 
     return "\n\n".join([*lines, *verdicts])
 
 
-def _verdict(reward: str, gain: Mapping[str, float]) -> str:
-    """What the interval of a gain allows to say."""
+def _reward(reward: str) -> str:
+    """A reward's name without the folders of what stands behind its form (``model:``, ``judge:`` …)."""
+    form, colon, rest = reward.partition(":")
+    return f"{form}:{public_name(rest)}" if colon else public_name(form)
+
+
+def _verdict(reward: str, gain: Mapping[str, float], rho: Any = None) -> str:
+    """What the interval of a gain allows to say; ``rho``: the model that the gain is over, by its name."""
+    than = f"ρ (`{public_name(rho)}`)" if rho else "ρ"
     readings = {
-        1: "the model is better than the one it was trained from: the interval lies above 0.",
+        1: f"the model is better than {than}: the interval lies above 0.",
         0: "**no difference is shown**: the interval includes 0.",
-        -1: "the model is **worse** than the one it was trained from: the interval lies below 0.",
+        -1: f"the model is **worse** than {than}: the interval lies below 0.",
     }
-    return f"By `{reward}` {readings[interval_side(gain['low'], gain['high'])]}"
+    return f"By `{_reward(reward)}` {readings[interval_side(gain['low'], gain['high'])]}"
 
 
 def _versions() -> dict[str, str]:
