@@ -11,6 +11,8 @@ from typing import Any
 import pytest
 
 from rrhf.models.identity import model_digest
+from rrhf.report.load import load_run
+from rrhf.report.rows import facts
 from rrhf.rewards.logprob import reference_sums_name
 from support import tiny
 from support.tiny import die
@@ -96,6 +98,10 @@ def test_the_run_shows_its_last_round_and_the_report_all_of_them(undisturbed: Pa
         assert (undisturbed / name).readlink() == Path("rounds/2") / name
     page = (undisturbed / "report.html").read_text(encoding="utf-8")
     assert "rounds/1" in page and "rounds/2" in page
+    second = load_run(undisturbed / "rounds/2")
+    assert second.settings["model"] == "rounds/1/model"  # what it begins with, wherever the run lies
+    models = json.loads((undisturbed / "evaluation.json").read_text())["settings"]["models"]
+    assert facts(second)["Model (ρ)"] == models["rho"] != models["pi"]
     timings = json.loads((undisturbed / "timings.json").read_text())
     of_rounds = [json.loads((undisturbed / f"rounds/{n}/timings.json").read_text()) for n in (1, 2)]
     assert timings["train"] == pytest.approx(sum(times["train"] for times in of_rounds), abs=0.1)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from dataclasses import replace
@@ -131,7 +132,8 @@ def _write_config(run: RunFolder, at: Pass, number: int) -> None:
     for name in ("iterations", "evaluate_rounds"):
         values.pop(name, None)
     assert at.config.sample is not None
-    values["model"] = at.config.model.model
+    begins_with = at.config.model.model  # the run's own model by its place in the run, which may move
+    values["model"] = begins_with.removeprefix(f"{run.folder}{os.sep}") if number > 1 else begins_with
     values["sample"] = {**(values.get("sample") or {}), "seed": at.config.sample.seed}
     values["train"] = {**(values.get("train") or {}), "seed": at.config.train.seed}
     text = f"# Round {number} of {run.folder.name}\n" + yaml.safe_dump(values, allow_unicode=True, sort_keys=False)

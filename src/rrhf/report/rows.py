@@ -25,7 +25,7 @@ SIDES = {1: "above 0", 0: "includes 0", -1: "below 0"}
 def facts(run: Run) -> dict[str, str]:
     """What was run, from the settings and the evaluation."""
     named = {
-        "Model (ρ)": setting(run.settings, "model"),
+        "Model (ρ)": _rho(run) or setting(run.settings, "model"),
         "Data": setting(run.settings, "data"),
         "Setting": setting_name(run),
         "Reward": " · ".join(run.rewards) or setting(run.settings, "reward"),
@@ -33,6 +33,14 @@ def facts(run: Run) -> dict[str, str]:
         "Seed": run.evaluation.get("seed", setting(run.settings, "seed")),
     }
     return {name: str(value) for name, value in named.items() if value not in (None, "", NONE)}
+
+
+def _rho(run: Run) -> str | None:
+    """ρ by the evaluation: a round's configuration names what the round begins with, which is ρ in the first alone."""
+    settings = run.evaluation.get("settings")
+    models = settings.get("models") if isinstance(settings, Mapping) else None
+    rho = models.get("rho") if isinstance(models, Mapping) else None
+    return clean(rho) if isinstance(rho, str) else None
 
 
 def setting_name(run: Run) -> str:
