@@ -15,6 +15,8 @@ import pytest
 from rrhf.common.errors import UserError
 from rrhf.common.presentation import typeset_number
 from rrhf.common.yaml_text import load_yaml
+from rrhf.models.identity import model_digest
+from rrhf.recipes import offline
 from rrhf.recipes.config import parse_config
 from rrhf.recipes.run_folder import RunFolder
 from support import tiny
@@ -329,6 +331,45 @@ def test_a_result_of_a_reward_that_was_edited_is_refused(undisturbed: Path, tmp_
     assert code != rewards.read_text(encoding="utf-8")
     result = command(*RUN, cwd=folder)
     assert result.code == 2 and "run/scored.jsonl was made before the code of tiny_rewards:vowels changed" in result.err
+
+
+OWN = """from rrhf.losses import ranking_loss
+from rrhf.sampling.policies import Draws
+
+def make(*how):
+    return Draws(*how)
+
+def loss(record, settings):
+    return ranking_loss("hinge")(record, settings)
+"""
+
+
+def test_a_result_of_a_policy_or_a_loss_that_was_edited_is_refused(model: Path, tmp_path: Path) -> None:
+    config = tiny.config(model)
+    config["data"] |= {"limit": 4, "held_out_limit": 2}
+    config["sample"]["policy"], config["train"]["ranking_loss"] = "own:make", "own:loss"
+    config["train"]["max_steps"] = 1
+    folder = tiny.workplace(tmp_path, config)
+    (folder / "own.py").write_text(OWN, encoding="utf-8")
+    command(*RUN, cwd=folder).done()
+    edits = {"run/responses.jsonl": ("make", "(*how):"), "run/model": ("loss", "(record, settings):")}
+    for result, (name, signature) in edits.items():
+        (folder / "own.py").write_text(OWN.replace(signature, f"{signature}  # another"), encoding="utf-8")
+        refused = command(*RUN, cwd=folder)
+        assert refused.code == 2 and f"{result} was made before the code of own:{name} changed" in refused.err
+    noted = json.loads((folder / "run/made-of.json").read_text())
+    older = {stage: {n: d for n, d in inputs.items() if "own:" not in n} for stage, inputs in noted.items()}
+    (folder / "run/made-of.json").write_text(json.dumps(older), encoding="utf-8")
+    command(*RUN, cwd=folder).done()  # a version that did not note the code made it
+
+
+def test_another_reference_is_another_training(model: Path, tmp_path: Path) -> None:
+    config = tiny.config(model)
+    config["train"] |= {"ranking_loss": "dpo", "reference_model": str(model)}
+    inputs = offline._trained(parse_config(config, tmp_path / "model"))
+    assert inputs == {f"the reference {model}": model_digest(str(model))}
+    config["train"]["ranking_loss"] = "hinge"  # which reads none
+    assert not offline._trained(parse_config(config, tmp_path / "model"))
 
 
 def test_lost_queries_are_made_again(undisturbed: Path, tmp_path: Path) -> None:

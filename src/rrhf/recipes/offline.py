@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.cluster.pool import open_pool
 from rrhf.common.errors import UserError
+from rrhf.common.imports import code_digest
 from rrhf.common.launch import is_first, wait_for_first
 from rrhf.common.remote import push_finished
 from rrhf.evaluation.stage import evaluate_models, reward_context
@@ -21,12 +22,13 @@ from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import RunConfig
 from rrhf.recipes.data import data_digests, write_queries
-from rrhf.recipes.run_folder import RunFolder
+from rrhf.recipes.run_folder import CODE, REFERENCE, RunFolder
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records, write_records
 from rrhf.report.card import write_card
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.stage import rewards_digests, score_file
+from rrhf.sampling.settings import policy_named
 from rrhf.sampling.sources.parsing import parse_source
 from rrhf.training.folder import is_trained, last_checkpoint
 from rrhf.training.windows import last_window
@@ -174,7 +176,12 @@ def train_stage(at: Pass, data: Path | None = None, online: Online | None = None
     return Stage(
         "train",
         at.run.model,
-        lambda: {**_files(scored), model: model_digest(model), **(_scored(at.config, scored) if online else {})},
+        lambda: {
+            **_files(scored),
+            model: model_digest(model),
+            **_trained(at.config),
+            **(_scored(at.config, scored) if online else {}),
+        },
         lambda: _train(at, scored, online),
     )
 
@@ -253,7 +260,7 @@ def _sampled(config: RunConfig) -> dict[str, str]:
     if config.sample is None:
         return {}
     if not config.sources.source:
-        return {config.model.model: model_digest(config.model.model)}
+        return {config.model.model: model_digest(config.model.model), **_policy_code(config.sample.policy)}
     from rrhf.sampling.sources.build import source_digest
 
     digests = {}
@@ -261,6 +268,27 @@ def _sampled(config: RunConfig) -> dict[str, str]:
         with suppress(UserError):  # a file that is no more there: sampling says so, where it is still to be done
             spec = parse_source(written)
             digests[spec.name] = source_digest(spec) or ""
+            digests |= _policy_code(spec.policy) if spec.kind == "local" else {}
+    return digests
+
+
+def _policy_code(policy: str) -> dict[str, str]:
+    """The digest of the code of a policy that is a function of the user's; where it is gone nobody knows it."""
+    with suppress(UserError):
+        return {f"{CODE}{policy}": digest for digest in policy_named(policy).code().values()}
+    return {}
+
+
+def _trained(config: RunConfig) -> dict[str, str]:
+    """The digests of a loss of the user's own, and of a reference that the loss reads and that is another model."""
+    loss, reference, digests = config.train.ranking_loss, config.train.reference_model, {}
+    with suppress(UserError):  # the loss is no more there
+        if ":" in loss:
+            from rrhf.losses import ranking_loss
+
+            digests[f"{CODE}{loss}"] = code_digest(ranking_loss(loss))
+        if reference and any("reference" in name for name in loss_needs(config)):
+            digests[f"{REFERENCE}{reference}"] = model_digest(reference)
     return digests
 
 

@@ -9,7 +9,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from rrhf.common.errors import UserError, nearest, too_small
-from rrhf.common.imports import load_function
+from rrhf.common.imports import code_digest, load_function
+
+POLICY_CODE = "policy_code"  # in what responses depend on; older versions did not note it
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,15 @@ class SamplingPolicy:
 
     def __call__(self, *arguments: Any) -> Any:
         return self.load()(*arguments)
+
+    def code(self) -> dict[str, str]:
+        """The digest of a function of the user's under ``POLICY_CODE``: edited, it is another policy. Ours are named.
+
+        Raises:
+            UserError: as ``load``.
+        """
+        digest = code_digest(self.load()) if self.outside else ""
+        return {POLICY_CODE: digest} if digest else {}
 
 
 # A new policy is a class and a line here: help texts, checks, documents and the sampler read this dict.

@@ -100,8 +100,10 @@ class Online:
         """What the samples and their scores depend on, beside the policy and the queries."""
         sampling = {f"sample.{name}": value for name, value in asdict(self.sampling).items() if name != "batch_size"}
         codes = {f"code of {reward_name(reward)}": reward_digest(reward, self.context) for reward in self.rewards}
+        drawn_by = {f"sample.{name}": value for name, value in self.sampling.how.code().items()}
         return {
             **sampling,
+            **drawn_by,
             **codes,
             "score.reward_weights": list(self.reward_weights or []),
             "score.reward_normalisation": list(self.reward_normalisation),

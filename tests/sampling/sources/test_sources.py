@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import signal
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -219,6 +220,29 @@ def test_parts_of_other_weights_in_the_same_folder_are_refused(
     assert main(arguments) == 2
     assert "other settings (policy@beam weights was " in capsys.readouterr().err
     assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_parts_of_a_policy_whose_code_changed_are_refused(tmp_path: Path) -> None:
+    """And parts of a version that did not note the code go on."""
+    tiny.write_model(tmp_path / "policy")
+    tiny.write_rows(tmp_path / "queries.jsonl", tiny.rows(9))
+    code, own = (
+        "from rrhf.sampling.policies import Draws\n\ndef make(*how):\n    return Draws(*how)\n",
+        tmp_path / "own.py",
+    )
+    own.write_text(code, encoding="utf-8")
+    command = ("sample", "--model", "policy", "--data", "queries.jsonl", "--policy", "own:make", "--output",
+               "out.jsonl", "--device", "cpu", "--max_new_tokens", "4", "--batch_size", "1")  # fmt: skip
+    killed = tiny.warm(*command, cwd=tmp_path, faults=[tiny.die("rrhf.sampling.sampler:Sampler.extend", 2)])
+    assert killed.code == -signal.SIGKILL, killed.err[-2000:]
+    own.write_text(code.replace("(*how):", "(*how):  # others"), encoding="utf-8")
+    refused = tiny.warm(*command, cwd=tmp_path)
+    assert refused.code == 2 and "other settings (policy_code was " in refused.err
+    place = tmp_path / "out.jsonl.parts/settings.json"
+    begun = json.loads(place.read_text(encoding="utf-8"))
+    del begun["settings"]["policy_code"]
+    place.write_text(json.dumps(begun), encoding="utf-8")
+    tiny.warm(*command, cwd=tmp_path).done()
 
 
 class _Server:

@@ -41,6 +41,7 @@ class LocalModel:
             "dtype": self.model.dtype,
             "attn_implementation": self.model.attn_implementation,
             **asdict(self.sampling),
+            **self.sampling.how.code(),
             **asdict(self.text),
             "tag": self.tag,
         }
