@@ -156,3 +156,21 @@ def test_a_whole_run(nodes: Nodes, tmp_path: Path) -> None:
         tiny.cold("run", "config.yaml", "--output", "run", *flags, cwd=place).done()
     for name in ("responses.jsonl", "scored.jsonl", "model/model.safetensors", "evaluation.json"):
         assert (tmp_path / "cluster/run" / name).read_bytes() == (tmp_path / "alone/run" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("finished", [False, True])
+def test_no_restart_overwrites_what_is_finished(
+    finished: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was stopped with other settings is replaced by the processes, which know the settings."""
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(training, "train_model", lambda *arguments, **options: given.update(options))
+    if finished:
+        (tmp_path / "training.json").write_text("{}", encoding="utf-8")
+    config = {"output_dir": str(tmp_path), "report_to": "none"}
+    job = training._Job(
+        str(tmp_path), tmp_path / ".cluster-1", Path("d"), None, ModelSettings("m"), config, AdapterSettings(),
+        None, None, None, True,
+    )  # fmt: skip
+    training._as_here(job)
+    assert given["overwrite"] is not finished
