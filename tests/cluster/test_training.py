@@ -126,7 +126,7 @@ def test_a_node_that_dies_when_all_is_written(tmp_path: Path, monkeypatch: pytes
     config = {"output_dir": str(tmp_path), "use_cpu": True, "bf16": False}
     model = ModelSettings("start", "cpu")
     job = training._Job(
-        str(tmp_path), scratch, Path("scored.jsonl"), None, model, config, AdapterSettings(), None, None, None
+        str(tmp_path), scratch, Path("scored.jsonl"), None, model, config, AdapterSettings(), None, None, None, False
     )
     monkeypatch.chdir(tmp_path)
     training._train({"job": job})

@@ -136,7 +136,7 @@ def _as_begun(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
     """Without the code of a policy where the parts in ``folder`` were begun by a version that did not note it."""
     try:
         begun = read_object(folder / "settings.json").get("settings")
-    except UserError:  # it is said where the parts are opened
+    except (UserError, OSError):  # it is said where the parts are opened
         return settings
     if not isinstance(begun, dict):
         return settings

@@ -494,8 +494,8 @@ CLAIMS = [
     Claim("q", "RRHF is less sensitive to its learning rate than PPO", "said in the text",
           "a grid of three rates, on prompts kept for choosing among them", less_sensitive),
     Claim("r", "RRHF needs less memory, fewer models and less time than PPO", "1 or 2 models against 4",
-          "at this size libraries are most of the memory, and these lines' peaks hold what earlier trainings of their "
-          "process left behind, which is mended since", cheaper_than_ppo),
+          "at this size libraries are most of the memory, of which the least of the seeds is told; PPO's value "
+          "function is a head on the policy here, and its reward no large model", cheaper_than_ppo),
     Claim("s", "Wombat's recipe beats SFT on one strong system", "Table 9: 612 against 574",
           "a reward judges here, GPT-4 there", beats_sft_on_one_system),
 ]  # fmt: skip
