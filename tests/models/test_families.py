@@ -107,10 +107,14 @@ def test_slots_that_read_their_own_columns(name: str, monkeypatch: pytest.Monkey
     assert draw(model, "tree", policy="top-p", num_responses=3) == expected
 
 
-@pytest.mark.parametrize("name", ["llama4", "gpt-oss"])
-def test_flex_attention_has_chunks_and_sinks(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forward alone, as it runs on a CPU."""
-    monkeypatch.setattr(cpu, "tree_attention", flex_attention.tree_attention)
+@pytest.mark.parametrize(
+    ("name", "kernels"),
+    # Chunks and sinks by FlexAttention, forward alone, as it runs on a CPU; and models that take a view of what comes
+    # back, by masked calls, as on devices without kernels of their own.
+    [("llama4", flex_attention), ("gpt-oss", flex_attention), ("afmoe", reference), ("jetmoe", reference)],
+)
+def test_kernels_of_other_devices(name: str, kernels: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "tree_attention", kernels.tree_attention)
     model = FAMILIES[name].make()
     with torch.no_grad():
         sums = response_logprobs(model, RECORDS, "tree").sums
@@ -151,16 +155,6 @@ def test_what_is_read_matters(name: str) -> None:
     exchanged = [type(r)(r.id, o.query, r.responses, r.scores) for r, o in zip(RECORDS, other, strict=True)]
     with torch.no_grad():
         assert float((all_sums(model, RECORDS) - all_sums(model, exchanged)).abs().min()) > 1e-3
-
-
-@pytest.mark.parametrize("name", ["afmoe", "jetmoe"])
-def test_models_that_take_a_view_train_by_masked_calls_too(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As trees are attended to on devices without kernels of their own."""
-    monkeypatch.setattr(cpu, "tree_attention", reference.tree_attention)
-    model = FAMILIES[name].make()
-    with torch.no_grad():
-        sums = response_logprobs(model, RECORDS, "tree").sums
-        assert float((sums - all_sums(model, RECORDS)).abs().max()) <= 1e-5
 
 
 def test_plain_calls_with_soft_caps_are_contiguous_too() -> None:

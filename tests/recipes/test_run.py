@@ -357,10 +357,6 @@ def test_a_result_of_a_policy_or_a_loss_that_was_edited_is_refused(model: Path, 
         (folder / "own.py").write_text(OWN.replace(signature, f"{signature}  # another"), encoding="utf-8")
         refused = command(*RUN, cwd=folder)
         assert refused.code == 2 and f"{result} was made before the code of own:{name} changed" in refused.err
-    noted = json.loads((folder / "run/made-of.json").read_text())
-    older = {stage: {n: d for n, d in inputs.items() if "own:" not in n} for stage, inputs in noted.items()}
-    (folder / "run/made-of.json").write_text(json.dumps(older), encoding="utf-8")
-    command(*RUN, cwd=folder).done()  # a version that did not note the code made it
 
 
 def test_another_reference_is_another_training(model: Path, tmp_path: Path) -> None:

@@ -19,11 +19,3 @@ def test_a_damaged_window_is_made_again(tmp_path: Path) -> None:
     assert not windows.is_whole(0) and not windows.differences(0, made_of)
     windows.begin(0, made_of)
     assert not windows.records(0).exists()
-
-
-def test_the_code_of_a_policy_is_compared_where_it_was_noted(tmp_path: Path) -> None:
-    windows = Windows(tmp_path)
-    windows.begin(0, {"weights": "a"})
-    assert not windows.differences(0, {"weights": "a", "sample.policy_code": "1"})
-    windows.begin(0, {"weights": "a", "sample.policy_code": "1"})
-    assert windows.differences(0, {"weights": "a", "sample.policy_code": "2"})

@@ -85,9 +85,9 @@ def train_on_cluster(
     folder = Path(str(config.output_dir)).absolute()
     with connected(settings):
         mine = share(settings, model.device)
-        _refuse_second(folder)  # whose folder --overwrite would empty
         with ExitStack() as held:
             with claimed(folder, config):
+                _refuse_second(folder)
                 if overwrite and is_trained(folder):  # no restart may remove what is finished
                     empty(folder)
                 refuse_trained(folder)
@@ -110,7 +110,6 @@ def _scratch(folder: Path) -> Iterator[Path]:
 
     The command holds it for as long as it lives; the output folder itself is for its processes to hold.
     """
-    _refuse_second(folder)
     for old in folder.glob(f"{SCRATCH}*"):  # of a command that was killed
         shutil.rmtree(old, ignore_errors=True)
     scratch = folder / f"{SCRATCH}{uuid.uuid4().hex}"

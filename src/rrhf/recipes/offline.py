@@ -22,7 +22,7 @@ from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import RunConfig
 from rrhf.recipes.data import data_digests, write_queries
-from rrhf.recipes.run_folder import CODE, REFERENCE, RunFolder
+from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records, write_records
 from rrhf.report.card import write_card
@@ -275,7 +275,7 @@ def _sampled(config: RunConfig) -> dict[str, str]:
 def _policy_code(policy: str) -> dict[str, str]:
     """The digest of the code of a policy that is a function of the user's; where it is gone nobody knows it."""
     with suppress(UserError):
-        return {f"{CODE}{policy}": digest for digest in policy_named(policy).code().values()}
+        return {f"the code of {policy}": digest for digest in policy_named(policy).code().values()}
     return {}
 
 
@@ -286,9 +286,9 @@ def _trained(config: RunConfig) -> dict[str, str]:
         if ":" in loss:
             from rrhf.losses import ranking_loss
 
-            digests[f"{CODE}{loss}"] = code_digest(ranking_loss(loss))
+            digests[f"the code of {loss}"] = code_digest(ranking_loss(loss))
         if reference and any("reference" in name for name in loss_needs(config)):
-            digests[f"{REFERENCE}{reference}"] = model_digest(reference)
+            digests[f"the reference {reference}"] = model_digest(reference)
     return digests
 
 

@@ -34,9 +34,6 @@ FREE = (
     *(f"{stage}{limit.name}" for stage in ("", "sample.", "score.", "evaluate.") for limit in fields(EndpointLimits)),
 )
 
-# Beginnings of the names of inputs; older versions did not note all of these.
-CODE, REFERENCE = "the code of ", "the reference "
-
 
 class RunFolder:
     """The files of a run; they mirror the data flow."""
@@ -123,9 +120,7 @@ class RunFolder:
         before = noted.get(stage)
         if before is not None:
             before = {name.removeprefix(inside): digest for name, digest in before.items()}
-        known = {name for name in inputs if name in (before or {}) or not name.startswith((CODE, REFERENCE))}
-        differing = differences(before or {}, inputs)
-        changed = [name for name in differing if inputs.get(name) and name in known]  # of the others nobody knows
+        changed = [name for name in differences(before or {}, inputs) if inputs.get(name)]  # of the others nobody knows
         if kept and before is not None and changed:
             raise UserError(
                 f"{result} was made before {' and '.join(changed)} changed: put back what it was made of, remove "

@@ -91,7 +91,11 @@ class Sampler:
     def respond(self, records: Sequence[Record]) -> Iterator[tuple[int, list[str], list[str]]]:
         """Yield (index of the record, texts, finish reasons), batches of like length together, as they are done."""
         for i, _, responses in self.respond_in_tokens(records):
-            yield i, [self.text(response) for response in responses], [response.finish for response in responses]
+            yield i, *self._said(responses)
+
+    def _said(self, responses: Sequence[Response]) -> tuple[list[str], list[str]]:
+        """Texts and finish reasons."""
+        return [self.text(response) for response in responses], [response.finish for response in responses]
 
     def respond_in_tokens(self, records: Sequence[Record]) -> Iterator[tuple[int, list[int], list[Response]]]:
         """Yield (index of the record, its query's token ids, responses) in the same way."""
@@ -140,7 +144,7 @@ class Sampler:
         """
         for i, _, responses in self.respond_in_tokens(records):
             record = records[i]
-            texts, finish = [self.text(response) for response in responses], [one.finish for one in responses]
+            texts, finish = self._said(responses)
             extended = record.with_responses(texts, finish, [f"{self.source}/{n}" for n in range(len(texts))])
             if tokens:
                 before = record.response_columns().get(DRAWN_TOKENS) or [None] * len(record.responses)

@@ -11,8 +11,6 @@ from typing import Any
 from rrhf.common.errors import UserError, nearest, too_small
 from rrhf.common.imports import code_digest, load_function
 
-POLICY_CODE = "policy_code"  # in what responses depend on; older versions did not note it
-
 
 @dataclass(frozen=True)
 class SamplingPolicy:
@@ -54,13 +52,13 @@ class SamplingPolicy:
         return self.load()(*arguments)
 
     def code(self) -> dict[str, str]:
-        """The digest of a function of the user's under ``POLICY_CODE``: edited, it is another policy. Ours are named.
+        """The digest of a function of the user's under ``policy_code``: edited, it is another policy. Ours are named.
 
         Raises:
             UserError: as ``load``.
         """
         digest = code_digest(self.load()) if self.outside else ""
-        return {POLICY_CODE: digest} if digest else {}
+        return {"policy_code": digest} if digest else {}
 
 
 # A new policy is a class and a line here: help texts, checks, documents and the sampler read this dict.

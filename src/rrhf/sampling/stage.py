@@ -16,7 +16,6 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
-from rrhf.common.files import read_object
 from rrhf.common.presentation import describe_counts
 from rrhf.common.progress import progress
 from rrhf.models.load import ModelSettings
@@ -27,7 +26,7 @@ from rrhf.records.files import WRITERS, file_suffix, read_records
 from rrhf.records.parts import in_parts
 from rrhf.records.parts_folder import Work, nothing_left
 from rrhf.records.record import Record
-from rrhf.sampling.settings import POLICY_CODE, SamplingSettings
+from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.build import build_sources
 from rrhf.sampling.sources.engine import EngineModel
 from rrhf.sampling.sources.local import LocalModel
@@ -90,7 +89,7 @@ def sample_file(
             lambda: read_records(data) if isinstance(data, Path) else data,
             output,
             _steps(chain, description, merge, counts, policies),
-            {**_as_begun(_settings(chain), journals), "merge": merge},
+            {**_settings(chain), "merge": merge},
             part_size=_part_size(chain, sampling),
             overwrite=overwrite,
             counts=counts,
@@ -130,17 +129,6 @@ def _settings(chain: list[Source]) -> dict[str, Any]:
         return dict(chain[0].settings)
     settings = {f"{source.tag} {name}": value for source in chain for name, value in source.settings.items()}
     return {**settings, "sources": [source.tag for source in chain]}
-
-
-def _as_begun(settings: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """Without the code of a policy where the parts in ``folder`` were begun by a version that did not note it."""
-    try:
-        begun = read_object(folder / "settings.json").get("settings")
-    except (UserError, OSError):  # it is said where the parts are opened
-        return settings
-    if not isinstance(begun, dict):
-        return settings
-    return {name: value for name, value in settings.items() if not name.endswith(POLICY_CODE) or name in begun}
 
 
 def _part_size(chain: list[Source], sampling: SamplingSettings) -> int:

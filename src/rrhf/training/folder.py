@@ -17,7 +17,6 @@ from rrhf.common.files import read_object, write_text
 from rrhf.common.locks import LOCK, only_process
 from rrhf.common.settings import OtherSettingsError
 from rrhf.records.checksums import checksum_of_file
-from rrhf.sampling.settings import POLICY_CODE
 
 log = logging.getLogger("rrhf")
 
@@ -64,8 +63,7 @@ FREE = {"output_dir", "logging_steps", "save_steps", "save_total_limit", "disabl
 
 BUDGET = "max_tokens_per_forward"  # stands in the settings, chosen or given, and is not compared
 # Compared only where both runs know them: older versions did not write them down.
-INPUTS = {"data_checksum", "eval_data", "eval_data_checksum", "model_digest", "processes",
-          f"sample.{POLICY_CODE}"}  # fmt: skip
+INPUTS = {"data_checksum", "eval_data", "eval_data_checksum", "model_digest", "processes"}
 NAMED = {  # name → its content
     "data": "data_checksum", "eval_data": "eval_data_checksum", "model": "model_digest",
     "reference_model": "reference_sums",

@@ -14,7 +14,6 @@ from typing import Any
 from rrhf.common.files import read_object, write_text
 from rrhf.common.settings import differences
 from rrhf.records.checksums import checksum_of_file
-from rrhf.sampling.settings import POLICY_CODE
 
 FOLDER = "windows"  # in the model's folder
 SECONDS = ("sample", "score")  # what a window's time goes into
@@ -44,9 +43,7 @@ class Windows:
 
     def differences(self, number: int, made_of: Mapping[str, Any]) -> list[str]:
         """Where what a window was made of differs from ``made_of``, in words."""
-        noted, now = self.note(number).get("made_of", {}), json.loads(json.dumps(made_of))
-        older = {name for name in now if name.endswith(POLICY_CODE) and name not in noted}  # did not note it
-        return list(differences(noted, {name: now[name] for name in now if name not in older}).values())
+        return list(differences(self.note(number).get("made_of", {}), json.loads(json.dumps(made_of))).values())
 
     def begin(self, number: int, made_of: Mapping[str, Any]) -> None:
         """Note what a window is going to be made of; what stands there of another one, or is damaged, goes first."""
