@@ -14,12 +14,13 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import json_lines
 from rrhf.losses import RANKING_LOSSES
 from rrhf.recipes.config import parse_config
+from rrhf.recipes.reproduce import run
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
 from rrhf.recipes.reproduce.check import compared, read_result
 from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.measure import drawn_from_all, looping, prompt_rewards, response_tokens, training_history
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.reproduce.result import models_resident, trained_at
+from rrhf.recipes.reproduce.result import models_resident, steps_of, trained_at
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
 from rrhf.recipes.reproduce.scale import read_scale, shipped_scales
 from rrhf.recipes.reproduce.work import Table, by_key
@@ -149,6 +150,30 @@ def test_samples_of_whole_policies_are_cut_at_no_scale() -> None:
             assert sampling is not None and sampling.policy == "top-p" and sampling.tokens_kept is None, (task, name)
             assert (sampling.top_p, sampling.temperature) == (1.0, kept[name])
             assert (config.train.resample_steps == 1) == (name in ("GRPO", "RLOO"))  # every step on fresh samples
+
+
+def test_ppo_reads_queries_as_short_as_the_other_arms_and_says_which_steps_it_took(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of HH's queries the training sees the last 112 tokens; and 7 steps are rounded up to rollouts of 2 x 4."""
+    model = tiny.write_model(tmp_path / "model")
+    scale = read_scale("hh", "small", [*REWARDS, f"model={model}", "data.source=none.jsonl", "train.max_steps=7"])
+    work = plan(Place(tmp_path / "place"), scale, Item(arm_named("hh", "PPO"), 0, 1e-4))
+    jobs = []
+
+    def train(job: Any) -> None:
+        jobs.append(job)
+        raise UserError("enough")
+
+    monkeypatch.setattr(run, "train_ppo", train)
+    with pytest.raises(UserError, match="enough"):
+        run.KINDS[PPO](work)
+    assert jobs[0].text.max_query_length == work.config.train.max_query_length == 112
+    took = jobs[0].config.rollouts(1000) * jobs[0].config.steps_per_rollout
+    assert took == 8 and steps_of(work.item.arm, scale, {"steps": took}) == 8
+    assert steps_of(arm_named("hh", "RRHF-DP"), scale, {}) == 7 and steps_of(arm_named("hh", "IP-3"), scale, {}) == 6
+    assert steps_of(arm_named("hh", "RRHF-P-after-SFT"), scale, {}) == 14
+    assert steps_of(arm_named("hh", "start"), scale, {}) == 0
 
 
 def test_a_result_is_checked_against_its_interval(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def result_of(work: Work, trained_before: bool = False) -> dict[str, Any]:
         "best_of_n": read_object(work.best_of_n.evaluation).get("best_of_n"),
         "prompts": measure.rounded(measure.prompt_rewards(generations, samples=samples)),
         "looping": measure.looping(generations),
-        "steps": _steps(arm, work.scale, training),
+        "steps": steps_of(arm, work.scale, training),
         **_tokens(work),
         "models_resident": training.get("models_resident") or models_resident(arm, config),
         "peak_memory_bytes": None if trained_before else measure.peak_memory(config.model.device),
@@ -81,7 +81,7 @@ def result_of(work: Work, trained_before: bool = False) -> dict[str, Any]:
     }
 
 
-def _steps(arm: Arm, scale: Scale, training: Mapping[str, Any]) -> int:
+def steps_of(arm: Arm, scale: Scale, training: Mapping[str, Any]) -> int:
     """Optimiser steps of all its trainings; PPO's are rounded up to whole rollouts."""
     if not arm.has_rate:
         return 0
