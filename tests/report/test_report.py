@@ -689,7 +689,7 @@ def test_online_samples_are_those_of_the_windows(tmp_path: Path) -> None:
     windows.mkdir()
     for number, step in enumerate((0, 32)):
         part = [{**row, "id": f"{row['id']}@{step + 1}"} for row in rows[15 * number : 15 * number + 15]]
-        part[3]["responses"] = ["", *part[3]["responses"][1:]]  # losses over tokens keep what ended at once
+        part[0]["responses"] = ["", *part[0]["responses"][1:]]  # losses over tokens keep what ended at once
         write_lines(windows / f"{number}.jsonl", part)
         (windows / f"{number}.json").write_text("{}")
     loaded = load_run(run)
