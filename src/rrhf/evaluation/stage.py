@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,12 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.evaluation.generations import draw_to_file
 from rrhf.evaluation.metrics import TURN_MARKERS
+from rrhf.evaluation.texts import Text
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.records.files import read_records
+from rrhf.records.record import Record
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
@@ -86,6 +89,26 @@ def refuse_unusable(rewards: RewardSettings, sampling: SamplingSettings, context
         raise UserError("\n".join(faults))
 
 
+def draw_texts(
+    held_out: Path,
+    output: Path,
+    models: Mapping[str, ModelSettings],
+    sampling: SamplingSettings,
+    text: TextSettings,
+    *,
+    policies: PolicyCache,
+    overwrite: bool = False,
+) -> tuple[list[Record], dict[str, list[Text]]]:
+    """The prompts, and what each of ``models`` writes to them, in its file beside ``output``; see ``draw_to_file``."""
+    prompts = [record.without_responses() for record in read_records(held_out)]
+    one = replace(sampling, num_responses=1)
+    places = {name: output.with_name(f"{output.stem}.{name}.jsonl") for name in models}
+    return prompts, {
+        name: draw_to_file(places[name], prompts, model, one, text, name, policies=policies, overwrite=overwrite)
+        for name, model in models.items()
+    }
+
+
 def evaluate_models(
     held_out: Path,
     output: Path,
@@ -122,11 +145,7 @@ def evaluate_models(
     refuse_unusable(rewards, sampling, context)
     refuse_short_context(judge, sampling.max_new_tokens)
     sampling = replace(sampling, num_responses=1)
-    prompts = [record.without_responses() for record in read_records(held_out)]
-    texts = {}
-    for name, model in models.items():
-        place = output.with_name(f"{output.stem}.{name}.jsonl")
-        texts[name] = draw_to_file(place, prompts, model, sampling, text, name, policies=policies, overwrite=overwrite)
+    prompts, texts = draw_texts(held_out, output, models, sampling, text, policies=policies, overwrite=overwrite)
     result, rows = evaluate_texts(
         prompts,
         texts.get("rho"),

@@ -16,7 +16,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.imports import code_digest
 from rrhf.common.launch import is_first, wait_for_first
 from rrhf.common.remote import push_finished
-from rrhf.evaluation.stage import evaluate_models, reward_context
+from rrhf.evaluation.stage import draw_texts, evaluate_models, reward_context
 from rrhf.models.cache import PolicyCache
 from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
@@ -196,8 +196,10 @@ def evaluate_stage(at: Pass, held_out: Path | None = None) -> Stage:
 
     def work() -> None:
         ranking = _ranking(at)
-        if not is_first():
-            _draw(at, prompts)
+        if not is_first():  # it helps with the texts; the first measures them, as each would pay the judges again
+            draw_texts(
+                prompts, at.run.evaluation, at.evaluated, config.evaluate_sampling, config.text, policies=at.policies
+            )
             return
         evaluate_models(
             prompts,
@@ -223,17 +225,6 @@ def evaluate_stage(at: Pass, held_out: Path | None = None) -> Stage:
         },
         work,
     )
-
-
-def _draw(at: Pass, prompts: Path) -> None:
-    """Help the first process with the responses that it measures alone: each would pay its judges again."""
-    from rrhf.evaluation.generations import draw_to_file
-
-    sampling = replace(at.config.evaluate_sampling, num_responses=1)
-    records = [record.without_responses() for record in read_records(prompts)]
-    for name, model in at.evaluated.items():
-        place = at.run.evaluation.with_name(f"{at.run.evaluation.stem}.{name}.jsonl")
-        draw_to_file(place, records, model, sampling, at.config.text, name, policies=at.policies)
 
 
 def _ranking(at: Pass) -> dict[str, Any]:
