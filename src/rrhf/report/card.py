@@ -16,7 +16,7 @@ from rrhf.common.yaml_text import read_yaml
 from rrhf.models.folders import model_folder
 from rrhf.models.identity import model_digest
 from rrhf.records.sources import COUNTED, source_shares
-from rrhf.report.tables import evaluation_table, interval_side, models_of
+from rrhf.report.tables import evaluation_table, interval_side, model_names, models_of
 
 log = logging.getLogger("rrhf")
 
@@ -144,19 +144,12 @@ def _evaluation_of(folder: Path, run: Path) -> dict[str, Any] | None:
         fits = weights == model_digest(str(folder))
     else:  # nobody knows which weights: by name and time
         trained = folder / "training.json"
-        named = _models(evaluation).get("pi")
+        named = model_names(evaluation).get("pi")
         fits = isinstance(named, str) and Path(named).resolve() == folder.resolve()
         fits = fits and not (trained.exists() and trained.stat().st_mtime > place.stat().st_mtime)
     if not fits:
         log.warning(f"{place}: is of another model than {folder} holds: the model card leaves it out")
     return evaluation if fits else None
-
-
-def _models(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The names of the models that were evaluated: ``rho`` and ``pi``."""
-    settings = evaluation.get("settings")
-    models = settings.get("models") if isinstance(settings, Mapping) else None
-    return models if isinstance(models, Mapping) else {}
 
 
 # --- parts -----------------------------------------------------------------------------------------------------------
@@ -314,7 +307,7 @@ def _results(evaluation: Mapping[str, Any] | None, training: Mapping[str, Any]) 
         return "\n\n".join([*lines, "Not evaluated on held-out prompts."])
     both = len(models_of(evaluation)) == 2
     gains = {reward: values["gain"] for reward, values in evaluation.get("rewards", {}).items()} if both else {}
-    rho = _models(evaluation).get("rho")
+    rho = model_names(evaluation).get("rho")
     verdicts = [_verdict(reward, gain, rho) for reward, gain in gains.items() if gain["low"] is not None]
     lines.append(markdown_table(*evaluation_table(evaluation, lambda reward: f"`{_reward(reward)}`")))
     judge = evaluation.get("perplexity_model")

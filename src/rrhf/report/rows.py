@@ -14,7 +14,7 @@ from rrhf.report.charts import Chart, by_length
 from rrhf.report.load import setting
 from rrhf.report.results import Accuracy, Results, accuracies, accuracies_of_file, interval
 from rrhf.report.run import Run
-from rrhf.report.tables import MODELS, interval_side
+from rrhf.report.tables import MODELS, interval_side, model_names
 
 SIDES = {1: "above 0", 0: "includes 0", -1: "below 0"}
 
@@ -37,9 +37,7 @@ def facts(run: Run) -> dict[str, str]:
 
 def _rho(run: Run) -> str | None:
     """ρ by the evaluation: a round's configuration names what the round begins with, which is ρ in the first alone."""
-    settings = run.evaluation.get("settings")
-    models = settings.get("models") if isinstance(settings, Mapping) else None
-    rho = models.get("rho") if isinstance(models, Mapping) else None
+    rho = model_names(run.evaluation).get("rho")
     return clean(rho) if isinstance(rho, str) else None
 
 

@@ -32,6 +32,13 @@ MEASURES = (
 )
 
 
+def model_names(evaluation: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The folders or hub ids of the models that were evaluated: ``rho`` and ``pi``; empty where none is noted."""
+    settings = evaluation.get("settings")
+    models = settings.get("models") if isinstance(settings, Mapping) else None
+    return models if isinstance(models, Mapping) else {}
+
+
 def models_of(evaluation: Mapping[str, Any]) -> list[str]:
     """Which of ``rho`` and ``pi`` were evaluated."""
     return [model for model in MODELS if model in evaluation]
