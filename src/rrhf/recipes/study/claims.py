@@ -411,7 +411,7 @@ def _spreads(study: Study, name: str) -> dict[int, float]:
     Of the seeds that were run at every rate that the first was.
     """
     rates = study.rates(name)
-    found = rate_rewards(name, rates, study.by_key) if len(rates) > 1 else {}
+    found = rate_rewards(name, rates, study.results) if len(rates) > 1 else {}
     return {seed: max(each.values()) - min(each.values()) for seed, each in found.items()}
 
 

@@ -88,7 +88,7 @@ class Study:
 
     def chosen(self, name: str) -> float | None:
         """The arm's learning rate: the best of those it was run at, or None where it has none."""
-        return chosen_rate(self.arm(name), self.rates(name) or [0.0], self.by_key, [self.first])[1]
+        return chosen_rate(self.arm(name), self.rates(name) or [0.0], self.results, [self.first])[1]
 
     def shown_rate(self, name: str) -> str:
         """The arm's learning rate, whether it is at an edge of its grid (↑ or ↓), and how many seeds chose it."""
@@ -98,10 +98,11 @@ class Study:
         if len(rates) < 2:
             return f"{rate:g}"
         edge = {rates[0]: "↓", rates[-1]: "↑"}.get(rate, "")
-        return f"{rate:g}{edge} ({len(rate_rewards(name, rates, self.by_key))})"
+        return f"{rate:g}{edge} ({len(rate_rewards(name, rates, self.results))})"
 
     @cached_property
-    def by_key(self) -> Results:
+    def results(self) -> Results:
+        """The results by arm, seed and rate."""
         return by_key(self.lines)
 
     def at_rate(self, name: str, rate: float | None) -> dict[int, Line]:
