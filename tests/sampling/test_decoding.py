@@ -8,7 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -61,10 +61,15 @@ def some_queries(seed: int, count: int, longest: int = 14) -> list[list[int]]:
 
 
 def ours(
-    model: PreTrainedModel, queries: Sequence[list[int]], ends: Sequence[int] = ENDS, path: str = "tree", **options: Any
+    model: PreTrainedModel,
+    queries: Sequence[list[int]],
+    ends: Sequence[int] = ENDS,
+    path: str = "tree",
+    keys: Sequence[str] | None = None,
+    **options: Any,
 ) -> list[list[Response]]:
     settings = SamplingSettings(**options)
-    keys = [str(query) for query in queries]
+    keys = keys or [str(query) for query in queries]
     policy = POLICIES[settings.policy](settings, keys, [set(ends)] * len(queries), None, torch.device("cpu"))
     return decode(model, queries, policy, settings.max_new_tokens, path)
 
@@ -311,6 +316,29 @@ def test_queries_prefilled_in_several_passes(monkeypatch: pytest.MonkeyPatch) ->
     whole = ours(model, queries, **options)
     monkeypatch.setattr(shared_cache, "PREFILL_TOKENS", 10)  # shorter than the longest query, too
     assert ours(model, queries, **options) == whole
+
+
+@pytest.mark.parametrize("policy", POLICY_CASES)
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_a_query_that_stands_there_several_times_is_read_once(
+    policy: str, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read: list[int] = []
+
+    class Watched(shared_cache.SharedCache):
+        def _prefill(self, rows: Mapping[tuple[int, ...], Sequence[int]]) -> torch.Tensor:
+            read.append(sum(len(query) for query in rows))
+            return super()._prefill(rows)
+
+    monkeypatch.setitem(decoding_module.STEPPERS, "tree", Watched)
+    monkeypatch.setattr(shared_cache, "PREFILL_TOKENS", 20)  # several passes, which do not cut a query's copies apart
+    model, queries = lively(family, 18, 1.5).double(), some_queries(18, 6)
+    order = [0, 3, 1, 1, 5, 3, 2, 3, 4]
+    options = {"policy": policy, "max_new_tokens": 12, **POLICY_CASES[policy]}
+    keys = [str(i) for i in range(len(order))]  # copies draw differently, as records of ids of their own do
+    repeated = ours(model, [queries[i] for i in order], keys=keys, **options)
+    assert sum(read) == sum(len(query) for query in queries)
+    assert repeated == [ours(model, [queries[i]], keys=[key], **options)[0] for key, i in zip(keys, order, strict=True)]
 
 
 @pytest.mark.parametrize("policy", POLICY_CASES)

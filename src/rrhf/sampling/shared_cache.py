@@ -1,4 +1,4 @@
-"""Decoding on our attention: each query runs once, its responses read its keys together.
+"""Decoding on our attention: each query runs once, however often it stands there; its responses read its keys together.
 
 Keys and values of a query and of all its responses lie in buffers that never move: first the query's columns, then,
 step by step, one column a slot. Which columns a slot may read is a mask that follows its ancestry, so beams
@@ -8,7 +8,7 @@ queries that finished leave the buffer.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
 
@@ -68,25 +68,29 @@ class SharedCache:
     # -- the query pass
 
     def prefill(self) -> Tensor:
-        logits, start = [], 0
-        while start < len(self.queries):
+        rows: dict[tuple[int, ...], list[int]] = {}  # where each query stands: evaluations draw several times for one
+        for row, query in enumerate(self.queries):
+            rows.setdefault(tuple(query), []).append(row)
+        queries, logits, start = list(rows), [], 0
+        while start < len(queries):
             stop, tokens = start, 0
-            while stop < len(self.queries) and (stop == start or tokens + len(self.queries[stop]) <= PREFILL_TOKENS):
-                tokens += len(self.queries[stop])
+            while stop < len(queries) and (stop == start or tokens + len(queries[stop]) <= PREFILL_TOKENS):
+                tokens += len(queries[stop])
                 stop += 1
-            logits.append(self._prefill(start, stop))
+            logits.append(self._prefill({query: rows[query] for query in queries[start:stop]}))
             start = stop
-        whole = torch.cat(logits)
+        place = {query: i for i, query in enumerate(queries)}
+        whole = torch.cat(logits)[[place[tuple(query)] for query in self.queries]]
         self.finite.add(whole.amax(dim=-1))  # the output layer too, once: −inf for tokens that never come is sound
         return whole
 
-    def _prefill(self, start: int, stop: int) -> Tensor:
-        queries = self.queries[start:stop]
-        layout = _QueryPass(self, start, [len(query) for query in queries])
-        ids = torch.tensor([token for query in queries for token in query], device=self.device)
-        positions = torch.cat([torch.arange(len(query), device=self.device) for query in queries])
+    def _prefill(self, rows: Mapping[tuple[int, ...], Sequence[int]]) -> Tensor:
+        layout = _QueryPass(self, [(len(query), where) for query, where in rows.items()])
+        ids = torch.tensor([token for query in rows for token in query], device=self.device)
+        positions = torch.cat([torch.arange(len(query), device=self.device) for query in rows])
         hidden = self.forward(ids, positions, layout)
-        return output_logits(self.model, hidden[self.lengths[start:stop].cumsum(0) - 1])
+        lasts = torch.tensor([len(query) for query in rows], device=self.device).cumsum(0) - 1
+        return output_logits(self.model, hidden[lasts])
 
     def forward(self, ids: Tensor, positions: Tensor, layout: SlotLayout) -> Tensor:
         """Last hidden states [T, hidden_size] of token ids and positions [T], under ``layout``."""
@@ -190,10 +194,13 @@ class SharedCache:
 
 
 class _QueryPass:
-    """The ``Layout`` of the pass over queries [start, start + n): causal inside each, keys kept in the cache."""
+    """The ``Layout`` of the pass over queries: causal inside each, keys kept in every row of the cache that has it.
 
-    def __init__(self, cache: SharedCache, start: int, lengths: list[int]) -> None:
-        self.cache, self.start, self.lengths = cache, start, lengths
+    ``queries``: of each its length and its rows.
+    """
+
+    def __init__(self, cache: SharedCache, queries: Sequence[tuple[int, Sequence[int]]]) -> None:
+        self.cache, self.queries = cache, queries
         self.position_ids: Tensor
         self.masks: dict[tuple[int, int | None, int | None], Tensor] = {}
 
@@ -201,11 +208,12 @@ class _QueryPass:
         block = self.cache.layer(layer, call.key, call.value).block(0)
         attention = kernels_for(self.cache.device).masked_attention
         outputs, begin = [], 0
-        for i, length in enumerate(self.lengths):
+        for length, rows in self.queries:
             here = slice(begin, begin + length)
             query, key, value = (x[:, :, here] for x in (call.query, call.key, call.value))
-            block.keys[self.start + i, :, :length] = key[0]
-            block.values[self.start + i, :, :length] = value[0]
+            for row in rows:
+                block.keys[row, :, :length] = key[0]
+                block.values[row, :, :length] = value[0]
             outputs.append(attention(call.over(query, key, value), self._mask(length, call)))
             begin += length
         return torch.cat(outputs, dim=2).transpose(1, 2).contiguous()
