@@ -14,13 +14,14 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import json_lines
 from rrhf.losses import RANKING_LOSSES
 from rrhf.recipes.config import parse_config
-from rrhf.recipes.reproduce import run
+from rrhf.recipes.reproduce import run, work
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
 from rrhf.recipes.reproduce.check import compared, read_result
+from rrhf.recipes.reproduce.comparable import require_comparable
 from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.measure import drawn_from_all, looping, prompt_rewards, response_tokens, training_history
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.reproduce.result import models_resident, steps_of, trained_at
+from rrhf.recipes.reproduce.result import models_resident, reward_digests, steps_of, trained_at
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
 from rrhf.recipes.reproduce.scale import read_scale, shipped_scales
 from rrhf.recipes.reproduce.work import Table, by_key
@@ -88,7 +89,8 @@ def result(arm: Arm, seed: int, rate: float | None, reward: float = 0.0) -> Mapp
     gain = {"mean": reward, "low": reward - 0.1, "high": reward + 0.1}
     return {
         "arm": arm.name, "seed": seed, "learning_rate": rate, "rate_reward": reward, "kl": {"mean": 1.0, "n": 0},
-        "proxy": {"start": 0.5, "mean": 0.5 + reward, "gain": gain}, "perplexity": 9.0, "length_mean": 5.0,
+        "proxy": {"start": 0.5, "start_std": 0.2, "mean": 0.5 + reward, "gain": gain},
+        "perplexity": 9.0, "length_mean": 5.0,
         "distinct_2": 0.5, "n": 10, "seconds": {"train": 2.0}, "steps": 4, "samples": 8 if arm is A else 9,
         "load": 0.5, "commit": "c", "models_resident": 1, "peak_memory_bytes": 1, "tokens_sampled": 1,
         "tokens_trained": 1,
@@ -182,9 +184,58 @@ def test_a_result_is_checked_against_its_interval(tmp_path: Path) -> None:
     assert within and sentence == "a, seed 0: reproduced: gain, proxy +0.350 is within [0.200, 0.400]"
     within, sentence = compared(before, result(A, 0, 1e-3, 0.45))
     assert not within and "not reproduced" in sentence and "outside" in sentence
+    other = {**result(A, 0, 1e-3, 0.35), "model": "f00"}
+    assert compared({**before, "model": "ba7"}, other)[1].endswith(
+        "; but the two differ in the weights of ρ (ba7 and f00)"
+    )
     (tmp_path / "r.json").write_text(json.dumps(before))
     with pytest.raises(UserError, match="lacks task, scale, asked"):
         read_result(str(tmp_path / "r.json"))
+
+
+def judged(seed: int, start: float, **more: Any) -> Mapping[str, Any]:
+    whole = result(A, seed, 1e-3)
+    return {**whole, "n": 25, "held_out_samples": 4, "proxy": {**whole["proxy"], "start": start}, **more}
+
+
+def test_results_of_another_model_or_reward_are_refused() -> None:
+    require_comparable([judged(0, 0.5), judged(1, 0.9), judged(0, 0.5 + 0.07)], "there")  # 100 texts: ± 0.08
+    require_comparable(
+        [judged(0, 0.5, model="a", reward_digests=["", "x"]), judged(0, 0.5), judged(1, 0.5, model="a")], ""
+    )
+    for pair, why in (
+        ((judged(0, 0.5), judged(0, 0.59)), r"the mean proxy reward of ρ's texts \(0.500 and 0.590\)"),
+        ((judged(0, 0.5, model="a"), judged(0, 0.5, model="b")), r"the weights of ρ \(a and b\)"),
+        ((judged(0, 0.5, model="a"), judged(3, 0.5, model="b")), r"the weights of ρ"),
+        ((judged(0, 0.5, reward_digests=["x"]), judged(0, 0.5, reward_digests=["y"])), "a reward model's weights"),
+    ):
+        with pytest.raises(UserError, match=rf"there: .* a \(seed 0, rate 0.001\) and a \(.* differ in {why}"):
+            require_comparable([judged(1, 0.1), *pair], "there")
+
+
+def test_what_cannot_be_compared_is_not_put_beside_what_is_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scale, place = read_scale("imdb", "micro", ["model=somewhere"]), Place(tmp_path)
+    place.write_result(Item(A, 0, 1e-3), judged(0, 0.5))
+    monkeypatch.setattr(work, "plan", lambda *job: None)
+    monkeypatch.setattr(work, "carry", lambda job: judged(0, 0.7))
+    with pytest.raises(UserError, match="cannot be compared"):
+        work.work_through(place, scale, Table([B], 1, [1e-3]))
+    assert len(place.results()) == 1
+
+
+def test_a_model_is_told_by_its_weights_and_a_function_by_nothing(tmp_path: Path) -> None:
+    model = tiny.write_model(tmp_path / "rm")
+
+    def digests() -> list[str]:
+        scale = read_scale("hh", "small", ["score.reward=[tiny:f]", f"evaluate.reward=[tiny:f,{model}]"])
+        return reward_digests(parse_config(scale.configuration(arm_named("hh", "SFT"), 0, 1e-4), tmp_path))
+
+    of_function, of_model = digests()
+    assert of_function == "" and len(of_model) == 16
+    (model / "config.json").write_text((model / "config.json").read_text() + " ")
+    assert digests()[1] not in ("", of_model)
 
 
 def test_numbers_beside_the_evaluation(tmp_path: Path) -> None:

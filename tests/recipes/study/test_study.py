@@ -417,6 +417,25 @@ def test_results_are_taken_up_again(file: Path, tmp_path: Path) -> None:
         take(file, place, "hh", "small")
 
 
+def test_results_of_another_reward_get_into_no_file_and_no_folder(file: Path, tmp_path: Path) -> None:
+    """A reward model that was trained anew scores ρ otherwise; every number of that table would be of two rewards."""
+    ours, theirs = ({**line(name, 0), "reward_digests": [digest]} for name, digest in (("SFT", "a"), ("PPO", "b")))
+    place = tmp_path / "lines.jsonl"
+    export([ours], tmp_path, place)
+    before = place.read_bytes()
+    with pytest.raises(UserError, match=r"lines.jsonl: .* SFT \(seed 0.* and PPO \(seed 0.* a reward model's weights"):
+        export([theirs], tmp_path, place)
+    assert place.read_bytes() == before
+    folder = Place(tmp_path / "run")
+    folder.write_result(Item(read_study(file).arm("PPO"), 0, 1e-3), theirs)
+    with pytest.raises(UserError, match="cannot be compared"):
+        take(place, folder, "imdb", "micro")
+    assert len(folder.results()) == 1
+    place.write_text(before.decode() + json.dumps(theirs) + "\n")
+    with pytest.raises(UserError, match="cannot be compared"):
+        read_study(place)
+
+
 def test_a_table_and_its_export_at_urls(file: Path, memory: Any) -> None:
     """Results are taken from a URL; the table's folder stands at one; an export is added to what is there."""
     memory.put(str(file), "/in/lines.jsonl")

@@ -10,6 +10,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import json_lines, read_object
 from rrhf.common.presentation import number
 from rrhf.recipes.reproduce.arms import arm_named
+from rrhf.recipes.reproduce.comparable import difference_of
 from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.run import carry
@@ -60,7 +61,10 @@ def run_again(place: Place, before: Mapping[str, Any]) -> tuple[bool, str]:
 
 
 def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[bool, str]:
-    """Whether the gains of ``now`` lie within the intervals of ``before``, and a sentence about them."""
+    """Whether the gains of ``now`` lie within the intervals of ``before``, and a sentence about them.
+
+    The sentence names what else differs: with another ρ or reward nothing has been run again.
+    """
     parts, within = [], True
     for reward in ("proxy", "gold"):
         if reward not in before:
@@ -73,4 +77,6 @@ def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[bool, s
             f"[{number(interval['low'])}, {number(interval['high'])}]"
         )
     where = f"{before['arm']}, seed {before['seed']}"
+    if difference := difference_of(before, now):
+        parts.append(f"but the two differ in {difference}")
     return within, f"{where}: {'reproduced' if within else 'not reproduced'}: gain, " + "; ".join(parts)

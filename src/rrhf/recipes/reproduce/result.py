@@ -26,6 +26,7 @@ from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
 from rrhf.rewards.kind import RewardContext
+from rrhf.rewards.scoring import may_hold_a_model, reward_digest
 from rrhf.rewards.stage import RewardSettings, score_file
 from rrhf.training.folder import TRAINED
 from rrhf.training.ppo_settings import PPOConfig
@@ -76,9 +77,17 @@ def result_of(work: Work, trained_before: bool = False) -> dict[str, Any]:
         "commit": commit(),
         "trained_at": trained_at(run, trained_before) if arm.has_rate else None,
         "model": model_digest(config.model.model)[:16],
+        "reward_digests": reward_digests(config),
         "config": work.noted,
         "asked": list(work.scale.asked),
     }
+
+
+def reward_digests(config: RunConfig) -> list[str]:
+    """Of each reward that judges, a digest of the model behind it; "" for functions, whose code the commit tells."""
+    anywhere = RewardContext(device="cpu", dtype="float32")  # the type that is computed in makes no other model
+    rewards = config.evaluate_rewards.reward
+    return [reward_digest(name, anywhere)[:16] if may_hold_a_model(name) else "" for name in rewards]
 
 
 def steps_of(arm: Arm, scale: Scale, training: Mapping[str, Any]) -> int:

@@ -14,6 +14,7 @@ from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.arms import Arm
+from rrhf.recipes.reproduce.comparable import require_comparable
 from rrhf.recipes.reproduce.data import with_model, write_prompts
 from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.place import Item, Place
@@ -129,7 +130,7 @@ def work_through(place: Place, scale: Scale, table: Table) -> None:
     An arm that cannot be carried out does not hold the others up.
 
     Raises:
-        UserError: arms that could not be carried out, each with its reason.
+        UserError: arms that could not be carried out, each with its reason; or results that cannot be compared.
         Stopped: a signal came; everything that is finished is kept.
     """
     for arm in table.arms:  # faults of any configuration are told before any work
@@ -154,8 +155,11 @@ def _take(place: Place, scale: Scale, item: Item, failed: dict[str, str]) -> boo
             return False
         if not place.is_done(item):
             try:
-                place.write_result(item, carry(plan(place, scale, item)))
+                result = carry(plan(place, scale, item))
             except UserError as error:
                 log.warning(f"{item.name}: {error}")
                 failed[item.name] = str(error)
+            else:
+                require_comparable([*place.results(), result], place.folder)
+                place.write_result(item, result)
         return True

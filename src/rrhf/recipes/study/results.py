@@ -18,6 +18,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import cache_folder, json_lines, write_text
 from rrhf.common.presentation import NONE
 from rrhf.recipes.reproduce.arms import Arm, arm_named
+from rrhf.recipes.reproduce.comparable import require_comparable
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.scale import REWARDS, SET_ASIDE
 from rrhf.recipes.reproduce.work import Results, by_key, chosen_rate, rate_rewards
@@ -171,7 +172,8 @@ def read_study(file: Path) -> Study:
     """The results in a file of lines.
 
     Raises:
-        UserError: the file cannot be read, holds no result, or results of several tasks or scales.
+        UserError: the file cannot be read, holds no result, results of several tasks or scales, or such as cannot be
+            compared.
     """
     try:
         lines = json_lines(file)
@@ -182,6 +184,7 @@ def read_study(file: Path) -> Study:
         raise UserError(f"{file}: needs results of one task at one scale, as `rrhf reproduce --export` writes them")
     if len({int(line["seed"]) >= SET_ASIDE for line in lines}) > 1:
         raise UserError(f"{file}: has results of prompts set aside and others: they belong into two files")
+    require_comparable(lines, file)
     return Study(lines, file)
 
 
@@ -192,10 +195,14 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
 
     Returns:
         How many lines the file has now.
+
+    Raises:
+        UserError: results of the file and of the folder cannot be compared; the file stays as it is.
     """
     before = json_lines(file) if file.exists() else []
     places = {str(folder.absolute()): ".", str(cache_folder()): "cache"}
     kept = {**by_key(before), **by_key([_portable(result, places, str(folder)) for result in results])}
+    require_comparable(list(kept.values()), file)
     study = Study(list(kept.values()), file)
     chosen = {(name, seed, line["learning_rate"]) for name in study.names for seed, line in study.seeds(name).items()}
     lines = []
@@ -218,11 +225,12 @@ def take(file: Path, place: Place, task: str, scale: str) -> int:
         How many they are.
 
     Raises:
-        UserError: they are of another task or scale.
+        UserError: they are of another task or scale, or cannot be compared with those that are there.
     """
     study = read_study(file)
     if (study.task, study.scale) != (task, scale):
         raise UserError(f"{file}: results of {study.task} at the scale {study.scale}, not of {task} at {scale}")
+    require_comparable([*place.results(), *study.lines], place.folder)
     for line in study.lines:
         item = Item(study.arm(line["arm"]), line["seed"], line["learning_rate"])
         if not place.is_done(item):
