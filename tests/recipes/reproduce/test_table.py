@@ -203,6 +203,8 @@ def test_results_of_another_model_or_reward_are_refused() -> None:
     require_comparable(
         [judged(0, 0.5, model="a", reward_digests=["", "x"]), judged(0, 0.5), judged(1, 0.5, model="a")], ""
     )
+    older = {**judged(0, 0.5), "proxy": {"start": 0.5}}  # noted no deviation
+    require_comparable([older, judged(0, 0.9)], "there")
     for pair, why in (
         ((judged(0, 0.5), judged(0, 0.59)), r"the mean proxy reward of ρ's texts \(0.500 and 0.590\)"),
         ((judged(0, 0.5, model="a"), judged(0, 0.5, model="b")), r"the weights of ρ \(a and b\)"),

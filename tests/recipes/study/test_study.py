@@ -333,6 +333,7 @@ def test_results_without_a_gold_reward_make_a_page(file: Path, tmp_path: Path) -
     """As those of HH are: what needs gold is left out, losses are in the order of the reward that trains."""
     lines = [{**one, "prompts": {"proxy": one["prompts"]["proxy"]}, "asked": ["score.reward=[rm]"]}
              for one in read_study(file).lines]  # fmt: skip
+    lines[3]["asked"] = [*lines[3]["asked"], "a.key=1"]
     kept = file.parent / "imdb-micro-no-gold.jsonl"
     export([{**one, "kl": {"mean": 1.0 + 50 * (one["learning_rate"] == 1e-3)}} for one in lines], file, kept)
     page = file.parent.parent / "without.md"
@@ -342,7 +343,10 @@ def test_results_without_a_gold_reward_make_a_page(file: Path, tmp_path: Path) -
     write_page([read_study(kept)], elsewhere)
     (named,) = re.findall(r"lines in `(.*)` by", elsewhere.read_text())
     assert named.startswith("../") and (elsewhere.parent / named).resolve() == kept.resolve()
-    assert "## imdb at the scale micro, no-gold" in text and "settings: `score.reward=[rm]`." in text
+    assert (
+        "## imdb at the scale micro, no-gold" in text
+        and f"settings: `score.reward=[rm]`, `a.key=1` (of 1 of {len(lines)} lines)." in text
+    )
     equal = text[text.index("### Proxy reward at equal KL") :]
     assert re.search(r"\| DPO \| [^|]* \(1\) \|", equal) and re.search(r"\| PPO \| [^|]* \(3\) \|", equal)
     assert "### Proxy reward at equal KL" in text and "proxy less the hinge's" in text

@@ -47,10 +47,11 @@ def difference_of(one: Result, other: Result) -> str | None:
             return f"{meaning} ({one[key]} and {other[key]})"
     for reward in REWARDS if one["seed"] == other["seed"] else ():
         means = [result.get(reward, {}).get("start") for result in (one, other)]
-        if None in means:
+        deviation = one.get(reward, {}).get("start_std")
+        if deviation is None or None in means:
             continue
         texts = one["n"] * one.get("held_out_samples", 1)
-        if abs(means[0] - means[1]) > APART * one[reward]["start_std"] / math.sqrt(texts):
+        if abs(means[0] - means[1]) > APART * deviation / math.sqrt(texts):
             return f"the mean {reward} reward of ρ's texts ({number(means[0])} and {number(means[1])})"
     return None
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -105,10 +106,17 @@ def _size(study: Study) -> str:
         "error and the degrees of freedom of Hillis (2007). Differences are paired by seed and prompt. What is one "
         "number a training (accuracies, correlations, deviations, spreads) has the interval of Student's t over seeds.",
     ]
-    asked = dict.fromkeys(setting for line in study.lines for setting in line["asked"])
+    asked = Counter(setting for line in study.lines for setting in line["asked"])
     if asked:
-        said.append("Laid over the scale's own settings: " + ", ".join(f"`{setting}`" for setting in asked) + ".")
+        said.append(
+            "Laid over the scale's own settings: " + ", ".join(_asked(*each, study) for each in asked.items()) + "."
+        )
     return "\n\n".join(said)
+
+
+def _asked(setting: str, lines: int, study: Study) -> str:
+    """A setting, and of how many lines it is where it is not of all."""
+    return f"`{setting}`" + (f" (of {lines} of {len(study.lines)} lines)" if lines < len(study.lines) else "")
 
 
 PILOT = (("RRHF-DP", "start"), ("RRHF-DP", "RRHF-BP"), ("RRHF-DP", "PPO"))  # differences that a size is told by
