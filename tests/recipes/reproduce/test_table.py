@@ -201,7 +201,7 @@ def judged(seed: int, start: float, **more: Any) -> Mapping[str, Any]:
 def test_results_of_another_model_or_reward_are_refused() -> None:
     require_comparable([judged(0, 0.5), judged(1, 0.9), judged(0, 0.5 + 0.07)], "there")  # 100 texts: ± 0.08
     require_comparable(
-        [judged(0, 0.5, model="a", reward_digests=["", "x"]), judged(0, 0.5), judged(1, 0.5, model="a")], ""
+        [judged(0, 0.5, model="a", reward_digests=["", ""]), judged(0, 0.5), judged(1, 0.5, model="a")], ""
     )
     older = {**judged(0, 0.5), "proxy": {"start": 0.5}}  # noted no deviation
     require_comparable([older, judged(0, 0.9)], "there")
@@ -210,9 +210,12 @@ def test_results_of_another_model_or_reward_are_refused() -> None:
         ((judged(0, 0.5, model="a"), judged(0, 0.5, model="b")), r"the weights of ρ \(a and b\)"),
         ((judged(0, 0.5, model="a"), judged(3, 0.5, model="b")), r"the weights of ρ"),
         ((judged(0, 0.5, reward_digests=["x"]), judged(0, 0.5, reward_digests=["y"])), "a reward model's weights"),
+        ((judged(0, 0.5), judged(3, 0.5, reward_digests=["x"])), "a reward model, whose weights only one"),  # older
     ):
         with pytest.raises(UserError, match=rf"there: .* a \(seed 0, rate 0.001\) and a \(.* differ in {why}"):
-            require_comparable([judged(1, 0.1), *pair], "there")
+            require_comparable(pair, "there")
+    with pytest.raises(UserError, match="the weights of ρ"):  # the first of all did not note them
+        require_comparable([judged(1, 0.1), judged(0, 0.5, model="a"), judged(3, 0.5, model="b")], "there")
 
 
 def test_what_cannot_be_compared_is_not_put_beside_what_is_there(

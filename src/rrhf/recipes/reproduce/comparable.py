@@ -22,7 +22,8 @@ def require_comparable(results: Sequence[Result], where: object) -> None:
     """Refuse results that differ in ρ or a reward model, or, of one seed, in what the rewards say of ρ's texts.
 
     Args:
-        results: of one task at one scale; what older ones did not note is not compared.
+        results: of one task at one scale. What older ones did not note is not compared, but for a reward model: of
+            one that only some of them name nobody knows whether it judged the others.
         where: the file or folder they stand in, for the message.
 
     Raises:
@@ -30,7 +31,7 @@ def require_comparable(results: Sequence[Result], where: object) -> None:
     """
     first: dict[object, Result] = {}
     for result in results:
-        for what in (*(key for key in DIGESTS if result.get(key)), int(result["seed"])):
+        for what in ("any", *(key for key in DIGESTS if result.get(key)), int(result["seed"])):
             other = first.setdefault(what, result)
             if difference := difference_of(other, result):
                 raise UserError(
@@ -43,8 +44,12 @@ def require_comparable(results: Sequence[Result], where: object) -> None:
 def difference_of(one: Result, other: Result) -> str | None:
     """What two results differ in that should be the same; None where that is nothing."""
     for key, meaning in DIGESTS.items():
-        if one.get(key) and other.get(key) and one[key] != other[key]:
-            return f"{meaning} ({one[key]} and {other[key]})"
+        noted = [result.get(key) for result in (one, other)]
+        if all(noted) and noted[0] != noted[1]:
+            return f"{meaning} ({noted[0]} and {noted[1]})"
+    judges = [any(result.get("reward_digests") or []) for result in (one, other)]
+    if judges[0] != judges[1]:
+        return "a reward model, whose weights only one of the two names"
     for reward in REWARDS if one["seed"] == other["seed"] else ():
         means = [result.get(reward, {}).get("start") for result in (one, other)]
         deviation = one.get(reward, {}).get("start_std")
