@@ -26,14 +26,11 @@ def test_the_interval_is_that_of_both_draws() -> None:
     of_seeds, of_prompts = values.mean(axis=1), values.mean(axis=0)
     rest = values - of_seeds[:, None] - of_prompts + values.mean()
     error = np.sqrt(of_seeds.var(ddof=1) / 10 + of_prompts.var(ddof=1) / 200 - (rest**2).sum() / (9 * 199) / 2000)
-    freedom = 9 * error**4 / (of_seeds.var(ddof=1) / 10) ** 2
-    assert standard_error(values) == (pytest.approx(error), pytest.approx(freedom))
+    assert standard_error(values) == (pytest.approx(error), 9)
     assert found.mean == pytest.approx(values.mean())
-    assert found.high - found.low == pytest.approx(2 * stats.t(freedom).ppf(0.975) * error, rel=0.03)
-    assert found.p == pytest.approx(2 * stats.t(freedom).sf(found.mean / error)) and (found.seeds, found.prompts) == (
-        10,
-        200,
-    )
+    assert found.high - found.low == pytest.approx(2 * stats.t(9).ppf(0.975) * error, rel=0.03)
+    assert found.p == pytest.approx(2 * stats.t(9).sf(found.mean / error))
+    assert (found.seeds, found.prompts) == (10, 200)
     assert bootstrap(values) == found and bootstrap(-values).mean == -found.mean
 
 
@@ -43,18 +40,20 @@ def test_intervals_cover_the_truth_about_as_often_as_they_say() -> None:
     for _ in range(200):
         found = bootstrap(crossed(generator, 10, 60, (0.1, 0.3, 0.3)), samples=1_000)
         covered += found.low <= 0 <= found.high
-    assert 0.91 < covered / 200 < 0.99
+    assert covered / 200 > 0.93
 
 
-@pytest.mark.parametrize("deviations", [(0.1, 0.3, 0.3), (0.0, 0.3, 0.3), (0.1, 0.0, 0.3), (0.0, 0.0, 0.3)])
-def test_p_values_of_three_seeds_are_what_they_say(deviations: tuple[float, float, float]) -> None:
-    """A bootstrap's own p-values find what is not there in 16 and in 0 of 100 such studies, where 5 are meant."""
-    generator, false = np.random.default_rng(3), 0
-    for _ in range(2_000):
-        values = crossed(generator, 3, 100, deviations)
+@pytest.mark.parametrize("deviations", [(0.0, 0.05, 0.16), (0.03, 0.05, 0.2), (0.1, 0.3, 0.3)])
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_no_more_tests_find_what_is_not_there_than_they_say(seeds: int, deviations: tuple[float, float, float]) -> None:
+    """At 5 % and as the first of 44 in Holm's method, where Hillis's degrees of freedom let up to 14 times as many."""
+    generator, studies, levels = np.random.default_rng(3), 4_000, np.array([0.05, 0.05 / 44])
+    false = np.zeros(2)
+    for _ in range(studies):
+        values = crossed(generator, seeds, 40, deviations)
         error, freedom = standard_error(values)
-        false += bool(2 * stats.t(freedom).sf(abs(values.mean()) / error) < 0.05)
-    assert 0.03 < false / 2_000 < 0.09
+        false += 2 * stats.t(freedom).sf(abs(values.mean()) / error) < levels
+    assert (false / studies <= levels + 3 * np.sqrt(levels / studies)).all()
 
 
 def test_numbers_of_seeds_alone_have_the_interval_of_students_t() -> None:
@@ -63,7 +62,8 @@ def test_numbers_of_seeds_alone_have_the_interval_of_students_t() -> None:
     assert found.p == pytest.approx(wanted.pvalue)
     interval = wanted.confidence_interval(0.95)
     assert (found.low, found.high) == (pytest.approx(interval.low), pytest.approx(interval.high))
-    assert (bootstrap(values[:1]).low, bootstrap(values[:1]).p) == (0.1, 1.0)  # of one there is nothing to say
+    alone = bootstrap(values[:1])
+    assert np.isnan(alone.low) and alone.p == 1.0 and str(alone) == "+0.100"  # of one there is nothing to say
     assert bootstrap(np.zeros((3, 4))).p == 1.0
 
 
@@ -82,9 +82,8 @@ def test_missing_scores_and_single_seeds() -> None:
 def test_components_are_found_and_say_what_a_study_resolves() -> None:
     found = components(crossed(np.random.default_rng(2), 300, 400, (0.2, 0.4, 0.3)))
     assert [found.seed, found.prompt, found.rest] == pytest.approx([0.04, 0.16, 0.09], rel=0.15)
-    error, freedom = found.standard_error(10, 200)
+    error = found.standard_error(10, 200)
     assert error == pytest.approx((0.004 + 0.0008 + 0.000045) ** 0.5, rel=0.1)
-    assert 9 < freedom < 20  # mostly those of ten seeds
     assert found.resolvable(10, 200) > 2.802 * error  # as much as known variances would need
     with pytest.raises(ValueError, match="two seeds"):
         components(np.zeros((1, 5)))
@@ -92,7 +91,7 @@ def test_components_are_found_and_say_what_a_study_resolves() -> None:
 
 @pytest.mark.parametrize(("seeds", "tests"), [(3, 1), (5, 20), (10, 1)])
 def test_a_difference_that_a_study_resolves_is_found_by_most(seeds: int, tests: int) -> None:
-    variances = Components(0.0017, 0.0005, 0.03)
+    variances = Components(0.0017, 0.00005, 0.03)
     generator, found, size = np.random.default_rng(5), 0, variances.resolvable(seeds, 200, tests)
     deviations = variances.seed**0.5, variances.prompt**0.5, variances.rest**0.5
     for _ in range(1_000):

@@ -15,12 +15,13 @@ from rrhf.cli.main import main
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.check import read_result
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.study.claims import CLAIMS, FAILS, HOLDS, MISSING, OPEN, balance, judged, rivalries
+from rrhf.recipes.study.claims import CLAIMS, balance, judged, over_the_same_steps
 from rrhf.recipes.study.figures import figures, mean_point
-from rrhf.recipes.study.frontier import at_equal_kl
+from rrhf.recipes.study.frontier import at_equal_kl, rivalries
 from rrhf.recipes.study.losses import by_gain, compared, losses
 from rrhf.recipes.study.page import write_page
 from rrhf.recipes.study.results import Study, export, read_study, take
+from rrhf.recipes.study.verdicts import FAILS, HOLDS, MISSING, OPEN
 
 SEEDS, PROMPTS = 6, 50
 LEVEL = {  # an arm's mean proxy reward; its gold reward is half as far from 0.5
@@ -46,7 +47,7 @@ def line(name: str, seed: int, rate: float | None = 1e-3, level: float | None = 
     proxy = level + prompts + generator.normal(0, 0.05, PROMPTS) * (1 if name == "start" else 0.5)
     gold = 0.5 + (level - 0.5) / 2 + prompts + generator.normal(0, 0.05, PROMPTS)
     has_rate, lost = name not in ("start", "best-of-4"), 0.3 if name == "PPO" else 0.1
-    history = [{"step": step, "loss": 2 - step / 10, "eval_reward_mean": 0.5 + step / 40} for step in range(0, 12, 4)]
+    history = [{"step": step, "loss": 2 - step / 10, "eval_reward_mean": 0.5 + step / 40} for step in range(0, 20, 4)]
     curve = [{"n": n, "mean": value} for n, value in ((1, 0.5), (2, 0.6), (3, 0.7), (4, 0.75))]
     gain = {"rho": {"mean": 0.5}, "pi": {"mean": 0.7}, "gain": {"mean": 0.2 + seed / 1000}}
     return {
@@ -85,7 +86,7 @@ def test_verdicts_are_those_that_the_truth_demands(file: Path) -> None:
     wanted = {"a": HOLDS, "b": HOLDS, "c": HOLDS, "d": FAILS, "f": HOLDS, "i": HOLDS, "j": HOLDS, "k": HOLDS,
               "l": FAILS, "q": HOLDS, "r": HOLDS, "h": MISSING, "o": MISSING, "s": MISSING, "e": MISSING}  # fmt: skip
     assert {letter: found[letter].verdict for letter in wanted} == wanted
-    assert found["p"].verdict in ("RRHF-DP > RRHF-BP", "RRHF-BP > RRHF-DP")  # which differ by noise alone
+    assert found["p"].verdict in ("RRHF-DP ≈ RRHF-BP", "RRHF-BP ≈ RRHF-DP")  # which differ by noise alone
     assert [test.verdict for test in found["p"].tests] == [OPEN]
     assert "6 s to sample, score and train; PPO: 3 models, 2.00 GB, 8 s" in found["r"].said  # not to measure
     assert found["l"].said.count("not by n = 4") == 2
@@ -137,24 +138,57 @@ def test_starts_end_alike_within_a_twentieth_of_the_spread_of_rho(tmp_path: Path
     assert found.verdict == OPEN
 
 
-@pytest.mark.parametrize(
-    ("gold", "perplexity", "verdict"), [(-0.1, 60.0, HOLDS), (0.1, 60.0, FAILS), (-0.1, 15.0, FAILS)]
-)
-def test_hacking_has_its_price_in_gold_and_perplexity(
-    tmp_path: Path, gold: float, perplexity: float, verdict: str
+@pytest.mark.parametrize(("gold", "distinct", "verdict"), [(-0.1, 0.2, HOLDS), (0.1, 0.2, FAILS), (-0.1, 0.9, FAILS)])
+def test_hacking_has_its_price_in_gold_and_in_the_texts(
+    tmp_path: Path, gold: float, distinct: float, verdict: str
 ) -> None:
+    """On IMDB texts are all alike, as in the paper; on HH, where no gold reward is, they are improbable."""
     runs = [line(name, seed, level=level) for name, level in (("start", 0.5), ("OP", 0.9), ("OP+KL", 0.7))
             for seed in range(SEEDS)]  # fmt: skip
     for run in runs:
         if run["arm"] == "OP":
             kept = next(one for one in runs if (one["arm"], one["seed"]) == ("OP+KL", run["seed"]))["prompts"]["gold"]
             run["prompts"]["gold"] = (np.array(kept) + gold).tolist()
-            run["perplexity"] = perplexity + run["seed"] / 10
+            run["distinct_2"], run["perplexity"] = distinct + run["seed"] / 1000, 60 * distinct + run["seed"] / 10
     (found,) = [finding for claim, finding in judged(Study(runs, tmp_path)) if claim.letter == "h"]
     assert found.verdict == verdict and len(found.tests) == 4
-    without = [{**run, "prompts": {"proxy": run["prompts"]["proxy"]}} for run in runs]  # as on HH: perplexity alone
+    without = [{**run, "task": "hh", "prompts": {"proxy": run["prompts"]["proxy"]}} for run in runs]
     (found,) = [finding for claim, finding in judged(Study(without, tmp_path)) if claim.letter == "h"]
-    assert found.verdict == (HOLDS if perplexity > 20 else FAILS) and len(found.tests) == 1
+    assert found.verdict == (HOLDS if distinct > 0.5 else FAILS) and len(found.tests) == 1
+
+
+@pytest.mark.parametrize(("rise", "verdict"), [(0.2, HOLDS), (0.02, FAILS), (0.08, OPEN)])
+def test_an_accuracy_that_rises_a_little_does_not_rise_far(tmp_path: Path, rise: float, verdict: str) -> None:
+    runs = [line("RRHF-DP", seed) for seed in range(SEEDS)]
+    for run in runs:
+        gain = {"mean": rise + (run["seed"] - 2.5) / 1000}
+        run["accuracy"] = {"rho": {"mean": 0.5}, "pi": {"mean": 0.5 + rise}, "gain": gain}
+    (found,) = [finding for claim, finding in judged(Study(runs, tmp_path)) if claim.letter == "i"]
+    assert found.verdict == verdict and f"RRHF-DP 0.500 → {0.5 + rise:.3f}, {rise:+.3f} [" in found.said
+
+
+def test_rewards_follow_the_samples_of_rho_and_those_of_pi_are_told_beside(tmp_path: Path) -> None:
+    """IP-3 and OP, whose samples are their own, would turn the order of the four others round."""
+    arms = {"RRHF-B": (0.50, 0.6), "RRHF-BP": (0.52, 0.62), "RRHF-SP": (0.54, 0.64), "RRHF-DP": (0.56, 0.7),
+            "IP-3": (0.9, 0.1), "OP": (0.95, 0.05)}  # fmt: skip
+    runs = [{**line(name, seed, level=level), "training_scores": {"mean": mean, "max": mean + 0.2}}
+            for name, (mean, level) in arms.items() for seed in range(SEEDS)]  # fmt: skip
+    (found,) = [finding for claim, finding in judged(Study(runs, tmp_path)) if claim.letter == "e"]
+    assert found.verdict == HOLDS and "over 4 arms" in found.said and "mean +1.00" in found.said
+    assert "OP: mean 0.950, maximum 1.150, π 0.0" in found.said
+
+
+def test_sensitivity_is_held_against_ppo_with_its_penalty_too(tmp_path: Path) -> None:
+    """PPO alone has 0.3 between its best and its worst rate, with the penalty no more than RRHF-DP."""
+    runs = [line(name, seed, rate) for name in ("PPO", "RRHF-DP") for seed in range(SEEDS) for rate in (1e-4, 1e-3)]
+    for run in runs:
+        run["rate_reward"] += (run["seed"] - 2.5) / 1000 * (run["learning_rate"] == 1e-3) * (run["arm"] == "PPO")
+    calm = [{**run, "arm": "PPO+KL"} for run in runs if run["arm"] == "RRHF-DP"]
+    for run in calm:
+        run["rate_reward"] += (run["seed"] - 2.5) / 1000 * (run["learning_rate"] == 1e-3)
+    found = {claim.letter: one for claim, one in judged(Study([*runs, *calm], tmp_path))}["q"]
+    assert [test.verdict for test in found.tests] == [HOLDS, OPEN] and found.verdict == OPEN
+    assert "RRHF-DP 0.100 (33% of its gain)" in found.said
 
 
 def test_wombat_is_held_against_sft(tmp_path: Path) -> None:
@@ -182,8 +216,15 @@ def test_of_two_arms_one_that_fails_is_told(file: Path) -> None:
     assert found["f"].verdict == FAILS and "RRHF-DP" in found["f"].said
 
 
+def test_a_loss_stands_beside_the_reward_of_the_steps_that_it_is_the_mean_of() -> None:
+    losses = {2: 9.0, 4: 7.0, 8: 4.0, 16: 1.0}  # noted at steps 2 and 4 since the first look, and once until the third
+    assert over_the_same_steps(losses, {0: 0.5, 4: 0.7, 8: 0.8, 12: 0.9}) == [
+        (8.0, pytest.approx(0.6)), (4.0, pytest.approx(0.75)),
+    ]  # fmt: skip
+
+
 def test_loss_and_reward_are_held_together_at_every_rate(tmp_path: Path) -> None:
-    falling = [{"step": step, "loss": 2 - step / 10, "eval_reward_mean": 0.5 - step / 40} for step in range(0, 12, 4)]
+    falling = [{"step": step, "loss": 2 - step / 10, "eval_reward_mean": 0.5 - step / 40} for step in range(0, 20, 4)]
     runs = [line("RRHF-DP+watched", seed) for seed in range(SEEDS)]
     slow = [line("RRHF-DP+watched", seed, 1e-4) | {"history": falling, "rate_reward": 0.1} for seed in range(SEEDS)]
     for run, up in zip([*runs, *slow], [0, 0.01, 0.02, 0, 0.01, 0.02] * 2, strict=True):  # no two trainings are alike
@@ -223,8 +264,9 @@ def test_gains_at_equal_kl_lie_on_the_line_between_two_runs_of_a_seed(tmp_path: 
     runs = [line("start", seed) for seed in (0, 1, 2)]
     for seed in (0, 1):
         runs += frontier("RRHF-DP", {4.0: 0.1, 16.0: 0.2, 36.0: 0.1}, seed) + frontier(
-            "SFT", {1.0: 0.0, 25.0: 0.2}, seed
+            "SFT", {4.0: 0.0, 25.0: 0.2}, seed
         )
+    runs += frontier("PPO", {2.0: 0.0, 18.1: 0.2}, 0) + frontier("DPO", {2.0: 0.0, 17.9: 0.2}, 0)
     runs += frontier("RRHF-DP", {1.0: 0.9, 2.0: 0.9}, 2)  # comes nowhere near
     study = Study(runs, tmp_path)
     found = {kl: at_equal_kl(study, "RRHF-DP", kl, "gold") for kl in (2.0, 3.9, 4.0, 9.0, 25.0, 36.0, 37.0)}
@@ -232,9 +274,10 @@ def test_gains_at_equal_kl_lie_on_the_line_between_two_runs_of_a_seed(tmp_path: 
     assert known == {2.0: (pytest.approx(0.9), 1), 4.0: (pytest.approx(0.1), 2), 9.0: (pytest.approx(0.15), 2),
                      25.0: (pytest.approx(0.15), 2), 36.0: (pytest.approx(0.1), 2)}  # fmt: skip
     less = at_equal_kl(study, "RRHF-DP", 9.0, "gold", other="SFT")
-    assert less is not None and (less.mean, less.seeds) == (pytest.approx(0.15 - 0.1), 2)
+    assert less is not None and (less.mean, less.seeds) == (pytest.approx(0.15 - 0.2 / 3), 2)
     assert less.low == pytest.approx(less.high)  # no prompt differs from another: paired by prompt
     assert at_equal_kl(study, "RRHF-DP", 2.0, "gold", other="SFT") is None  # no seed has both there
+    assert at_equal_kl(study, "PPO", 9.0, "gold") is None and at_equal_kl(study, "DPO", 9.0, "gold")  # 3 times in √KL
 
 
 def test_what_a_search_found_is_held_against_its_rivals_at_equal_kl(tmp_path: Path) -> None:
@@ -324,9 +367,13 @@ def test_a_point_of_the_losses_picture_is_the_mean_over_seeds(file: Path) -> Non
         {**line("DPO", seed), "kl": {"mean": 2.0 + seed}, "gold": {"gain": {"mean": 0.1 * seed}}} for seed in (1, 2)
     ]
     runs.append({**line("DPO", 3), "kl": None, "gold": {"gain": {"mean": 9.0}}})  # judged without KL
-    study = Study(runs, file)
-    assert mean_point(study, "DPO", 1e-3, "gold") == (pytest.approx(3.5), pytest.approx(0.15))
-    assert mean_point(study, "DPO", 3e-4, "gold") is None
+    first = Study(runs, file)  # whose first seed ran one rate
+    assert mean_point(first, "DPO", 1e-3, "gold") == (pytest.approx(3.5), pytest.approx(0.15))
+    near = [{**line("DPO", 1, 3e-4), "kl": {"mean": 1.0}, "gold": {"gain": {"mean": 0.05}}}]
+    study = Study([*runs, *near], file)  # seed 2 ran the best rate alone: a line is of the same seeds all along
+    assert mean_point(study, "DPO", 1e-3, "gold") == (pytest.approx(3.0), pytest.approx(0.1))
+    assert mean_point(study, "DPO", 3e-4, "gold") == (pytest.approx(1.0), pytest.approx(0.05))
+    assert mean_point(study, "DPO", 1e-4, "gold") is None
 
 
 def test_results_without_a_gold_reward_make_a_page(file: Path, tmp_path: Path) -> None:
@@ -335,7 +382,7 @@ def test_results_without_a_gold_reward_make_a_page(file: Path, tmp_path: Path) -
              for one in read_study(file).lines]  # fmt: skip
     lines[3]["asked"] = [*lines[3]["asked"], "a.key=1"]
     kept = file.parent / "imdb-micro-no-gold.jsonl"
-    export([{**one, "kl": {"mean": 1.0 + 50 * (one["learning_rate"] == 1e-3)}} for one in lines], file, kept)
+    export([{**one, "kl": {"mean": 8.0 + 50 * (one["learning_rate"] == 1e-3)}} for one in lines], file, kept)
     page = file.parent.parent / "without.md"
     write_page([read_study(kept)], page)
     text = page.read_text()
@@ -348,7 +395,7 @@ def test_results_without_a_gold_reward_make_a_page(file: Path, tmp_path: Path) -
         and f"settings: `score.reward=[rm]`, `a.key=1` (of 1 of {len(lines)} lines)." in text
     )
     equal = text[text.index("### Proxy reward at equal KL") :]
-    assert re.search(r"\| DPO \| [^|]* \(1\) \|", equal) and re.search(r"\| PPO \| [^|]* \(3\) \|", equal)
+    assert re.search(r"\| DPO \| – \| – \| [^|]* \(1\)", equal) and re.search(r"\| PPO \| – \| – \| [^|]* \(3\)", equal)
     assert "### Proxy reward at equal KL" in text and "proxy less the hinge's" in text
     assert ", gold:" not in text and "RRHF-DP − ρ, proxy" in text and "gain in gold" not in text
     assert (page.parent / "without" / "imdb-micro-no-gold-frontier.svg").exists()

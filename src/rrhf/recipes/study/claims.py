@@ -1,120 +1,30 @@
-"""The paper's claims, each held against results: the tests it rests on, its verdict, and what else could explain it.
-
-A claim with tests holds where each of them points its way with a Holm-adjusted p below 0.05 over all tests of its
-section, fails where one points the other way with that certainty, and is not resolved otherwise. The others say their
-own rule.
-Nothing is resolved by fewer than three seeds: how far trainings differ from each other is not known then.
-"""
+"""The paper's claims, each held against results: the tests or the rule it rests on, and what else could explain it."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from itertools import pairwise
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 
-from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.reproduce.work import rate_rewards
-from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl
 from rrhf.recipes.study.losses import SAMPLES, by_gain, gained, hinge, losses
 from rrhf.recipes.study.results import Study, making
-from rrhf.recipes.study.statistics import ALPHA, Estimate, bootstrap, holm
+from rrhf.recipes.study.statistics import Estimate, bootstrap
+from rrhf.recipes.study.verdicts import FAILS, HOLDS, OPEN, SEEDS, Claim, Finding, Test, adjusted
 
-HOLDS, FAILS, OPEN, MISSING = "holds", "fails", "not resolved", "not run"
 AT_LEAST = 0.02  # "at least as good" allows so much less reward
-SEEDS = 3  # fewer resolve nothing
-NEAR = 0.05  # two rewards are near each other within this
+NEAR = 0.05  # two rewards between 0 and 1 are near each other within this; others within so much of ρ's spread
+FAR = 0.08  # an accuracy that rises by so much rises far: half of what the paper's does
 WATCHED = "RRHF-DP+watched"  # answers held-out prompts while it trains
 MAIN = ("RRHF-BP", "RRHF-DP")  # RRHF's arms that rivals are compared with
 
 
-@dataclass(frozen=True)
-class Test:
-    """A difference that a claim says is above 0 (``sign`` 1) or below (−1)."""
-
-    what: str
-    estimate: Estimate
-    sign: int = 1
-    adjusted: float = 1.0
-
-    @property
-    def verdict(self) -> str:
-        if self.adjusted >= ALPHA or self.estimate.seeds < SEEDS:
-            return OPEN
-        return HOLDS if self.estimate.mean * self.sign > 0 else FAILS
-
-
-@dataclass(frozen=True)
-class Finding:
-    """What results say of a claim."""
-
-    tests: Sequence[Test] = ()
-    said: str = ""  # numbers beside the tests
-    own: str | None = None  # a verdict by the claim's own rule
-    arms: Sequence[str] = ()  # that it rests on
-
-    @property
-    def verdict(self) -> str:
-        if self.own is not None:
-            return self.own
-        found = {test.verdict for test in self.tests}
-        if not found:
-            return MISSING
-        return FAILS if FAILS in found else OPEN if OPEN in found else HOLDS
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A claim of the paper.
-
-    Attributes:
-        letter, text: which, and what it says.
-        paper: its numbers there.
-        besides: what else could explain what is seen.
-        measure: holds it against results; a finding without tests and verdict where the arms were not run.
-    """
-
-    letter: str
-    text: str
-    paper: str
-    besides: str
-    measure: Callable[[Study], Finding] = field(repr=False)
-
-
 def judged(study: Study) -> list[tuple[Claim, Finding]]:
     """Every claim with its finding, the p-values of all tests adjusted together."""
-    found = [_of_enough_seeds(study, claim.measure(study)) for claim in CLAIMS]
-    adjusted = iter(holm([test.estimate.p for finding in found for test in finding.tests]))
-    return [
-        (claim, replace(finding, tests=[replace(test, adjusted=next(adjusted)) for test in finding.tests]))
-        for claim, finding in zip(CLAIMS, found, strict=True)
-    ]
-
-
-def _of_enough_seeds(study: Study, finding: Finding) -> Finding:
-    """A verdict by a claim's own rule is open where an arm has fewer seeds than resolve anything."""
-    few = any(len(study.seeds(name)) < SEEDS for name in finding.arms)
-    return replace(finding, own=OPEN) if few and finding.own in (HOLDS, FAILS) else finding
-
-
-RIVALS = ("RRHF-DP", "OP", "SimPO")  # that a better recipe must beat: hinge on samples of ρ and of π, SimPO for lists
-
-
-def rivalries(study: Study) -> list[Test]:
-    """Every other arm against each rival at equal KL, in both rewards, p-values adjusted together."""
-    tests = []
-    for name in study.names:
-        if name in (*RIVALS, "start"):
-            continue
-        for rival in RIVALS:
-            for distance in DISTANCES:
-                for reward in REWARDS:
-                    found = at_equal_kl(study, name, distance, reward, rival) if rival in study.names else None
-                    if found is not None and found.seeds >= SEEDS:
-                        tests.append(Test(f"{name} − {rival} at KL {distance:g}, {reward}", found))
-    adjusted = holm([test.estimate.p for test in tests])
-    return [replace(test, adjusted=p) for test, p in zip(tests, adjusted, strict=True)]
+    findings = adjusted(study, [claim.measure(study) for claim in CLAIMS])
+    return list(zip(CLAIMS, findings, strict=True))
 
 
 # -- parts of findings
@@ -137,9 +47,10 @@ def mean(values: np.ndarray, digits: int = 2) -> str:
 
 
 def beside(study: Study, names: Sequence[str]) -> str:
-    """KL and perplexity of arms."""
+    """KL, perplexity and variety of arms."""
     return "; ".join(
-        f"{name}: KL {mean(study.numbers(name, 'kl', 'mean'))}, perplexity {mean(study.numbers(name, 'perplexity'), 1)}"
+        f"{name}: KL {mean(study.numbers(name, 'kl', 'mean'))}, perplexity "
+        f"{mean(study.numbers(name, 'perplexity'), 1)}, distinct-2 {mean(study.numbers(name, 'distinct_2'))}"
         for name in names
         if study.seeds(name)
     )
@@ -162,6 +73,10 @@ def at_least_ppo(study: Study) -> Finding:
     online = study.difference("OP", "PPO", "proxy") if tests else None
     if online is not None:
         said += f"; OP − PPO, proxy: {online}, which both train on samples of π"
+    for name in MAIN:
+        penalised = study.difference(name, "PPO+KL", "proxy")
+        if penalised is not None:
+            said += f"; {name} − PPO+KL, proxy: {penalised} ({penalised.seeds} seeds)"
     return Finding(tests, said)
 
 
@@ -197,11 +112,13 @@ def _ends(line: Mapping[str, object]) -> list[tuple[float, float]] | None:
     return [(1 - sft[step] / loss[step], order[step]) for step in (steps[0], steps[-1])] if steps else None
 
 
-SOURCES = ("RRHF-B", "RRHF-BP", "RRHF-D", "RRHF-DP", "RRHF-DP+diverse-2", "RRHF-DP+diverse-8", "IP-2", "IP-3", "OP")
+OFFLINE = ("RRHF-B", "RRHF-BP", "RRHF-SP", "RRHF-D", "RRHF-DP", "RRHF-P", "RRHF-DP+diverse-2", "RRHF-DP+diverse-8")
+SOURCES = (*OFFLINE, "IP-2", "IP-3", "OP")
 
 
 def follows_training_samples(study: Study) -> Finding:
-    names = [name for name in SOURCES if study.numbers(name, "training_scores", "mean").size]
+    """Over the arms whose samples are ρ's: samples of π follow π, whatever it learns from them."""
+    names = _with_training_scores(study, OFFLINE)
     if len(names) < 4:
         return Finding()
     reward = [float(np.nanmean(study.rewards(name, "proxy"))) for name in names]
@@ -212,7 +129,17 @@ def follows_training_samples(study: Study) -> Finding:
     low, high = min(found.values()), max(found.values())
     own = HOLDS if low >= 0.7 else FAILS if high <= 0 else OPEN
     said = ", ".join(f"with their {which} {value:+.2f}" for which, value in found.items())
-    return Finding((), f"rank correlation over {len(names)} arms: {said} (holds: both ≥ 0.7)", own, names)
+    each = "; ".join(
+        f"{name}: mean {mean(study.numbers(name, 'training_scores', 'mean'), 3)}, maximum "
+        f"{mean(study.numbers(name, 'training_scores', 'max'), 3)}, π {np.nanmean(study.rewards(name, 'proxy')):.3f}"
+        for name in _with_training_scores(study, SOURCES)
+    )
+    said = f"rank correlation over {len(names)} arms with samples of ρ: {said} (holds: both ≥ 0.7); {each}"
+    return Finding((), said, own, names)
+
+
+def _with_training_scores(study: Study, names: Sequence[str]) -> list[str]:
+    return [name for name in names if study.numbers(name, "training_scores", "mean").size]
 
 
 def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
@@ -220,20 +147,31 @@ def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
     return float(np.asarray(np.corrcoef(ranks))[0, 1])
 
 
+def _near(study: Study, name: str) -> float:
+    """What is near in the reward that trains; HH's has no scale but that of what it says of ρ."""
+    return NEAR * (float(study.numbers(name, "proxy", "start_std").mean()) if study.task == "hh" else 1.0)
+
+
 def near_the_maxima(study: Study) -> Finding:
     said, verdicts = [], []
-    names = [name for name in MAIN if study.numbers(name, "training_scores", "max").size]
+    names = _with_training_scores(study, MAIN)
     for name in names:
+        near = _near(study, name)
         maxima = study.numbers(name, "training_scores", "max")
         found = study.over_seeds(np.nanmean(study.rewards(name, "proxy"), axis=1) - maxima)
         assert found is not None
-        said.append(f"{name}: π less the mean maximum {found}")
-        near = found.low >= -NEAR and found.high <= NEAR
-        verdicts.append(HOLDS if near else FAILS if found.low > NEAR or found.high < -NEAR else OPEN)
+        said.append(f"{name}: π less the mean maximum {found} (holds: within ±{near:.3g})")
+        verdicts.append(_verdict_of_nearness(found, near))
     if not verdicts:
         return Finding()
     own = next(verdict for verdict in (FAILS, OPEN, HOLDS) if verdict in verdicts)
-    return Finding((), "; ".join(said) + f" (holds: within ±{NEAR})", own, names)
+    return Finding((), "; ".join(said), own, names)
+
+
+def _verdict_of_nearness(found: Estimate, near: float) -> str:
+    if found.low >= -near and found.high <= near:
+        return HOLDS
+    return FAILS if found.low > near or found.high < -near else OPEN
 
 
 def rounds_help(study: Study) -> Finding:
@@ -242,14 +180,18 @@ def rounds_help(study: Study) -> Finding:
 
 
 def hacks_without_kl(study: Study) -> Finding:
-    """A reward is hacked that rises further than the one that judges, which has its price there and in perplexity."""
+    """A reward is hacked that rises further than the one that judges, which has its price there and in the texts.
+
+    In the paper HH's texts become improbable under ρ, IMDB's all alike.
+    """
     seeds = study.common("OP", "OP+KL", "start")
     if not seeds:
         return Finding()
-    texts = [np.log([float(study.seeds(name)[seed]["perplexity"]) for seed in seeds]) for name in ("OP", "OP+KL")]
-    higher = study.over_seeds(texts[0] - texts[1])
-    assert higher is not None
-    tests = [Test("log perplexity: OP − OP+KL", higher)]
+    key, name, sign = ("perplexity", "perplexity", 1) if study.task == "hh" else ("distinct_2", "distinct-2", -1)
+    texts = [np.log([float(study.seeds(name)[seed][key]) for seed in seeds]) for name in ("OP", "OP+KL")]
+    apart = study.over_seeds(texts[0] - texts[1])
+    assert apart is not None
+    tests = [Test(f"log {name}: OP − OP+KL", apart, sign)]
     if "gold" not in study.known_rewards:
         return Finding(tests, beside(study, ["OP", "OP+KL"]))
 
@@ -269,14 +211,15 @@ def hacks_without_kl(study: Study) -> Finding:
 
 def accuracy_rises(study: Study) -> Finding:
     tests, said = [], []
-    for name in (*MAIN, "PPO", "DPO"):
-        found = study.over_seeds(study.numbers(name, "accuracy", "gain", "mean"))
-        if found is None:
+    for name in (*MAIN, "PPO", "DPO", "SimPO"):
+        gains = study.numbers(name, "accuracy", "gain", "mean")
+        found, beyond = study.over_seeds(gains), study.over_seeds(gains - FAR)
+        if found is None or beyond is None:
             continue
         rho, pi = (mean(study.numbers(name, "accuracy", model, "mean"), 3) for model in ("rho", "pi"))
-        said.append(f"{name} {rho} → {pi}")
+        said.append(f"{name} {rho} → {pi}, {found}")
         if name in MAIN:
-            tests.append(Test(f"{name}: accuracy of π − of ρ", found))
+            tests.append(Test(f"{name}: accuracy of π − of ρ − {FAR}, half of what the paper's rises by", beyond))
     return Finding(tests, "; ".join(said))
 
 
@@ -286,15 +229,26 @@ def loss_against_reward(study: Study) -> Finding:
     for rate in study.rates(WATCHED):
         values = []
         for line in study.at_rate(WATCHED, rate).values():
-            losses, rewards = series(line, "loss"), series(line, "eval_reward_mean")
-            both = sorted(set(losses) & set(rewards))
-            if len(both) > 2:
-                pairs = [[losses[step], rewards[step]] for step in both]
+            pairs = over_the_same_steps(series(line, "loss"), series(line, "eval_reward_mean"))
+            if len(pairs) > 2:
                 values.append(float(np.corrcoef(np.transpose(pairs))[0, 1]))
         found = study.over_seeds(values)
         if found is not None:
             tests.append(Test(f"correlation within a training at the rate {rate:g}", found, -1))
     return Finding(tests)
+
+
+def over_the_same_steps(losses: Mapping[int, float], rewards: Mapping[int, float]) -> list[tuple[float, float]]:
+    """Loss and reward over the steps between two looks at the reward.
+
+    A loss that is noted is the mean of the steps since the last note, so that the reward is that of both ends.
+    """
+    found = []
+    for before, after in pairwise(sorted(rewards)):
+        between = [loss for step, loss in losses.items() if before < step <= after]
+        if between:
+            found.append((float(np.mean(between)), (rewards[before] + rewards[after]) / 2))
+    return found
 
 
 def series(line: Mapping[str, object], key: str) -> dict[int, float]:
@@ -355,13 +309,14 @@ def best_loss(study: Study) -> Finding:
 
     The best is chosen by the texts that judge it: p is multiplied by how many others it was chosen from (Bonferroni).
     """
-    tests, order, said = [], [], []
+    tests: list[Test] = []
+    said, best_of = [], []
     for k in SAMPLES:
         names = by_gain(study, losses(study, k))
         if len(names) < 3:
             continue
         best, second = names[:2]
-        order.append(f"of {len(names)} losses with {k} samples {best}")
+        best_of.append((f"of {len(names)} losses with {k} samples {best}", second, len(tests)))
         others = dict.fromkeys([second, hinge(k)] if best != hinge(k) else [second])
         for test in differences(study, [(best, other) for other in others], (study.judge,)):
             p = min(1.0, (len(names) - 1) * test.estimate.p)
@@ -371,37 +326,59 @@ def best_loss(study: Study) -> Finding:
             f"{name} {level:+.3f} (KL {mean(study.numbers(name, 'kl', 'mean'), 1)})" for name, level in levels.items()
         )
         said.append(f"{k} samples, gain in {study.judge} reward at each arm's own KL: {most}")
-    return Finding(tests, "; ".join(said), "; ".join(order) or None)
+
+    def order(tested: Sequence[Test]) -> str:
+        return "; ".join(
+            best if tested[place].verdict == HOLDS else f"{best}, not told from {second}"
+            for best, second, place in best_of
+        )
+
+    return Finding(tests, "; ".join(said), ranked=order if tests else None)
 
 
 def heavier_rank_is_worse(study: Study) -> Finding:
     heavier = [("RRHF-DP+rank-weight-10", "RRHF-DP"), ("RRHF-DP+rank-weight-100", "RRHF-DP")]
-    return Finding(
-        differences(study, heavier, ("proxy", "gold"), -1), balance(study, ["RRHF-DP", *(name for name, _ in heavier)])
-    )
+    said = [
+        f"at the rate {rate:g} both, {name} − {other}, {reward}: {found}"
+        for name, other in heavier
+        for rate in study.rates(other)
+        for reward in study.known_rewards
+        if (found := study.difference(name, other, reward, rate=rate)) is not None and found.seeds >= SEEDS
+    ]
+    said.append(balance(study, ["RRHF-DP", *(name for name, _ in heavier)]))
+    return Finding(differences(study, heavier, ("proxy", "gold"), -1), "; ".join(filter(None, said)))
 
 
 def order_of_sources(study: Study) -> Finding:
-    """No yes or no: the order that is seen is what is told, and tests of pairs say how sure it is."""
+    """No yes or no: the order that is seen is what is told, ≈ between two that tests do not tell apart."""
     names = [name for name in ("RRHF-DP", "RRHF-BP", "RRHF-SP") if study.seeds(name)]
     if len(names) < 2:
         return Finding()
     order = sorted(names, key=lambda name: -float(np.nanmean(study.rewards(name, "proxy"))))
     tests = differences(study, list(pairwise(order)))
-    return Finding(tests, "", " > ".join(order))
+
+    def told(tested: Sequence[Test]) -> str:
+        signs = [" > " if test.verdict == HOLDS else " ≈ " for test in tested]
+        return order[0] + "".join(sign + name for sign, name in zip(signs, order[1:], strict=True))
+
+    return Finding(tests, ranked=told)
 
 
 def less_sensitive(study: Study) -> Finding:
     names = (*MAIN, "PPO", "PPO+KL", "DPO")
     spreads = {name: found for name in names if (found := _spreads(study, name))}
     tests = []
-    for name in MAIN:
-        seeds = sorted(set(spreads.get(name, ())) & set(spreads.get("PPO", ())))
+    for name, rival in product(MAIN, ("PPO", "PPO+KL")):
+        seeds = sorted(set(spreads.get(name, ())) & set(spreads.get(rival, ())))
         if seeds:
-            less = study.over_seeds(spreads[name][seed] - spreads["PPO"][seed] for seed in seeds)
+            less = study.over_seeds(spreads[name][seed] - spreads[rival][seed] for seed in seeds)
             assert less is not None
-            tests.append(Test(f"{name}: best less worst of the grid's rates − that of PPO", less, -1))
-    said = ", ".join(f"{name} {np.mean(list(found.values())):.3f}" for name, found in spreads.items())
+            tests.append(Test(f"{name}: best less worst of the grid's rates − that of {rival}", less, -1))
+    said = ", ".join(
+        f"{name} {spread:.3f} ({spread / study.numbers(name, 'proxy', 'gain', 'mean').mean():.0%} of its gain)"
+        for name, found in spreads.items()
+        if (spread := float(np.mean(list(found.values()))))
+    )
     return Finding(tests, f"best less worst of the grid's rates: {said}" if tests else "")
 
 
@@ -439,15 +416,12 @@ def cheaper_than_ppo(study: Study) -> Finding:
 
 
 def starts_end_alike(study: Study) -> Finding:
-    """Alike is within ±``NEAR`` of ρ's spread, as this reward has no scale of its own."""
     found = study.difference("RRHF-P-after-SFT", "RRHF-P", "proxy")
     if found is None:
         return Finding()
-    near = NEAR * float(study.numbers("RRHF-P", "proxy", "start_std").mean())
-    alike = HOLDS if found.low >= -near and found.high <= near else OPEN
-    own = FAILS if found.low > near or found.high < -near else alike
-    said = f"RRHF-P-after-SFT − RRHF-P: {found} (holds: within ±{near:.3f}, {NEAR} of ρ's spread)"
-    return Finding((), said, own, ("RRHF-P-after-SFT", "RRHF-P"))
+    near = _near(study, "RRHF-P")
+    said = f"RRHF-P-after-SFT − RRHF-P: {found} (holds: within ±{near:.3g}, {NEAR} of ρ's spread)"
+    return Finding((), said, _verdict_of_nearness(found, near), ("RRHF-P-after-SFT", "RRHF-P"))
 
 
 def beats_sft_on_one_system(study: Study) -> Finding:
@@ -459,40 +433,46 @@ CLAIMS = [
           "any training on good responses may: see (c)", raises_reward),
     Claim("b", "RRHF's reward is at least PPO's",
           "HH: −1.02 (DP) against −1.03, perplexity 14.75 against 13.84; IMDB: 0.861 (BP) against 0.796",
-          "all have the same grid of rates and the same steps; PPO's samples are π's own, as OP's are", at_least_ppo),
+          "all have the same steps, and stand at the best of the rates that the table of arms shows; PPO's samples are "
+          "π's own, as OP's are", at_least_ppo),
     Claim("c", "RRHF is better than SFT", "IMDB: 0.861 (BP) against 0.539; HH: −1.02 (DP) against −1.31 (P)",
           "SFT sees the data set's response alone, RRHF samples too", better_than_sft),
     Claim("d", "RRHF is worse without L_rank", "HH, Table 7 (BP): −1.03 with it, −1.14 without",
           "the rate is chosen for each", worse_without_rank),
     Claim("e", "π's reward follows the mean and the maximum of its training samples", "HH, Table 6",
-          "few arms, which differ in more than that", follows_training_samples),
+          "few arms, which differ in more than that; samples of π (IP-n, OP) follow π by themselves",
+          follows_training_samples),
     Claim("f", "π's mean reward comes near the mean of the maxima of its training samples",
           "HH: −1.02 (DP) against −0.95, −1.03 (BP) against −1.00", "the number of steps decides how near",
           near_the_maxima),
     Claim("g", "more rounds are better: IP-1 < IP-2 < IP-3, in gold reward too", "HH: −1.02, −0.96, −0.94",
           "here the rounds share the optimiser steps of one; the paper's add steps", rounds_help),
     Claim("h", "OP-k without KL hacks the reward, with KL less",
-          "HH: OP-32 0.34 at perplexity 63.78, with KL −0.86 at 19.76",
-          "both rewards are imperfect, on scales of their own; more steps hack more",
-          hacks_without_kl),
+          "HH: OP-32 0.34 at perplexity 63.78, with KL −0.86 at 19.76; IMDB: OP-128 0.990, all texts one sentence, "
+          "with KL 0.635",
+          "both rewards are imperfect, on scales of their own; more steps hack more", hacks_without_kl),
     Claim("i", "the accuracy of p_i as a reward rises far above ρ's", "HH, Table 5: 45.13 % → 61.75 % (PPO: 46.03 %)",
           "on IMDB the reward that trains orders ρ's own samples; on HH, as in the paper, people do", accuracy_rises),
     Claim("j", "loss and reward are negatively correlated in training", "HH, Figure 3",
-          "both have a trend over steps: this is a correlation of trends", loss_against_reward),
+          "both have a trend over steps: this is a correlation of trends; a loss is the mean of the steps between two "
+          "looks at the reward, which is taken as the mean of the two", loss_against_reward),
     Claim("k", "π's rewards spread less than ρ's", "HH (the text)",
-          "this reward is bounded: a higher mean leaves less room", spreads_less),
+          "where a reward is bounded, as a classifier's is, a higher mean leaves less room", spreads_less),
     Claim("l", "best-of-n reaches RRHF's reward, at n times its inference cost", "HH: best-of-4 −0.97, RRHF −1.02",
           "the best is chosen by the reward that judges", best_of_n_reaches),
     Claim("m", "which loss is best", "hinge is the only one there",
-          "each loss stands at its own KL: see the picture of both", best_loss),
+          "each loss stands at its own KL: see the picture of both; p is multiplied by the number of the other losses, "
+          "of which the best was chosen, before Holm's method", best_loss),
     Claim("n", "rank weights of 10 and 100 are worse than 1", "said in the text",
-          "a heavier ranking loss at the same rate moves further from ρ", heavier_rank_is_worse),
+          "each stands at its own best rate; at the same rate a heavier ranking loss stays nearer to ρ",
+          heavier_rank_is_worse),
     Claim("o", "with P alone all starts end alike, and SFT first does not help", "HH: −1.31 from all three",
           "one model here, as it is and after SFT on the chosen responses; the paper has LLaMA and Alpaca too",
           starts_end_alike),
     Claim("p", "how the sources order: DP, BP and SP", "HH: −1.02, −1.03, −0.96 (DP, BP, SP)", "", order_of_sources),
     Claim("q", "RRHF is less sensitive to its learning rate than PPO", "said in the text",
-          "a grid of three rates, on prompts kept for choosing among them", less_sensitive),
+          "a grid of three rates, on prompts kept for choosing among them; an arm that gains little has little to lose",
+          less_sensitive),
     Claim("r", "RRHF needs less memory, fewer models and less time than PPO", "1 or 2 models against 4",
           "at this size libraries are most of the memory, of which the least of the seeds is told; PPO's value "
           "function is a head on the policy here, and its reward no large model", cheaper_than_ppo),

@@ -25,7 +25,10 @@ WITH = ["RRHF-DP", "loss:logistic", "DPO+sft-weight-1"]
 WITHOUT = ["RRHF-DP+no-sft", "loss:logistic+no-sft", "DPO", "SimPO"]
 
 
-POINT = "a point a learning rate (the mean of its seeds, which may be one)"
+POINT = (
+    "a point a learning rate (the mean of the seeds that were run at all of the arm's, which may be one), with its "
+    "name where there is room"
+)
 Picture = tuple[str, str, Draw, tuple[float, float]]
 WIDE = (8.5, 4.6)
 
@@ -46,11 +49,13 @@ def figures(study: Study) -> list[Picture]:
         caption = "π's reward against the mean and the mean maximum of its training samples, an arm a point"
         found.append(("sources", caption, sources(study), (7.0, 3.2)))
     caption = (
-        "Reward against KL to ρ (of best-of-n a bound), an arm a point, with its name where there is room. Higher at "
-        "equal KL is better"
+        "Reward against KL to ρ on a scale of its root (of best-of-n a bound), an arm a point, with its name where "
+        "there is room. Higher at equal KL is better"
     )
     found.append(("frontier", caption, against(study, ("kl", "mean"), "KL to ρ, nats a response"), WIDE))
-    caption = "Reward against perplexity under ρ, an arm a point"
+    caption = (
+        "Reward against perplexity under ρ on a logarithmic scale, an arm a point, with its name where there is room"
+    )
     found.append(("perplexity", caption, against(study, ("perplexity",), "perplexity under ρ"), WIDE))
     found += _of_losses(study)
     if best_of_n_curve(study):
@@ -144,6 +149,10 @@ def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
                 if across.size:
                     points[name] = float(across.mean()), float(np.nanmean(study.rewards(name, reward)))
                     axes.plot(*([value] for value in points[name]), MARKS[reward], color=COLOURS[reward], markersize=4)
+            if path[0] == "kl":
+                axes.set_xscale("function", functions=(np.sqrt, np.square))  # what reward is taken to be linear in
+            else:
+                axes.set_xscale("log")
             _name(axes, points)
             axes.set_xlabel(label)
             axes.set_title(f"{reward} reward", fontsize=9)
@@ -153,10 +162,7 @@ def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
 
 
 def frontiers(study: Study, names: Sequence[str], dashed: Sequence[str] = (), ending: str = "") -> Draw:
-    """Each arm's gain over its KL to ρ, a line through its learning rates, means over the seeds that have both.
-
-    Names are written without ``ending``.
-    """
+    """Each arm's gain over its KL to ρ, a line through its learning rates; names are written without ``ending``."""
 
     def frontiers_plot(figure: Figure) -> None:
         for axes, reward in _panels(figure, study):
@@ -179,12 +185,20 @@ def frontiers(study: Study, names: Sequence[str], dashed: Sequence[str] = (), en
 
 
 def mean_point(study: Study, name: str, rate: float, reward: str) -> tuple[float, float] | None:
-    """KL and gain of an arm at a rate, means over its seeds; None where no result has both."""
-    runs = [line for line in study.lines if (line["arm"], line["learning_rate"]) == (name, rate) and reward in line]
-    known = [(float(line["kl"]["mean"]), float(line[reward]["gain"]["mean"])) for line in runs if line.get("kl")]
-    if not known:
+    """KL and gain of an arm at a rate, means over the seeds that were run at all its rates; None where none has both.
+
+    The best rate has more seeds: with them it would lie apart from the others by who was drawn.
+    """
+    runs = {
+        (int(line["seed"]), line["learning_rate"]): (float(line["kl"]["mean"]), float(line[reward]["gain"]["mean"]))
+        for line in study.lines
+        if line["arm"] == name and reward in line and line.get("kl")
+    }
+    rates = {rate, *study.rates(name)}
+    seeds = {seed for seed, _ in runs if all((seed, each) in runs for each in rates)}
+    if not seeds:
         return None
-    kl, gain = np.mean(known, axis=0)
+    kl, gain = np.mean([runs[seed, rate] for seed in sorted(seeds)], axis=0)
     return float(kl), float(gain)
 
 

@@ -2,25 +2,31 @@
 
 An arm at its own rate stands at its own KL, and more KL buys more reward. The runs of an arm from one seed, one a
 learning rate, are points of its frontier. Between two of them the gain is taken to be linear in √KL, as rewards near ρ
-are (arXiv 2210.10760); outside of them nothing is said.
+are (arXiv 2210.10760); outside of them, and between two that are far apart, nothing is said: further out gains bend
+down, and the chord of a wide pair lies below them.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from dataclasses import replace
+from itertools import pairwise, product
 
 import numpy as np
 
+from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.results import Study
-from rrhf.recipes.study.statistics import Estimate, bootstrap
+from rrhf.recipes.study.statistics import Estimate, bootstrap, holm
+from rrhf.recipes.study.verdicts import SEEDS, Test
 
 DISTANCES = (2.0, 5.0, 10.0, 20.0)  # KL to ρ, nats a response
+WIDEST = 3.0  # how many times as far from ρ, in √KL, the further of two runs may be
+RIVALS = ("RRHF-DP", "OP", "SimPO")  # that a better recipe must beat: hinge on samples of ρ and of π, SimPO for lists
 
 
 def gains_at(study: Study, name: str, seed: int, distance: float, reward: str) -> np.ndarray | None:
     """What the arm gains on every prompt [prompts] where its KL to ρ is ``distance``, in nats a response.
 
-    None where no two of its runs lie about it.
+    None where no two of its runs lie about it, or the further one is more than ``WIDEST`` times as far.
     """
     if seed not in study.seeds("start"):
         return None
@@ -34,7 +40,7 @@ def gains_at(study: Study, name: str, seed: int, distance: float, reward: str) -
         key=lambda point: point[0],
     )
     for (near, low), (far, high) in pairwise(points):
-        if near <= distance**0.5 <= far:
+        if near <= distance**0.5 <= far <= WIDEST * near:
             share = (distance**0.5 - near) / (far - near)
             return np.asarray((1 - share) * low + share * high)
     return None
@@ -60,3 +66,17 @@ def at_equal_kl(study: Study, name: str, distance: float, reward: str, other: st
     """The mean of ``values_at``, with its interval."""
     values = values_at(study, name, distance, reward, other)
     return None if values is None else bootstrap(values)
+
+
+def rivalries(study: Study) -> list[Test]:
+    """Every other arm against each rival at equal KL, in both rewards, p-values adjusted together."""
+    tests = []
+    for name in study.names:
+        if name in (*RIVALS, "start"):
+            continue
+        for rival, distance, reward in product(RIVALS, DISTANCES, REWARDS):
+            found = at_equal_kl(study, name, distance, reward, rival) if rival in study.names else None
+            if found is not None and found.seeds >= SEEDS:
+                tests.append(Test(f"{name} − {rival} at KL {distance:g}, {reward}", found))
+    adjusted = holm([test.estimate.p for test in tests])
+    return [replace(test, adjusted=p) for test, p in zip(tests, adjusted, strict=True)]

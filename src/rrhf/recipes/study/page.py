@@ -14,12 +14,13 @@ from rrhf.common.presentation import NONE, markdown_table, number
 from rrhf.recipes.reproduce.arms import BEST_OF
 from rrhf.recipes.reproduce.plots import on_white
 from rrhf.recipes.reproduce.scale import REWARDS
-from rrhf.recipes.study.claims import MISSING, RIVALS, SEEDS, Claim, Finding, Test, judged, rivalries
+from rrhf.recipes.study.claims import judged
 from rrhf.recipes.study.figures import figures
-from rrhf.recipes.study.frontier import DISTANCES, at_equal_kl, values_at
+from rrhf.recipes.study.frontier import DISTANCES, RIVALS, WIDEST, at_equal_kl, rivalries, values_at
 from rrhf.recipes.study.losses import compared
 from rrhf.recipes.study.results import Study, making
 from rrhf.recipes.study.statistics import components, shown
+from rrhf.recipes.study.verdicts import MISSING, SEEDS, Claim, Finding, Test
 
 
 def write_page(studies: Sequence[Study], page: Path) -> None:
@@ -103,8 +104,9 @@ def _size(study: Study) -> str:
         f"{first['n']} held-out prompts with {_responses(study)} each from every seed; code {commits}.",
         "Intervals are of 95 % by a bootstrap over seeds and prompts together (both drawn anew, all seeds share the "
         "prompts), widened for few seeds: their width and the p-values are those of Student's t with the standard "
-        "error and the degrees of freedom of Hillis (2007). Differences are paired by seed and prompt. What is one "
-        "number a training (accuracies, correlations, deviations, spreads) has the interval of Student's t over seeds.",
+        "error of Hillis (2007) and the degrees of freedom of the seeds. **Of one seed an interval is over prompts "
+        "alone**, and narrower than those of several. Differences are paired by seed and prompt. What is one number a "
+        "training (accuracies, correlations, deviations, spreads) has the interval of Student's t over seeds.",
     ]
     asked = Counter(setting for line in study.lines for setting in line["asked"])
     if asked:
@@ -168,7 +170,8 @@ def _rule(tests: int) -> str:
         f"The section makes {_count(tests, 'test')}; p-values are adjusted together by Holm's method, so that the "
         "chance of any false finding is at most 5 %. A claim holds where each of its tests points its way with an "
         "adjusted p below 0.05, fails where one points the other way, and is not resolved otherwise; claims without "
-        f"tests say their rule. Fewer than {SEEDS} seeds resolve nothing, whatever the interval over prompts says."
+        "tests say their rule, and are not in those 5 %. "
+        f"Fewer than {SEEDS} seeds resolve nothing, whatever the interval over prompts says."
     )
 
 
@@ -231,8 +234,9 @@ def _at_equal_kl(study: Study) -> list[str]:
         return []
     text = (
         f"Gain in {study.judge} reward where an arm is so many nats a response from ρ: linear in √KL between two runs "
-        "of a seed at different rates, one nearer and one further; over the seeds that have such two, in brackets how "
-        "many. More KL buys more reward, so that the arms' rows above, each at its own rate, do not say this."
+        "of a seed at different rates, one nearer and one further, which is rather too little the wider the two are "
+        f"apart; wider than {WIDEST:g} times in √KL they say nothing. Over the seeds that have such two, in brackets "
+        "how many. More KL buys more reward, so that the arms' rows above, each at its own rate, do not say this."
     )
     header = ["arm", *(f"KL {distance:g}" for distance in DISTANCES)]
     return [

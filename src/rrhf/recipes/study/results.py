@@ -132,15 +132,19 @@ class Study:
         each = [{int(line["seed"]) for line in self.lines if line["arm"] == name} for name in names]
         return sorted(set.intersection(*each))
 
-    def difference(self, name: str, other: str, reward: str, allowed: float = 0.0) -> Estimate | None:
+    def difference(
+        self, name: str, other: str, reward: str, allowed: float = 0.0, rate: float | None = None
+    ) -> Estimate | None:
         """An arm's reward, and what it is ``allowed`` to lack, less another's, paired by seed and prompt.
 
-        None where they share no seed, or the results lack that reward.
+        Both at their chosen rates, or at ``rate``. None where they share no seed, or the results lack that reward.
         """
-        seeds = self.common(name, other)
+        runs = [self.seeds(each) if rate is None else self.at_rate(each, rate) for each in (name, other)]
+        seeds = sorted(runs[0].keys() & runs[1].keys())
         if not seeds or reward not in self.known_rewards:
             return None
-        return bootstrap(self.rewards(name, reward, seeds) + allowed - self.rewards(other, reward, seeds))
+        ours, theirs = (np.array([of[seed]["prompts"][reward] for seed in seeds], dtype=float) for of in runs)
+        return bootstrap(ours + allowed - theirs)
 
     def gain(self, name: str, reward: str) -> Estimate | None:
         """An arm's reward less that of ρ, which is the arm ``start``."""

@@ -2,8 +2,10 @@
 
 Values are matrices [seeds, prompts]: all seeds share the prompts, so both are drawn anew, each on its own (the crossed
 bootstrap of Owen 2007). Of three or five seeds a bootstrap alone sees too little: its intervals are given the width,
-and p-values the tails, that Hillis (2007) derives for studies of few readers who all judge the same cases; seeds are
-the readers here, prompts the cases. NaN stands where a text has no score.
+and p-values the tails, of Student's t with the standard error that Hillis (2007) derives for studies of few readers who
+all judge the same cases (seeds are the readers here, prompts the cases), and with the degrees of freedom of the seeds.
+Hillis's own are more, and too many for a small α: where seeds lie near each other by chance, they say that prompts
+alone matter. NaN stands where a text has no score.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class Estimate:
     prompts: int
 
     def __str__(self) -> str:
-        return f"{self.mean:+.3f} [{self.low:+.3f}, {self.high:+.3f}]"
+        return f"{self.mean:+.3f}" + ("" if math.isnan(self.low) else f" [{self.low:+.3f}, {self.high:+.3f}]")
 
 
 def shown(estimate: Estimate | None) -> str:
@@ -54,8 +56,8 @@ def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Esti
 
     The quantiles of the resampled means are moved out from the mean, or in, so that they stand as far apart as those of
     Student's t with ``standard_error`` do. Of one number a seed (one column) the interval is t's own: a few numbers
-    drawn again say nothing of its shape. With one seed it is over prompts alone; of one value it has no width, and p
-    is 1.
+    drawn again say nothing of its shape. With one seed it is over prompts alone; of one value there is none (NaN), and
+    p is 1.
 
     Raises:
         ValueError: there is no value.
@@ -67,7 +69,7 @@ def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Esti
     mean, (error, freedom) = float(values[known].mean()), standard_error(values)
     student = of_extra("scipy.stats", MISSING).t(freedom)
     half = float(student.ppf(1 - ALPHA / 2)) * error
-    low, high = mean - half, mean + half
+    low, high = (mean - half, mean + half) if known.sum() > 1 else (math.nan, math.nan)
     if values.shape[1] > 1 and half:
         ends = _resampled(values, seed, samples)
         low, high = (mean + (float(end) - mean) * 2 * half / float(ends[1] - ends[0]) for end in ends)
@@ -90,13 +92,13 @@ def _resampled(values: np.ndarray, seed: int, samples: int) -> np.ndarray:
     return np.asarray(np.quantile(np.concatenate(means), [ALPHA / 2, 1 - ALPHA / 2]))
 
 
-def standard_error(values: np.ndarray) -> tuple[float, float]:
-    """Of the mean of ``values`` [seeds, prompts], and its degrees of freedom (Hillis 2007, eq. 4 to 6).
+def standard_error(values: np.ndarray) -> tuple[float, int]:
+    """Of the mean of ``values`` [seeds, prompts] (Hillis 2007, eq. 4), and its degrees of freedom, seeds − 1.
 
-    With mean squares M of seeds, prompts and the rest: √((M_seed + max(M_prompt − M_rest, 0)) / (seeds · prompts)), and
-    (the same sum)² / (M_seed² / (seeds − 1)). One row or one column is a plain sample. Missing values are put where
-    their seed and prompt would have them. In simulated studies of 3 and 5 seeds, 4 to 8 of 100 tests at 5 % find what
-    is not there; of a bootstrap's own 0 to 16.
+    With mean squares M of seeds, prompts and the rest: √((M_seed + max(M_prompt − M_rest, 0)) / (seeds · prompts)). One
+    row or one column is a plain sample. Missing values are put where their seed and prompt would have them. In
+    simulated studies of 3, 5 and 10 seeds no more tests than are meant find what is not there, at 5 % and as the first
+    of 44 in Holm's method; with Hillis's degrees of freedom up to 14, 4 and 1.6 times as many do as the first of 44.
     """
     filled = _complete(values)
     if min(filled.shape) < 2:
@@ -104,14 +106,7 @@ def standard_error(values: np.ndarray) -> tuple[float, float]:
         return (float(filled.std(ddof=1)) / math.sqrt(count) if count > 1 else 0.0), max(count - 1, 1)
     seeds, prompts = filled.shape
     of_seed, of_prompt, rest = _mean_squares(filled)
-    return _error(of_seed, max(of_prompt - rest, 0.0), seeds, prompts)
-
-
-def _error(of_seed: float, more: float, seeds: int, prompts: int) -> tuple[float, float]:
-    """By the mean square of seeds and what that of prompts is ``more`` than the rest's."""
-    total = of_seed + more
-    freedom = total**2 * (seeds - 1) / of_seed**2 if of_seed else float(prompts - 1)
-    return math.sqrt(total / (seeds * prompts)), freedom
+    return math.sqrt((of_seed + max(of_prompt - rest, 0.0)) / (seeds * prompts)), seeds - 1
 
 
 def _complete(values: np.ndarray) -> np.ndarray:
@@ -140,9 +135,9 @@ class Components:
     prompt: float
     rest: float
 
-    def standard_error(self, seeds: int, prompts: int) -> tuple[float, float]:
-        """Of the mean over so many seeds and prompts, and its degrees of freedom, as the function of that name."""
-        return _error(self.rest + prompts * self.seed, seeds * self.prompt, seeds, prompts)
+    def standard_error(self, seeds: int, prompts: int) -> float:
+        """Of the mean over so many seeds and prompts, as the function of that name."""
+        return math.sqrt(self.seed / seeds + self.prompt / prompts + self.rest / (seeds * prompts))
 
     def resolvable(self, seeds: int, prompts: int, tests: int = 1) -> float:
         """The difference that 80 of 100 studies of that size find by a two-sided test at 5 %, by Student's t.
@@ -152,7 +147,7 @@ class Components:
         Raises:
             UserError: scipy is not installed.
         """
-        error, freedom = self.standard_error(seeds, prompts)
+        error, freedom = self.standard_error(seeds, prompts), seeds - 1
         stats, optimize = (of_extra(f"scipy.{name}", MISSING) for name in ("stats", "optimize"))
         critical = float(stats.t(freedom).ppf(1 - ALPHA / 2 / tests))
 
