@@ -151,6 +151,9 @@ def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
                     axes.plot(*([value] for value in points[name]), MARKS[reward], color=COLOURS[reward], markersize=4)
             if path[0] == "kl":
                 axes.set_xscale("function", functions=(np.sqrt, np.square))  # what reward is taken to be linear in
+                furthest = max((kl for kl, _ in points.values()), default=1.0)
+                axes.set_xlim(0, 1.1 * furthest)
+                axes.set_xticks([0, *(tick for tick in (2, 10, 25, 50, 100, 200) if tick <= furthest)])
             else:
                 axes.set_xscale("log")
             _name(axes, points)
