@@ -30,7 +30,8 @@ from rrhf.records.files import read_records
 from rrhf.report.card import CARD, MARK, model_card, write_card
 from rrhf.report.hub import push_model, push_records
 from support.models import tiny_model, tiny_tokenizer
-from support.tiny import rows, write_model, write_rows
+from support.reward_models import write_encoder
+from support.tiny import rows, write_model, write_rewards, write_rows
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 TOKEN = "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"
@@ -200,6 +201,63 @@ def test_the_card_says_what_was_measured_against_what(run: Path) -> None:
 )  # fmt: skip
 def test_the_card_says_how_it_was_trained(settings: dict[str, Any], said: str, run: Path) -> None:
     assert said in model_card(run / "model", training={"settings": settings})
+
+
+def test_the_card_of_ppo_says_nothing_of_ranking(tmp_path: Path) -> None:
+    """What it learned from, and by which settings, stand in the place of Eq. 5 and of scored responses."""
+    base, data = write_model(tmp_path / "base"), write_rows(tmp_path / "d.jsonl", rows(2))
+    write_rewards(tmp_path)
+    flags = [
+        "--reward", "tiny_rewards:vowels", "--max_new_tokens", "4", "--rollout_queries", "2", "--ppo_epochs", "1",
+        "--max_steps", "1", "--clip_range", "0.3", "--kl_beta", "0.07", "--nlpo_top_p", "0.8", "--device", "cpu",
+    ]  # fmt: skip
+    code = "import sys; from rrhf.cli.main import main; sys.exit(main())"
+    command = ["baseline", "nlpo", "--model", str(base), "--data", str(data), "--output", str(tmp_path / "m"), *flags]
+    done = subprocess.run([sys.executable, "-c", code, *command], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    card = model_card(tmp_path / "m")
+    for part in (
+        "trained from base with NLPO: it learns", "`d.jsonl`, queries\n", "- responses sampled in training: 2",
+        "| reward | `tiny_rewards:vowels` |", "| clip range | 0.3 |", "| KL β | 0.07 |", "| rollouts | 1 |",
+        "| top p of NLPO's mask | 0.8 |", "| learning rate | 1e-05 |",
+    ):  # fmt: skip
+        assert part in card, part
+    for part in ("Eq. 5", "p_i", "scored responses", "by source", "ranking loss"):
+        assert part not in card, part
+
+
+def test_the_card_of_a_reward_model(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    base, data = write_model(tmp_path / "base"), write_rows(tmp_path / "d.jsonl", rows(4))
+    command = ["reward-model", "--model", str(base), "--data", str(data), "--eval_data", str(data)]
+    flags = ["--output", str(tmp_path / "rm"), "--max_steps", "1", "--device", "cpu", "--report_to", "none"]
+    assert main([*command, *flags]) == 0
+    card = ModelCard.load(write_card(tmp_path / "rm"))
+    assert card.data.pipeline_tag == "text-classification"
+    for part in (
+        "A reward model (`LlamaForSequenceClassification`): of scored", "- queries with a better and a worse response",
+        "| loss | −log σ(", "\nHeld-out pairs: ", "--reward FOLDER --output", "AutoModelForSequenceClassification",
+    ):  # fmt: skip
+        assert part in card.text, part
+    settings = json.loads((tmp_path / "rm" / "training-settings.json").read_text())
+    for part in ("Eq. 5", "p_i", "language model", "generate", "CausalLM", settings["data"], settings["model"]):
+        assert part not in card.text, part
+
+
+def test_a_card_of_a_model_that_nobody_knows_claims_no_method(tmp_path: Path) -> None:
+    from huggingface_hub import ModelCard
+
+    text = write_card(write_model(tmp_path / "some")).read_text(encoding="utf-8")
+    assert f"{MARK}\n\n# some\n\nA language model.\n" in text
+    write_encoder(tmp_path / "encoder")
+    card = ModelCard.load(write_card(tmp_path / "encoder"))
+    assert "\nA model of the class `BertForSequenceClassification`, which scores texts.\n" in card.text
+    assert card.data.pipeline_tag == "text-classification"
+    config = json.loads((tmp_path / "encoder" / "config.json").read_text())
+    (tmp_path / "encoder" / "config.json").write_text(json.dumps({**config, "architectures": ["BertModel"]}))
+    card = ModelCard.load(write_card(tmp_path / "encoder"))
+    assert "\nA model of the class `BertModel`.\n" in card.text and card.data.pipeline_tag is None
 
 
 def test_the_card_of_a_round_has_the_name_of_its_run(run: Path, tmp_path: Path) -> None:

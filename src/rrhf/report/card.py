@@ -23,6 +23,8 @@ log = logging.getLogger("rrhf")
 CARD = "README.md"
 MARK = "<!-- Written by rrhf. Take this line out, and rrhf leaves your changes alone. -->"
 TAGS = ["rrhf", "alignment"]
+WRITERS = ("ForCausalLM", "LMHeadModel", "WithLMHead", "ForConditionalGeneration")  # how classes that write text end
+SCORER = "ForSequenceClassification"
 
 SFT = {"sum": "a sum over tokens (Eq. 4)", "mean": "a mean over tokens"}
 CITATION = """```bibtex
@@ -83,6 +85,8 @@ def model_card(
     if evaluation is None and run is not None:
         evaluation = _evaluation_of(folder, run)
     settings = training.get("settings") or read_object(folder / "training-settings.json")
+    if _other_class(folder) is not None:  # `rrhf reward-model` notes digests in the place of these names
+        settings = {key: value for key, value in settings.items() if key not in ("data", "model")}
     data = training.get("data") or source_shares(settings.get("data"))
     title = (name or _name_of(run or folder.resolve())).split("/")[-1]
     paragraphs = [
@@ -133,6 +137,13 @@ def _name_of(folder: Path) -> str:
     return f"{folder.parents[1].name}, round {folder.name}" if folder.parent.name == "rounds" else folder.name
 
 
+def _other_class(folder: Path) -> str | None:
+    """The class of a model that writes no text, such as a reward model; ``None`` of a language model or an adapter."""
+    named = read_object(folder / "config.json").get("architectures") or [""]
+    name = public_name(named[0])
+    return name if name and not name.endswith(WRITERS) else None
+
+
 def _evaluation_of(folder: Path, run: Path) -> dict[str, Any] | None:
     """The evaluation beside a model, where it is that model's: another may have been trained in its place since."""
     place = run / "evaluation.json"
@@ -159,6 +170,8 @@ def _metadata(folder: Path, settings: Mapping[str, Any], run: Path | None) -> st
     from huggingface_hub import ModelCardData
 
     adapter = read_object(folder / "adapter_config.json")
+    other = _other_class(folder)
+    task = "text-generation" if other is None else "text-classification" if other.endswith(SCORER) else None
     sources = []
     if run is not None and (run / "config.yaml").exists():
         config = read_yaml(run / "config.yaml")
@@ -169,14 +182,24 @@ def _metadata(folder: Path, settings: Mapping[str, Any], run: Path | None) -> st
             base_model=hub_id(settings.get("model") or adapter.get("base_model_name_or_path")),
             datasets=sorted(set(sources)) or None,
             library_name="peft" if adapter else "transformers",
-            pipeline_tag="text-generation",
+            pipeline_tag=task,
             tags=TAGS,
         )
     )
 
 
 def _introduction(settings: Mapping[str, Any], folder: Path) -> str:
+    other = _other_class(folder)
+    if other is not None:
+        scores = ", which scores texts" if other.endswith(SCORER) else ""
+        return (
+            f"A reward model (`{other}`): of scored responses to a query it learned to give the better ones more."
+            if "center_rewards" in settings
+            else f"A model of the class `{other}`{scores}."
+        )
     what = "A LoRA adapter" if (folder / "adapter_config.json").exists() else "A language model"
+    if not settings:
+        return f"{what}."
     base = f" from {public_name(settings['model'])}" if settings.get("model") else ""
     ranking = settings.get("ranking_loss", "hinge")
     if settings.get("baseline"):
@@ -195,6 +218,16 @@ def _introduction(settings: Mapping[str, Any], folder: Path) -> str:
 
 
 def _use(folder: Path, name: str | None, data: Mapping[str, Any]) -> str:
+    other = _other_class(folder)
+    if other is not None:
+        scoring = f"""As a reward:
+
+```sh
+rrhf score --data responses.jsonl --reward {name or "FOLDER"} --output scored.jsonl
+```
+
+With `transformers` it is loaded by `AutoModelForSequenceClassification`."""
+        return scoring if other.endswith(SCORER) else f"With `transformers` it is loaded by `{other}`."
     template = (folder / "chat_template.jinja").exists() or "chat_template" in read_object(
         folder / "tokenizer_config.json"
     )
@@ -225,11 +258,16 @@ print(tokenizer.decode(output[0, inputs["input_ids"].shape[1] :], skip_special_t
 def _data(settings: Mapping[str, Any], training: Mapping[str, Any], data: Mapping[str, Any]) -> str:
     lines = []
     if settings.get("data"):
-        lines.append(f"- trained on: `{public_name(settings['data'])}`, queries with scored responses")
+        what = "queries" if settings.get("baseline") else "queries with scored responses"
+        lines.append(f"- trained on: `{public_name(settings['data'])}`, {what}")
     if "records" in training:
         lines.append(f"- records: {training['records']}")
     lines += [f"- skipped: {count} ({reason})" for reason, count in sorted(training.get("skipped", {}).items())]
     for key, words in (
+        ("queries", "queries with a better and a worse response"),
+        ("pairs", "pairs of such responses"),
+        ("rows_cut", "rows cut to the length limit"),
+        ("responses", "responses sampled in training"),
         ("left_out", "scored responses left out by the selection"),
         ("unranked", "records with fewer than two scored responses: fitted, not ranked"),
         ("queries_cut", "queries cut from the left to the length limit"),
@@ -237,7 +275,7 @@ def _data(settings: Mapping[str, Any], training: Mapping[str, Any], data: Mappin
     ):
         if training.get(key):
             lines.append(f"- {words}: {training[key]}")
-    if data.get("sources"):
+    if data.get("sources") and not settings.get("baseline"):  # PPO trains on no response that its data bring
         seen = f" (of the first {COUNTED:,} records)" if data["records"] == COUNTED else ""
         lines.append(f"- responses by source{seen}: {describe_shares(data['sources'])}")
     return "\n".join(lines) or "Nothing is known about the data: no training.json is beside the weights."
@@ -245,8 +283,30 @@ def _data(settings: Mapping[str, Any], training: Mapping[str, Any], data: Mappin
 
 def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
     queries = settings.get("per_device_train_batch_size", 1) * settings.get("gradient_accumulation_steps", 1)
-    ranking = settings.get("ranking_loss")
+    if settings.get("baseline"):
+        own = _of_ppo(settings, training)
+    elif "center_rewards" in settings:
+        own = _of_reward_model(settings)
+    else:
+        own = _of_ranking(settings)
     rows = [
+        *own,
+        ("learning rate", settings.get("learning_rate")),
+        ("schedule", settings.get("lr_scheduler_type")),
+        ("optimiser steps", training.get("steps")),
+        ("epochs", settings.get("num_train_epochs") if settings.get("max_steps", -1) <= 0 else None),
+        ("queries a step and process", queries),
+        ("tokens of query and response", settings.get("max_length")),
+        ("adapter", _adapter(settings)),
+        ("precision", training.get("precision")),
+        ("seed", settings.get("seed")),
+    ]
+    return markdown_table(["setting", "value"], [[name, str(value)] for name, value in rows if value is not None])
+
+
+def _of_ranking(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    ranking = settings.get("ranking_loss")
+    return [
         ("loss", "rank weight · ranking loss + SFT weight · cross-entropy on the best response (Eq. 5)"),
         ("ranking loss", None if ranking is None else _ranking(str(ranking))),
         ("rank weight", settings.get("rank_weight")),
@@ -259,17 +319,37 @@ def _settings(settings: Mapping[str, Any], training: Mapping[str, Any]) -> str:
         ("β", settings.get("dpo_beta") if settings.get("reference_sums") else None),
         ("p_i", f"log-probability / length^{settings.get('length_exponent', 1.0):g} (Eq. 1)"),
         ("numbers of the released code", "yes" if settings.get("released_compat") else None),
-        ("learning rate", settings.get("learning_rate")),
-        ("schedule", settings.get("lr_scheduler_type")),
-        ("optimiser steps", training.get("steps")),
-        ("epochs", settings.get("num_train_epochs") if settings.get("max_steps", -1) <= 0 else None),
-        ("queries a step and process", queries),
-        ("tokens of query and response", settings.get("max_length")),
-        ("adapter", _adapter(settings)),
-        ("precision", training.get("precision")),
-        ("seed", settings.get("seed")),
     ]
-    return markdown_table(["setting", "value"], [[name, str(value)] for name, value in rows if value is not None])
+
+
+def _of_ppo(settings: Mapping[str, Any], training: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    rewards, weights = settings.get("reward") or [], settings.get("reward_weights") or []
+    named = [f"`{_reward(reward)}`" for reward in rewards]
+    if weights:
+        named = [f"{weight:g} · {name}" for weight, name in zip(weights, named)]
+    reference = settings.get("reference_model")
+    return [
+        ("reward", " + ".join(named) or None),
+        ("clip range", settings.get("clip_range")),
+        ("KL β", settings.get("kl_beta")),
+        ("KL that β is adapted to", settings.get("kl_target")),
+        ("reference ρ", None if reference is None else f"`{public_name(reference)}`"),
+        ("rollouts", training.get("rollouts")),
+        ("queries a rollout", settings.get("rollout_queries")),
+        ("responses a query", settings.get("num_responses")),
+        ("tokens of a response", settings.get("max_new_tokens")),
+        ("passes over a rollout", settings.get("ppo_epochs")),
+        ("top p of NLPO's mask", settings.get("nlpo_top_p")),
+        ("rollouts until the mask is renewed", settings.get("nlpo_refresh_steps")),
+    ]
+
+
+def _of_reward_model(settings: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    return [
+        ("loss", "−log σ(difference of the scores), the mean over a query's pairs"),
+        ("equal scores", _ties(str(settings.get("ties", "none")))),
+        ("weight of the centring term", settings["center_rewards"] or None),
+    ]
 
 
 def _ranking(name: str) -> str:
@@ -303,6 +383,11 @@ def _adapter(settings: Mapping[str, Any]) -> str | None:
 def _results(evaluation: Mapping[str, Any] | None, training: Mapping[str, Any]) -> str:
     loss = training.get("train_loss")
     lines = [] if loss is None else [f"Mean training loss: {loss:.4g}."]
+    if training.get("held_out"):  # of a reward model
+        from rrhf.training.reward_model.stage import sentence  # here: it loads torch
+
+        measured = sentence(training["held_out"])
+        return "\n\n".join([*lines, f"{measured[0].upper()}{measured[1:]}."])
     if not evaluation or "pi" not in evaluation:
         return "\n\n".join([*lines, "Not evaluated on held-out prompts."])
     both = len(models_of(evaluation)) == 2
