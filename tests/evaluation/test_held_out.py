@@ -123,6 +123,8 @@ def test_runs_are_compared_on_the_prompts_of_both() -> None:
     apart = paired_with(one, other, "a", seed=0)
     assert apart is not None and apart["n"] == 2 and apart["mean"] == pytest.approx((0.4 - 0.3) / 2)
     assert paired_with(one, read_held_out([row("8", "x", "y", 0, 1)]), "a", seed=0) is None
+    elsewhere = {**row("1", "x", "y", 0, 0.1), "query": "of another file, which counts its lines too"}
+    assert paired_with(one, read_held_out([elsewhere]), "a", seed=0) is None
 
 
 def test_correlation_of_reward_and_length() -> None:

@@ -4,6 +4,8 @@ mean, the gain at equal length, reward by length, and how far the rewards agree.
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import combinations
@@ -25,28 +27,29 @@ Interval = dict[str, float]
 class HeldOut:
     """The numbers of an evaluation's texts, in the order of the file.
 
-    ``ids``; ``lengths``: model → characters of each text; ``rewards``: reward → model → the reward of each text, None
-    where it gave none. A model that was not evaluated has no entry.
+    ``prompts``: id and digest of the query; ``lengths``: model → characters of each text; ``rewards``: reward → model →
+    the reward of each text, None where it gave none. A model that was not evaluated has no entry.
     """
 
-    ids: list[str] = field(default_factory=list)
+    prompts: list[tuple[str, str]] = field(default_factory=list)
     lengths: dict[str, list[int]] = field(default_factory=dict)
     rewards: dict[str, dict[str, list[float | None]]] = field(default_factory=dict)
 
     def add(self, row: Mapping[str, Any]) -> None:
         """Add a row of the file. Raises ``KeyError``, ``TypeError`` or ``AttributeError`` where it is none."""
-        self.ids.append(str(row.get("id", len(self.ids))))
+        query = json.dumps(row.get("query"), sort_keys=True).encode()
+        self.prompts.append((str(row.get("id", len(self.prompts))), hashlib.sha256(query).hexdigest()[:32]))
         for model in MODELS:
             if model not in row:
                 continue
             self.lengths.setdefault(model, []).append(len(row[model]))
             for reward, value in (row.get(f"{model}_rewards") or {}).items():
                 known = self.rewards.setdefault(reward, {}).setdefault(model, [])
-                known.extend([None] * (len(self.ids) - 1 - len(known)))
+                known.extend([None] * (len(self.prompts) - 1 - len(known)))
                 known.append(finite(value))
         for sides in self.rewards.values():
             for known in sides.values():
-                known.extend([None] * (len(self.ids) - len(known)))
+                known.extend([None] * (len(self.prompts) - len(known)))
 
     def values(self, reward: str, model: str) -> list[float]:
         """The rewards of a model's texts that have one."""
@@ -56,7 +59,7 @@ class HeldOut:
         """R(x, π(x)) − R(x, ρ(x)) of every prompt, None where one of them is not known."""
         sides = self.rewards.get(reward, {})
         if set(MODELS) - set(sides):
-            return [None] * len(self.ids)
+            return [None] * len(self.prompts)
         return [None if a is None or b is None else b - a for a, b in zip(sides["rho"], sides["pi"], strict=True)]
 
 
@@ -124,13 +127,15 @@ def _of_texts(held: HeldOut, reward: str, place: int) -> str:
 def paired_with(held: HeldOut, other: HeldOut, reward: str, seed: int) -> dict[str, float] | None:
     """How much more π of ``held`` earns than π of ``other`` on the prompts of both; None where there are none.
 
+    A prompt of both has the same id and the same query: ids may be line numbers, which any two files share.
+
     Returns:
         ``mean``, ``low``, ``high`` and ``n`` prompts.
     """
-    theirs = dict(zip(other.ids, other.rewards.get(reward, {}).get("pi", []), strict=False))
+    theirs = dict(zip(other.prompts, other.rewards.get(reward, {}).get("pi", []), strict=False))
     differences = [
         mine - value
-        for name, mine in zip(held.ids, held.rewards.get(reward, {}).get("pi", []), strict=False)
+        for name, mine in zip(held.prompts, held.rewards.get(reward, {}).get("pi", []), strict=False)
         if mine is not None and (value := theirs.get(name)) is not None
     ]
     interval = mean_interval(differences, seed)
