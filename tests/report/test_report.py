@@ -316,6 +316,21 @@ def test_the_sentence_says_what_the_interval_allows(tmp_path: Path) -> None:
     assert "the interval includes 0" in page_of(run)
 
 
+def test_the_sentence_names_the_prompts_that_the_gain_is_of(tmp_path: Path) -> None:
+    """Where a reward gives None, ρ's and π's means are each over other prompts than the gain: they are no pair."""
+    run = make_run(tmp_path / "run", steps=3)
+    evaluation = json.loads((run / "evaluation.json").read_text())
+    sides = evaluation["rewards"][MAIN]
+    sides["pi"]["mean"], sides["rho"]["mean"] = 0.2, 0.5
+    for n, said in (
+        (3, "on the 3 of 40 held-out prompts where it scored both: a gain of +0.100 (95"),
+        (40, "on 40 held-out prompts: a mean reward of 0.200 against 0.500, a gain of +0.100 (95"),
+    ):
+        sides["gain"] = {"mean": 0.1, "low": 0.05, "high": 0.15, "n": n}
+        (run / "evaluation.json").write_text(json.dumps(evaluation))
+        assert said in verdict(load_run(run))[1]
+
+
 PARTS = {
     "config.yaml": "config.yaml is missing",
     "scored.jsonl": "scored.jsonl is missing",

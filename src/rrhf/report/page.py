@@ -37,15 +37,18 @@ def verdict(run: Run) -> tuple[int | None, str]:
         return None, f"The gain of π over ρ is not known yet: {run.missing.get('evaluation', 'no gain was measured')}."
     main, *others = measured
     prompts = (run.evaluation.get("pi") or {}).get("n")
+    some = main.n is not None and main.n < (finite(prompts) or 0)  # the reward left out a text of the others
     where = f"on {prompts} held-out prompts" if prompts else "on the held-out prompts"
+    if some:
+        where = f"on the {main.n:.0f} of {prompts} held-out prompts where it scored both"
     readings = {
         1: "π earns more than ρ",
         0: "no gain of π over ρ is shown, the interval includes 0,",
         -1: "π earns less than ρ",
     }
     pi, rho = typeset_number(main.pi.get("mean")), typeset_number(main.rho.get("mean"))
-    sentence = f"By {short_name(main.reward)}, {readings[main.side]} {where}: a mean reward of {pi} against {rho}, "
-    sentence += f"a gain of {main.text}"
+    means = "" if some else f"a mean reward of {pi} against {rho}, "  # which are of all texts that it scored
+    sentence = f"By {short_name(main.reward)}, {readings[main.side]} {where}: {means}a gain of {main.text}"
     for other in others:
         also = "also " if other.side == main.side and main.side else ""
         sentence += f"; by {short_name(other.reward)}, {other.text}, which {also}{other.long_reading}"

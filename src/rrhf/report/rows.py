@@ -161,7 +161,10 @@ def _reward(run: Run, model: str) -> dict[str, float] | None:
 
 @dataclass(frozen=True)
 class Gain:
-    """One reward's gain in one run; ``side`` is +1, 0 or −1 as the interval lies above, around or below 0."""
+    """One reward's gain in one run; ``side`` is +1, 0 or −1 as the interval lies above, around or below 0.
+
+    ``n``: the prompts on which both texts have a reward, where it is known.
+    """
 
     run: str
     reward: str
@@ -170,6 +173,7 @@ class Gain:
     mean: float
     low: float
     high: float
+    n: float | None = None
 
     @property
     def side(self) -> int:
@@ -196,7 +200,8 @@ def gains(run: Run) -> list[Gain]:
         gain = sides.get("gain") or (run.evaluation.get("reward_gain") if reward == run.main_reward else None) or {}
         mean, low, high = (finite(gain.get(key)) for key in ("mean", "low", "high"))
         if mean is not None and low is not None and high is not None:
-            measured.append(Gain(run.name, reward, sides.get("rho") or {}, sides.get("pi") or {}, mean, low, high))
+            rho, pi, n = sides.get("rho") or {}, sides.get("pi") or {}, finite(gain.get("n"))
+            measured.append(Gain(run.name, reward, rho, pi, mean, low, high, n))
     return measured
 
 
