@@ -18,6 +18,7 @@ from rrhf.common.files import checksum_of_file
 from rrhf.report import gain_figure, save_picture, write_report
 from rrhf.report.alarms import run_alarms
 from rrhf.report.card import model_card
+from rrhf.report.charts import curves
 from rrhf.report.choice import choose
 from rrhf.report.load import load_run
 from rrhf.report.page import verdict
@@ -490,6 +491,22 @@ def test_the_rows_are_those_of_tables_2_and_6(tmp_path: Path) -> None:
         (False, "c"),
     ]
     assert "π against π of a" in page
+
+
+def test_other_ranking_losses_are_named(tmp_path: Path) -> None:
+    """Runs that differ in their loss alone are told apart, and a chart of another loss is not called Eq. 2."""
+    runs = [make_run(tmp_path / name, n=2, steps=3, full=name == "dpo") for name in ("hinge", "dpo", "mine")]
+    for run, loss in zip(runs, ("hinge", "dpo", "my_loss:squared")):
+        path = run / "config.yaml"
+        path.write_text(path.read_text().replace("train:", f"train:\n  ranking_loss: {loss}"))
+    loaded = [load_run(run) for run in runs]
+    names = [row.setting for row in result_rows(loaded) if row.model == "pi"]
+    drawn = "top-k, 4 a query"
+    assert names == [f"RRHF · {drawn}", f"RRHF with dpo · {drawn}", f"RRHF with squared · {drawn}"]
+    titles = [chart.title for chart in curves(loaded[:2])]
+    assert "Ranking loss" in titles and "Loss (Eq. 5)" in titles
+    (runs[1] / "config.yaml").write_text((runs[0] / "config.yaml").read_text())
+    assert "Ranking loss (Eq. 2)" in [chart.title for chart in curves([load_run(runs[1])])]
 
 
 def test_few_numbers_and_no_numbers(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from markupsafe import Markup
 from rrhf.common.presentation import finite, typeset_number
 from rrhf.common.svg import inline_svg
 from rrhf.report import plots
+from rrhf.report.load import setting
 from rrhf.report.run import Run
 from rrhf.report.tables import MODELS
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 SMALL, WIDE = (3.6, 2.4), (4.3, 2.7)  # inches
+HINGE = "hinge"  # the ranking loss that is Eq. 2
 LINES = 40  # of the table behind a curve
 
 
@@ -41,7 +43,9 @@ def _svg(draw: Callable[[Figure], None], size: tuple[float, float], label: str) 
 def curves(runs: Sequence[Run]) -> list[Chart]:
     """Every series that some run logged, all runs in one chart."""
     drawn = []
+    others = any(setting(run.settings, "ranking_loss") not in (None, HINGE) for run in runs)
     for name, (title, unit) in plots.METRICS.items():
+        title = title.removesuffix(" (Eq. 2)") if others else title
         lines = [plots.series(run.history, name) for run in runs]
         if not any(values for _, values in lines):
             continue

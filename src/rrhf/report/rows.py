@@ -10,7 +10,7 @@ from typing import Any
 from rrhf.common.presentation import NONE, clean, finite, short_name, typeset_number
 from rrhf.evaluation.held_out import matched_length, mean_of, paired_with, rewards_agree
 from rrhf.evaluation.pairs import IMPLICIT
-from rrhf.report.charts import Chart, by_length
+from rrhf.report.charts import HINGE, Chart, by_length
 from rrhf.report.load import setting
 from rrhf.report.results import Accuracy, Results, accuracies, accuracies_of_file, interval
 from rrhf.report.run import Run
@@ -42,7 +42,7 @@ def _rho(run: Run) -> str | None:
 
 
 def setting_name(run: Run) -> str:
-    """What a row of Table 2 calls a run: ``RRHF · top-k, 4 a query``, ``best of 8``, ``PPO``."""
+    """What a row of Table 2 calls a run: ``RRHF · top-k, 4 a query``, ``RRHF with dpo``, ``best of 8``, ``PPO``."""
     baseline, settings = run.settings.get("baseline"), run.settings
     number = settings.get("sample.num_responses")
     if baseline == "best-of-n":
@@ -54,6 +54,8 @@ def setting_name(run: Run) -> str:
     folder, _, number_of_round = run.name.rpartition("/")
     if folder.rpartition("/")[2] == "rounds" and number_of_round.isdigit():
         method += f" IP-{number_of_round}"
+    if loss not in (None, HINGE, "none"):
+        method += f" with {short_name(loss)}"
     if settings.get("sample") == "null":
         return f"{method} · provided responses"
     drawn = settings.get("sample.source") or settings.get("sample.policy") or settings.get("sample.method")
