@@ -123,6 +123,27 @@ def test_a_card_names_no_folder_of_the_machine(run: Path) -> None:
     assert "/a/b" not in model_card(run / "model", result)
 
 
+def test_relative_paths_are_no_hub_ids(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither where the command is given elsewhere than the training's was, nor where the data are gone."""
+    from huggingface_hub import ModelCard
+
+    monkeypatch.chdir(tmp_path)
+    write_model(Path("models/base"))
+    run = tmp_path / "runs" / "one"
+    write_model(run / "model")
+    training: dict[str, Any] = {"settings": {"model": "models/base", "data": "runs/scored.jsonl"}}
+    (run / "model" / "training.json").write_text(json.dumps(training))
+    data = {"source": "data/train.jsonl", "held_out": "someone/prompts"}
+    (run / "config.yaml").write_text(yaml.safe_dump({"data": data}))
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    card = ModelCard.load(write_card(run))
+    assert (card.data.base_model, card.data.datasets) == (None, ["someone/prompts"])
+    assert "trained from base with" in card.text and "- trained on: `scored.jsonl`" in card.text
+    training["settings"]["model"] = "someone/base"
+    assert "\nbase_model: someone/base\n" in model_card(run / "model", training=training)
+
+
 def test_results_are_honest(run: Path) -> None:
     gain = model_card(run / "model", json.loads((run / "gain.json").read_text()))
     assert "| 1.000 | 7.000 | 6.000 [6.000, 6.000] |" in gain

@@ -15,6 +15,7 @@ from rrhf.common.presentation import describe_shares, markdown_table
 from rrhf.common.yaml_text import read_yaml
 from rrhf.models.folders import model_folder
 from rrhf.models.identity import model_digest
+from rrhf.records.formats import FILE_READERS
 from rrhf.records.sources import COUNTED, source_shares
 from rrhf.report.tables import evaluation_table, interval_side, model_names, models_of
 
@@ -110,20 +111,27 @@ def model_card(
     return "\n\n".join(paragraphs) + "\n"
 
 
-def hub_id(value: Any) -> str | None:
-    """``value`` where it can be the id of a hub repository and names no file here; else ``None``."""
+def hub_id(value: Any, beside: Path | None = None) -> str | None:
+    """``value`` where it can be the id of a hub repository and names no file or folder; else ``None``.
+
+    Names are looked up from here and from the folders around ``beside``: the command that made what stands there was
+    given from one of them, as a rule, and what it was given may have been relative.
+    """
     text = str(value or "")
     fits = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) is not None
-    return text if fits and not text.endswith(".gguf") and not Path(text).exists() else None
+    if not fits or text.lower().endswith((".gguf", *FILE_READERS)):
+        return None
+    around = () if beside is None else beside.resolve().parents
+    return None if any((place / text).exists() for place in (Path(), *around)) else text
 
 
-def public_name(value: Any) -> str:
-    """A model's or file's name without the folders it lies in; hub ids and package files as they are.
+def public_name(value: Any, beside: Path | None = None) -> str:
+    """A model's or file's name without the folders it lies in; hub ids (``hub_id``) and package files as they are.
 
     What Markdown or HTML would read as theirs is left out of it.
     """
     text = str(value)
-    shown = text if hub_id(text) or text.startswith("package:") else Path(text).name
+    shown = text if hub_id(text, beside) or text.startswith("package:") else Path(text).name
     return re.sub(r"[<>\[\]`|\r\n]", "_", shown)
 
 
@@ -176,10 +184,10 @@ def _metadata(folder: Path, settings: Mapping[str, Any], run: Path | None) -> st
     if run is not None and (run / "config.yaml").exists():
         config = read_yaml(run / "config.yaml")
         data = config.get("data") if isinstance(config, dict) else None
-        sources = [name for key in ("source", "held_out") if (name := hub_id((data or {}).get(key)))]
+        sources = [name for key in ("source", "held_out") if (name := hub_id((data or {}).get(key), folder))]
     return metadata_block(
         ModelCardData(
-            base_model=hub_id(settings.get("model") or adapter.get("base_model_name_or_path")),
+            base_model=hub_id(settings.get("model") or adapter.get("base_model_name_or_path"), folder),
             datasets=sorted(set(sources)) or None,
             library_name="peft" if adapter else "transformers",
             pipeline_tag=task,
@@ -200,7 +208,7 @@ def _introduction(settings: Mapping[str, Any], folder: Path) -> str:
     what = "A LoRA adapter" if (folder / "adapter_config.json").exists() else "A language model"
     if not settings:
         return f"{what}."
-    base = f" from {public_name(settings['model'])}" if settings.get("model") else ""
+    base = f" from {public_name(settings['model'], folder)}" if settings.get("model") else ""
     ranking = settings.get("ranking_loss", "hinge")
     if settings.get("baseline"):
         name = public_name(settings["baseline"]).upper()

@@ -35,7 +35,7 @@ def push_model(source: str | Path, repo_id: str, *, private: bool = False, messa
     """
     folder = model_folder(source)
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
-    if base and not hub_id(base):
+    if base and not hub_id(base, folder):
         log.warning(f"{repo_id}: an adapter needs its base model, and {base!r} is no hub id: others cannot load it")
     with _hub_client(repo_id) as api:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
