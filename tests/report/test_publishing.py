@@ -26,7 +26,7 @@ from rrhf.models.folders import save_policy
 from rrhf.models.gguf import export_gguf
 from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings, load_policy
-from rrhf.records.files import read_records
+from rrhf.records.files import read_records, write_records
 from rrhf.report.card import CARD, MARK, model_card, write_card
 from rrhf.report.hub import push_model, push_records
 from support.models import tiny_model, tiny_tokenizer
@@ -649,6 +649,32 @@ def test_records_are_pushed_as_a_data_set(hub: Hub, tmp_path: Path) -> None:
     assert "5 queries with 10 responses" in card
     assert "human 100%" in card
     assert 'load_dataset("me/data", split="train")' in card
+
+
+def test_what_is_no_data_set_of_records_is_not_published(hub: Hub, tmp_path: Path) -> None:
+    """A Parquet file is read as any other, and queries that would come back as JSON text are refused."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pairs = tmp_path / "pairs.parquet"
+    pq.write_table(pa.table({"chosen": ["a"], "rejected": ["b"]}), pairs)
+    with pytest.raises(UserError, match=r"pairs\.parquet, row 1: .*query"):
+        push_records(pairs, "me/data")
+    message = {"role": "user", "content": "Who?"}
+    named = {"id": "b", "query": [{**message, "name": "Ann", "date": 3}]}
+    for suffix in ("jsonl", "parquet"):
+        for wrong, said in ((named, "have date, name beside"), ({"id": "b", "query": "Who?"}, "is text, those before")):
+            source = tmp_path / f"queries.{suffix}"
+            lines = write_rows(tmp_path / "lines.jsonl", [{"id": "a", "query": [message]}, wrong])
+            write_records(source, list(read_records(lines)), overwrite=True)
+            with pytest.raises(UserError, match=rf"{suffix}, id 'b': its .*{said}"):
+                push_records(source, "me/data")
+    assert not hub.made
+    table = tmp_path / "good.parquet"
+    write_records(table, read_records(write_rows(tmp_path / "good.jsonl", rows(3))))
+    push_records(table, "me/data")
+    (tmp_path / "back.parquet").write_bytes(hub.files["data/train.parquet"])
+    assert list(read_records(tmp_path / "back.parquet")) == list(read_records(table))
 
 
 def test_transformers_own_push_sends_the_model_and_our_card(hub: Hub, tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -13,7 +13,8 @@ from typing import Any
 from rrhf.common.errors import UserError
 from rrhf.common.files import read_object
 from rrhf.models.folders import MODEL_FILES, model_folder
-from rrhf.records.files import count_records, read_records, write_records
+from rrhf.records.files import read_records, write_records
+from rrhf.records.record import Record
 from rrhf.records.sources import source_shares
 from rrhf.report.card import CARD, column_words, hub_id, records_card, write_card
 
@@ -70,19 +71,15 @@ def push_records(file: str | Path, repo_id: str, *, private: bool = False, messa
         The address of the repository.
 
     Raises:
-        UserError: no records, no token, no permission, or no connection; the message names the cure.
+        UserError: no records, queries that `datasets` would not read as what they are, no token, no permission, or no
+            connection; the message names the cure.
     """
     from huggingface_hub import CommitOperationAdd
 
     file = Path(file)
     with tempfile.TemporaryDirectory() as scratch, _hub_client(repo_id) as api:
-        if file.suffix == ".parquet":
-            table, count = file, count_records(file)
-        else:
-            table = Path(scratch) / RECORDS.name
-            count = write_records(table, read_records(file))
-        if not count:
-            raise UserError(f"{file}: there is no record to publish")
+        table = Path(scratch) / RECORDS.name
+        count = write_records(table, _of_one_kind(read_records(file), file))
         address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
         card = records_card(RECORDS, count, source_shares(table, None), column_words(_columns(table)), address.repo_id)
         api.create_commit(
@@ -92,6 +89,27 @@ def push_records(file: str | Path, repo_id: str, *, private: bool = False, messa
             commit_message=message or f"Upload {count} records with rrhf",
         )
     return str(address)
+
+
+def _of_one_kind(records: Iterable[Record], file: Path) -> Iterator[Record]:
+    """Pass on records whose queries are a column of texts, or of messages; any other becomes JSON text in Parquet."""
+    first = None
+    for record in records:
+        kind = "text" if isinstance(record.query, str) else "messages"
+        first = first or kind
+        if kind != first:
+            raise UserError(
+                f"{file}, id {record.id!r}: its query is {kind}, those before are {first}: `datasets` would read "
+                "all as JSON text: publish the two kinds apart"
+            )
+        messages = [] if isinstance(record.query, str) else record.query
+        more = sorted({key for message in messages for key in message} - {"role", "content"})
+        if more:
+            raise UserError(
+                f"{file}, id {record.id!r}: its messages have {', '.join(more)} beside role and content: `datasets` "
+                "would read the queries as JSON text: take these keys out"
+            )
+        yield record
 
 
 def _columns(table: Path) -> list[str]:
