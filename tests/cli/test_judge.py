@@ -136,13 +136,34 @@ def test_questions_as_fastchat_has_them(folder: Path) -> None:
         # `rrhf sample` keeps the questions' ids; answers from elsewhere may have the query alone.
         for name, ids in (("with.jsonl", True), ("without.jsonl", False)):
             answers = [
-                {**({"id": q.id} if ids else {}), "query": "…" if ids else q.query, "responses": [f"to {q.query}"]}
-                for q in questions
+                {**({"id": q.id} if ids else {}), "query": q.query, "responses": [f"to {q.query}"]} for q in questions
             ]
             tiny.write_rows(folder / name, answers)
             assert list(answers_to(questions, folder / name).values()) == [f"to {text}" for text in texts]
         assert main(["convert", "question.jsonl", "--output", "queries.jsonl", "--overwrite"]) == 0
         assert [record.id for record in read_records("queries.jsonl")] == [question.id for question in questions]
+
+
+def test_answers_are_found_by_the_whole_query(folder: Path) -> None:
+    """By its last message "Why?" had the answer to a dialogue that ends so, and an id alone was trusted."""
+    user, dialogue = {"role": "user", "content": "Why?"}, [{"role": "user", "content": "It rains."}]
+    dialogue += [{"role": "assistant", "content": "It does."}, user]
+    tiny.write_rows(folder / "q.jsonl", [{"id": "1", "query": "Why?"}, {"id": "2", "query": dialogue}])
+    questions = read_questions(folder / "q.jsonl")
+
+    def answers(*rows: dict[str, Any]) -> dict[str, str]:
+        tiny.write_rows(folder / "answers.jsonl", rows)
+        return answers_to(questions, folder / "answers.jsonl")
+
+    alone, whole = {"query": [user], "responses": ["So."]}, {"query": dialogue, "responses": ["Clouds."]}
+    for rows in ((alone, whole), (whole, alone), ({**whole, "id": "1"}, {**alone, "id": "2"})):
+        assert answers(*rows) == {"1": "So.", "2": "Clouds."}
+    again = {"id": "1", "query": "Why?", "responses": ["By its id."]}
+    assert answers(again, {**alone, "id": "other"}, whole)["1"] == "By its id."
+    with pytest.raises(UserError, match="1 of 2 questions have no answer there, such as '1': answer all"):
+        answers(whole)
+    with pytest.raises(UserError, match="'1', under whose id another query stands there: answer all"):
+        answers({"id": "1", "query": "Who?", "responses": ["I."]}, whole)
 
 
 def test_responses_that_the_data_brought_are_not_judged_unseen(folder: Path, caplog: pytest.LogCaptureFixture) -> None:

@@ -11,7 +11,7 @@ from rrhf.common.errors import UserError
 from rrhf.evaluation.pairwise.comparisons import Question
 from rrhf.records.files import read_records
 from rrhf.records.formats import load_dataset_records
-from rrhf.records.record import Record, query_text
+from rrhf.records.record import Query, Record, query_text
 
 log = logging.getLogger("rrhf")
 
@@ -32,9 +32,7 @@ def read_questions(path: Path) -> list[Question]:
     """
     questions = []
     for record in load_dataset_records(str(path)):
-        text = record.query if isinstance(record.query, str) else record.query[-1]["content"]
-        shown = text if isinstance(record.query, str) or len(record.query) == 1 else query_text(record.query)
-        questions.append(Question(record.id, shown, str(record.extra.get("category") or "")))
+        questions.append(Question(record.id, _asked(record.query), str(record.extra.get("category") or "")))
     if not questions:
         raise UserError(f"{path}: there is no question")
     if len({question.id for question in questions}) < len(questions):
@@ -43,7 +41,9 @@ def read_questions(path: Path) -> list[Question]:
 
 
 def answers_to(questions: list[Question], path: Path) -> dict[str, str]:
-    """Question id → the first response of the record with the same id, or else with the same query.
+    """Question id → the first response of the record with the same query; of several, of that with the same id.
+
+    A lone user message is the same query as its text. An id alone is none: files that count their lines share ids.
 
     Raises:
         UserError: the file cannot be read, or questions have no answer in it; the first are named.
@@ -74,20 +74,26 @@ def answers_of_both(questions: list[Question], a: Path, b: Path) -> tuple[dict[s
 
 
 def _first_responses(questions: list[Question], path: Path) -> dict[str, _First]:
-    by_id: dict[str, _First] = {}
+    by_id: dict[tuple[str, str], _First] = {}
     by_query: dict[str, _First] = {}
     for record in read_records(path, require="responses"):
-        messages = record.query
-        text = messages if isinstance(messages, str) else messages[-1]["content"]
-        by_id[record.id] = by_query[text] = _first_of(record)
-    found = {q.id: by_id.get(q.id, by_query.get(q.query)) for q in questions}
+        asked = _asked(record.query)
+        by_id[record.id, asked] = by_query[asked] = _first_of(record)
+    found = {q.id: by_id.get((q.id, q.query), by_query.get(q.query)) for q in questions}
     missing = [name for name, first in found.items() if first is None]
     if missing:
+        other = ", under whose id another query stands there" if missing[0] in {name for name, _ in by_id} else ""
         raise UserError(
-            f"{path}: {len(missing)} of {len(questions)} questions have no answer there, such as {missing[0]!r}: "
-            "answer all, with the question's id or query"
+            f"{path}: {len(missing)} of {len(questions)} questions have no answer there, such as {missing[0]!r}"
+            f"{other}: answer all, with the question's whole query"
         )
     return {name: first for name, first in found.items() if first is not None}
+
+
+def _asked(query: Query) -> str:
+    """The whole query as text, by which questions and answers meet and which a judge reads."""
+    alone = not isinstance(query, str) and len(query) == 1 and query[0]["role"] == "user"
+    return query[0]["content"] if alone else query_text(query)
 
 
 def _texts(found: dict[str, _First]) -> dict[str, str]:
