@@ -20,7 +20,7 @@ from rrhf.common.errors import UserError
 from rrhf.models.kernels import reference
 from rrhf.models.kernels.cpu.logits import NUCLEUS
 from rrhf.models.tokenization import TextSettings
-from rrhf.records.record import Record
+from rrhf.records.record import DRAWN_TOKENS, Record
 from rrhf.sampling import batch_size
 from rrhf.sampling.decoding import Response
 from rrhf.sampling.policies import PART, Draws, draw, uniforms
@@ -363,6 +363,35 @@ def test_a_response_that_ended_by_itself_has_its_end_token_among_those_drawn(sto
     assert (stopped.tokens, stopped.finish) == ([5, 8], "stop")
     assert stopped.drawn == ([5, 8] if at_string else [5, 8, 3])
     assert (long.tokens, long.finish, long.drawn) == ([5] * 4, "length", [5] * 4)
+
+
+@pytest.mark.parametrize("policy", SETTINGS)
+def test_the_tokens_noted_for_training_end_with_the_end_token(
+    policy: str, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> None:
+    """Of every policy; where one does not say what ended a response, the text's tokens are trained on, and its end."""
+    sampler = Sampler(model, tokenizer, SETTINGS[policy])
+    records = [record for _, record in sampler.extend(some_records(), tokens=True)]
+    noted = [
+        (finish, tokens)
+        for record in records
+        for finish, tokens in zip(record.finish, record.extra[DRAWN_TOKENS], strict=True)
+    ]
+    assert all((tokens[-1] == tokenizer.eos_token_id) == (finish == "stop") for finish, tokens in noted)
+    assert any(finish == "stop" for finish, _ in noted)
+
+
+def test_an_end_token_that_a_policy_leaves_out_is_trained_all_the_same(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sampler = Sampler(model, tokenizer, SamplingSettings(policy="greedy", stop=["."]))
+    ids = tokenizer("ab").input_ids
+    drawn = [Response(ids, "stop"), Response(tokenizer("ab.").input_ids, "stop"), Response(ids, "length")]
+    monkeypatch.setattr(sampler, "draw", lambda queries, keys, ends: [drawn] * len(queries))
+    ((_, record),) = sampler.extend([Record("Hello")], tokens=True)
+    assert record.extra[DRAWN_TOKENS] == [None, drawn[1].tokens, ids]
+    encoded = sampler.format.encode_record(record).responses
+    assert encoded == [[*ids, tokenizer.eos_token_id], drawn[1].tokens, ids]
 
 
 def test_seeds(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -335,11 +335,12 @@ class Beams:
                 group, member = divmod(beam, self.size)
                 length = int(self.finished_lengths[query, group, member])
                 tokens = self.finished_sequences[query, group, member, :length].tolist()
-                finish = "length"
+                finish, end = "length", None
                 if tokens and tokens[-1] in self.end_sets[query]:
-                    tokens, finish = tokens[:-1], "stop"
+                    *tokens, end = tokens
+                    finish = "stop"
                 elif self.stops is not None and self.stops(tokens):
                     finish = "stop"
-                responses.append(Response(tokens, finish))
+                responses.append(Response(tokens, finish, end))
             results.append(responses)
         return results

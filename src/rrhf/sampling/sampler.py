@@ -84,6 +84,14 @@ class Sampler:
         self.markers_lost += self.format.loses_markers(response.tokens)
         return cut_at_first(self.format.decode(response.tokens), self.settings.stop)[0]
 
+    def _drawn(self, response: Response) -> list[int] | None:
+        """The tokens that were drawn; None where an end token is among them that the policy does not say: training then
+        takes the text's tokens and its end token."""
+        if response.finish == "stop" and response.end is None:
+            at_string = cut_at_first(self.format.decode(response.tokens), self.settings.stop)[1]
+            return response.drawn if at_string else None
+        return response.drawn
+
     def end_tokens(self, record: Record) -> set[int]:
         """Every token that ends a response to the record's query."""
         return self.format.end_tokens(record.query, self.model.generation_config.eos_token_id)
@@ -148,7 +156,7 @@ class Sampler:
             extended = record.with_responses(texts, finish, [f"{self.source}/{n}" for n in range(len(texts))])
             if tokens:
                 before = record.response_columns().get(DRAWN_TOKENS) or [None] * len(record.responses)
-                drawn = [*before, *(response.drawn for response in responses)]
+                drawn = [*before, *map(self._drawn, responses)]
                 extended = replace(extended, extra={**extended.extra, DRAWN_TOKENS: drawn})
             yield i, extended
 
