@@ -37,8 +37,9 @@ def workplace(folder: Path, model: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "model").symlink_to(model)
     tiny.write_rows(folder / "queries.jsonl", tiny.rows(QUERIES, responses=0))
-    human = [{"id": "q1", "query": "…", "responses": ["By id.", "By id.", "Another."], "scores": [1.0, None, 0.5]}]
-    human.append({"id": "elsewhere", "query": tiny.rows(QUERIES)[7]["query"], "responses": ["By query."]})
+    asked = [tiny.rows(QUERIES)[number]["query"] for number in (1, 7)]
+    human = [{"query": asked[0], "responses": ["Of a person.", "Of a person.", "Another."], "scores": [1.0, None, 0.5]}]
+    human.append({"id": "elsewhere", "query": asked[1], "responses": ["Another person's."]})
     tiny.write_rows(folder / "human.jsonl", human)
     return folder
 
@@ -89,7 +90,7 @@ def test_a_mixture_of_models_a_server_and_people(
         assert set(tags) <= set(wanted) and len(set(tags)) == len(tags)
         assert wanted[6] in tags and set(wanted[7:]) <= set(tags)
     assert "human/0|human/1" in rows[1]["sources"]
-    assert rows[1]["scores"][rows[1]["responses"].index("By id.")] == 1.0
+    assert rows[1]["scores"][rows[1]["responses"].index("Of a person.")] == 1.0
     assert f"{merged} equal responses merged" in undisturbed[1]
     assert "2 queries joined with responses of human.jsonl" in undisturbed[1]
 

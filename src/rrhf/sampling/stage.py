@@ -29,6 +29,7 @@ from rrhf.records.record import Record
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.sources.build import build_sources
 from rrhf.sampling.sources.engine import EngineModel
+from rrhf.sampling.sources.file import ResponseFile
 from rrhf.sampling.sources.local import LocalModel
 from rrhf.sampling.sources.source import Shared, Source
 
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rrhf")
 
+LEFT_OUT = "queries left without a response"
 REMOTE_PART = 256  # records in a part where no local model answers; an endpoint's answers are kept one by one too
 
 
@@ -70,8 +72,8 @@ def sample_file(
         pool: other processes, to which the parts are given that models are to answer; servers are asked from here.
 
     Raises:
-        UserError: a source is not usable, or not with these queries (all is checked before any long work), or
-            ``output`` exists.
+        UserError: a source is not usable, or not with these queries (all is checked before any long work), ``output``
+            exists, or merging left no query with a response.
     """
     from rrhf.models.cache import PolicyCache
 
@@ -98,6 +100,17 @@ def sample_file(
         )
     finally:
         _close(chain, policies)
+    _sum_up(output, counts, total)
+
+
+def _sum_up(output: Path, counts: Counter[str], total: int) -> None:
+    """Say what was counted. Raises UserError where all of the ``total`` queries were left out."""
+    if counts[LEFT_OUT] == total:
+        output.unlink(missing_ok=True)  # else it would be taken for finished work
+        raise UserError(
+            f"{output}: no query has a response, so there is nothing to write ({describe_counts(counts)}): check the "
+            "queries, and what their responses come from"
+        )
     if counts:
         log.info(describe_counts(counts))
 
@@ -120,6 +133,9 @@ def _check(chain: list[Source], data: Path) -> int:
         count += 1
     if not count:
         raise UserError(f"{data}: there is no record to work on")
+    for source in chain:
+        if isinstance(source, ResponseFile):
+            source.refuse_strangers(data)
     return count
 
 
@@ -204,7 +220,7 @@ def _merged(record: Record, counts: Counter[str]) -> Record | None:
     for what, count in (
         ("equal responses merged", duplicates),
         ("empty responses dropped", empty),
-        ("queries left without a response", int(not merged.responses)),
+        (LEFT_OUT, int(not merged.responses)),
     ):
         if count:
             counts[what] += count

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import signal
+import sqlite3
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -90,11 +92,11 @@ def test_what_cannot_be_parsed(text: str, message: str) -> None:
 
 
 def test_a_mixture_answers_every_query_and_tags_every_response(model: Path, queries: Path, tmp_path: Path) -> None:
-    """Two policies of a model and a file of people's responses, joined by id and by query."""
+    """Two policies of a model and a file of people's responses, joined by the query."""
     human = tmp_path / "people.jsonl"
-    by_id = {"id": "q1", "query": "not the same words", "responses": ["By id."]}
+    same_id = {"id": "q1", "query": "The river number 1", "responses": ["With its id."]}
     by_query = {"id": "elsewhere", "query": "The river number 3", "responses": ["By query."], "sources": ["human/a"]}
-    human.write_text("".join(json.dumps(row) + "\n" for row in (by_id, by_query)))
+    human.write_text("".join(json.dumps(row) + "\n" for row in (same_id, by_query)))
     output = tmp_path / "mixed.jsonl"
     assert main(flags(queries, output, f"{model}@diverse-beam:2", f"{model}@top-p:3", str(human))) == 0
     records = list(read_records(output))
@@ -106,9 +108,91 @@ def test_a_mixture_answers_every_query_and_tags_every_response(model: Path, quer
         kept = [tag for tag in wanted if tag in tags]
         assert sorted(tags) == sorted(kept)  # none twice, none made up; empty responses alone may be missing
         assert len(set(record.responses)) == len(record.responses)
-    assert "By id." in records[1].responses
+    assert "With its id." in records[1].responses
     assert "By query." in records[3].responses
     assert sorted(p.name for p in tmp_path.iterdir()) == ["mixed.jsonl", "people.jsonl", "queries.jsonl"]
+
+
+def joined(
+    folder: Path, data: list[Record], rows: list[dict[str, Any]], caplog: pytest.LogCaptureFixture
+) -> list[Record]:
+    """What a file of ``rows``, "people", gives the records of ``data``; the summary is in ``caplog``."""
+    write_records(folder / "data.jsonl", data)
+    (folder / "people.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output, people = folder / "joined.jsonl", str(folder / "people.jsonl")
+    model = ModelSettings("", "cpu")
+    with caplog.at_level(logging.INFO, "rrhf"):
+        sample_file(folder / "data.jsonl", output, model, sampling(), TextSettings(), sources=[people])
+    return list(read_records(output))
+
+
+@pytest.fixture
+def said(caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch) -> pytest.LogCaptureFixture:
+    monkeypatch.setattr(logging.getLogger("rrhf"), "propagate", True)
+    return caplog
+
+
+def test_all_rows_of_a_query_join_it(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    """With scores and ids or without; a merged tag is renamed in all its parts, and no two responses share one."""
+    rows = [
+        {
+            "query": "one",
+            "responses": ["a", "b"],
+            "scores": [1, 0],
+            "sources": ["provided/0|provided/2|ann/0", "ben/0"],
+        },
+        {"query": "two", "responses": ["elsewhere"]},
+        {"query": "one", "responses": ["c", "d"]},
+        {"query": "one", "responses": ["e"], "id": "q"},
+    ]
+    (record,) = joined(tmp_path, [Record("one", id="q")], rows, said)
+    assert record.responses == ["a", "b", "c", "d", "e"]
+    assert record.sources == ["people/0|people/2|ann/0", "ben/0", "people/3", "people/4", "people/5"]
+    assert record.scores == [1, 0, None, None, None]
+
+
+def test_an_id_alone_joins_nothing(tmp_path: Path, said: pytest.LogCaptureFixture) -> None:
+    """Another file has given the same ids to other queries; keys of a message may stand in another order."""
+    chat = [{"role": "user", "content": "three"}]
+    data = [Record("one", id="0"), Record("two", id="1"), Record(chat, id="2")]
+    rows = [
+        {"id": 0, "query": "two", "responses": ["To two."]},
+        {"id": 1, "query": "nothing", "responses": ["To nothing."]},
+        {"id": 7, "query": [dict(reversed(chat[0].items()))], "responses": ["To three."]},
+    ]
+    found = joined(tmp_path, data, rows, said)
+    assert {record.id: record.responses for record in found} == {"1": ["To two."], "2": ["To three."]}
+    assert "2 queries joined with responses of" in said.text
+    assert f"1 queries without a response in {tmp_path / 'people.jsonl'}" in said.text
+
+
+def test_a_file_that_answers_no_query_is_refused_before_any_work(
+    model: Path, queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    human, output = tmp_path / "people.jsonl", tmp_path / "out.jsonl"
+    human.write_text(json.dumps({"id": "q1", "query": "Another.", "responses": ["Yes."]}))
+    for specs in ([str(human)], [f"{model}@top-p:2", str(human)]):
+        message = refused(flags(queries, output, *specs), capsys, monkeypatch)
+        assert f"{human}: no query of {queries} has a response in it: " in message
+        assert not output.exists()
+
+
+def test_an_index_that_does_not_fit_the_temporary_folder(
+    queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    human, connect = tmp_path / "people.jsonl", sqlite3.connect
+    rows = [{"query": f"The river number {i}", "responses": ["x" * 9000]} for i in range(9)]
+    human.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+    def small(place: Path) -> sqlite3.Connection:
+        store = connect(place)
+        store.execute("PRAGMA max_page_count = 4")
+        return store
+
+    monkeypatch.setattr(sqlite3, "connect", small)
+    message = refused(flags(queries, tmp_path / "out.jsonl", str(human)), capsys, monkeypatch)
+    assert f"{tempfile.gettempdir()}: cannot hold the index of {human} (database or disk is full)" in message
+    assert "TMPDIR" in message and "Traceback" not in message
 
 
 def drawn(output: Path, tag: str) -> list[list[str]]:
@@ -388,3 +472,18 @@ def test_queries_left_without_a_response_are_counted(
     assert "1 equal responses merged" in caplog.text
     assert "2 empty responses dropped" in caplog.text
     assert "1 queries left without a response" in caplog.text
+
+
+def test_an_output_without_a_record_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And no file is left that a second command would take for finished work."""
+
+    def answer(self: Any, records: list[Record], counts: Any) -> Any:
+        for i, record in enumerate(records):
+            yield i, record.with_responses([" "], ["stop"], ["m/0"])
+
+    monkeypatch.setattr(LocalModel, "answer", answer)
+    output, data = tmp_path / "out.jsonl", [Record("one"), Record("two")]
+    for _ in range(2):
+        with pytest.raises(UserError, match=r"no query has a response.*2 empty responses dropped; 2 queries left"):
+            sample_file(data, output, ModelSettings("m", "cpu"), sampling(), TextSettings())
+        assert not list(tmp_path.iterdir())
