@@ -156,6 +156,18 @@ def test_beam_finishes_as_generate_does(length_penalty: float, early_stopping: b
     assert ours(model, queries, policy="beam", **options) == by_generate(model, queries, **options)
 
 
+@pytest.mark.parametrize("groups", [1, 3])
+@pytest.mark.parametrize("length_penalty", [-3.0, -6.0, -40.0])
+def test_length_penalties_below_0_leave_no_place_empty(length_penalty: float, groups: int) -> None:
+    """Scores of -10⁵⁵ and less, which fp32 has not: a place where nothing has finished is still worse."""
+    case = {"num_beams": 3, "num_beam_groups": groups, "length_penalty": length_penalty, "max_new_tokens": 24}
+    model, queries = lively("llama", seed=7, bias=1.5), some_queries(2, 4)
+    in_fp32 = ours(model, queries, policy="diverse-beam", **case)
+    assert all(response.tokens or response.end for responses in in_fp32 for response in responses)
+    expected = by_oracle(model.double(), queries, diversity_penalty=1.0, **for_oracle(case))
+    assert ours(model, queries, policy="diverse-beam", **case) == expected
+
+
 def test_settings_of_beams_matter() -> None:
     """What the comparisons above vary does change the result; they would otherwise say nothing."""
     model, queries = lively("llama", seed=7, bias=1.5), some_queries(2, 8)

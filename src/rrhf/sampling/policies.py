@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Collection, Sequence
 
 import numpy as np
@@ -15,7 +16,7 @@ from rrhf.sampling.settings import SamplingSettings
 from rrhf.sampling.stepping import Advance
 
 PART = 256  # tokens whose probabilities are summed in fp32, and those sums in fp64
-NEVER = -1.0e9  # the score of what cannot be
+NEVER = -1.0e9  # the sum of log-probabilities of a beam that cannot go on
 
 StopCheck = Callable[[list[int]], bool]
 EndTokens = Sequence[Collection[int]]  # of every query, the tokens that end its responses
@@ -211,7 +212,8 @@ class Beams:
         self.running = torch.full(shape, NEVER, dtype=torch.float32, device=device)
         self.running[:, :, 0] = 0.0  # the first step must not draw the same token for all beams
         self.sequences = torch.zeros(*shape, steps, dtype=torch.long, device=device)
-        self.finished = torch.full(shape, NEVER, dtype=torch.float32, device=device)
+        # No number: by a negative length penalty a finished beam's score can be below any.
+        self.finished = torch.full(shape, -math.inf, dtype=torch.float32, device=device)
         self.is_finished = torch.zeros(shape, dtype=torch.bool, device=device)
         self.finished_sequences = torch.zeros(*shape, steps, dtype=torch.long, device=device)
         self.finished_lengths = torch.zeros(shape, dtype=torch.long, device=device)
@@ -298,7 +300,8 @@ class Beams:
         if self.settings.early_stopping:
             allowed = allowed & ~self.is_finished[live, group].all(dim=-1)
         scores = totals / (self.step + 1) ** self.settings.length_penalty
-        scores = scores + (~(ended & allowed[:, None])) * NEVER
+        scores = scores.clamp(min=torch.finfo(scores.dtype).min)  # where it overflows it is still above an empty place
+        scores = scores.masked_fill(~(ended & allowed[:, None]), -math.inf)
         merged = torch.cat([self.finished[live, group], scores], dim=1)
         best, kept = _best(merged, self.size)
         lengths = torch.full_like(ended, self.step + 1, dtype=torch.long)
@@ -314,14 +317,10 @@ class Beams:
     def _close(self, live: Tensor) -> None:
         """A group ends when its best running beam, at its present length, cannot beat its worst finished one."""
         attainable = self.running[live, :, 0] / self.step**self.settings.length_penalty
-        worst = torch.where(
-            self.is_finished[live],
-            self.finished[live].amin(dim=-1, keepdim=True),
-            self.finished.new_full((), NEVER),
-        )
-        improvable = self.improvable[live] & (attainable[:, :, None] > worst).any(dim=-1)
+        full = self.is_finished[live].all(dim=-1)
+        improvable = self.improvable[live] & (~full | (attainable > self.finished[live].amin(dim=-1)))
         if self.settings.early_stopping:
-            improvable &= ~self.is_finished[live].all(dim=-1)
+            improvable &= ~full
         self.improvable[live] = improvable
 
     def results(self) -> list[list[Response]]:
