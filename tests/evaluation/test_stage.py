@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -119,6 +120,27 @@ def test_texts_made_of_something_else_are_drawn_anew(
     assert found == anew(place, **options)
     if change != "drawn":
         assert [[text] for text in found] != stale
+
+
+def test_texts_of_a_policy_whose_code_changed_are_drawn_anew(
+    place: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    code = "from rrhf.sampling.policies import Draws\n\ndef make(settings, *how):\n    return Draws(settings, *how)\n"
+    edited = "from dataclasses import replace\n" + code.replace(
+        "(settings, *how)\n", "(replace(settings, seed=8), *how)\n"
+    )
+    monkeypatch.syspath_prepend(place)
+    monkeypatch.setattr(logging.getLogger("rrhf"), "propagate", True)
+    found = []
+    for text in (code, code, edited):
+        (place / "own_policy.py").write_text(text)
+        monkeypatch.delitem(sys.modules, "own_policy", raising=False)
+        caplog.clear()
+        with caplog.at_level(logging.WARNING, logger="rrhf"):
+            found.append((evaluate(place, replace(SAMPLING, policy="own_policy:make")), caplog.text))
+    (first, _), (again, kept), (other, anew_because) = found
+    assert again == first and "drawn anew" not in kept
+    assert other != first and "policy_code was " in anew_because
 
 
 def test_unfinished_texts_of_other_weights_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -58,6 +58,7 @@ def draw_to_file(
         "dtype": model.dtype,
         "attn_implementation": model.attn_implementation,
         **asdict(sampling),
+        **sampling.how.code(),
         **asdict(text),
         "prompts": checksum_of_records(prompts),
     }
