@@ -162,6 +162,24 @@ def test_responses_that_no_format_reads_are_not_left_behind_unasked(tmp_path: Pa
     assert record.query == user("Add.\n\n1 2")
 
 
+def test_dolly(tmp_path: Path) -> None:
+    """Its context is part of the query; also without a response it is not left behind unasked."""
+    rows = [
+        {"instruction": "Who?", "context": "Ann ran.", "response": "Ann.", "category": "closed_qa"},
+        {"instruction": "Sing.", "context": "", "response": "La.", "category": "open_qa"},
+        {"instruction": "Add.", "input": "1 2", "response": "3"},
+        {"instruction": "Add.", "input": "1 2", "context": "Sums.", "response": "3"},
+    ]
+    counts = Counter[str]()
+    first, second, third = load_dataset_records(lines(tmp_path / "a.jsonl", *rows), counts=counts)
+    assert first == Record(query=user("Who?\n\nAnn ran."), responses=["Ann."], extra={"category": "closed_qa"})
+    assert (second.query, third.query) == (user("Sing."), user("Add.\n\n1 2"))
+    assert counts == {"both `context` and `input`": 1}
+    path = lines(tmp_path / "b.jsonl", {"instruction": "Who?", "context": "Ann ran."})
+    with pytest.raises(UserError, match=r"reads the context beside instruction: give --format pkg"):
+        list(load_dataset_records(path))
+
+
 def test_alpaca_and_alpacafarm_and_vicuna(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "a.jsonl",

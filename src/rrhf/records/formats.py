@@ -26,6 +26,7 @@ from rrhf.records.foreign.instructions import (
     PROMPT_COLUMNS,
     alpaca,
     alpacafarm,
+    dolly,
     imdb,
     prompt_completion,
     prompts,
@@ -56,6 +57,7 @@ FORMATS: dict[str, Format] = {
     "helpsteer": helpsteer,
     "rewardbench": rewardbench,
     "alpaca": alpaca,
+    "dolly": dolly,
     "alpacafarm": alpacafarm,
     "vicuna": vicuna,
     "prompt-completion": prompt_completion,
@@ -88,10 +90,11 @@ COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"prompt", "completion"}), "prompt-completion"),
     (frozenset({"text", "label"}), "imdb"),
     (frozenset({"review"}), "imdb"),
+    (frozenset({"instruction", "response"}), "dolly"),
     *((frozenset({name}), "prompts") for name in PROMPT_COLUMNS),
 )
 
-# Responses beside a prompt, which ``prompts`` would leave behind: such rows are not guessed to be queries alone.
+# Responses, or a context, beside a prompt, which ``prompts`` would leave behind: such rows are no queries alone.
 ANSWER = re.compile(r"(output|response|answer|completion)_[0-9a-z]")
 
 
@@ -104,12 +107,8 @@ def guess_format(row: ForeignRow, source: str) -> str:
     columns = {name for name, value in row.items() if value is not None}
     for needed, name in COLUMNS:
         if needed <= columns:
-            answers = sorted(filter(ANSWER.fullmatch, columns)) if name == "prompts" else []
-            if answers:
-                raise UserError(
-                    f"{source}: no format is known that reads the responses in {', '.join(answers)}: give --format "
-                    "pkg.module:function, or --format prompts for the queries alone"
-                )
+            if name == "prompts":
+                _refuse_to_leave_behind(columns, source)
             dialogue = isinstance(row.get("chosen"), str) and LAST_TURN in row["chosen"]
             return "hh" if name == "preference" and "prompt" not in columns and dialogue else name
     raise UserError(
@@ -117,6 +116,19 @@ def guess_format(row: ForeignRow, source: str) -> str:
         + "".join(f"  {name}: {needed_columns(name)}\n" for name in FORMATS)
         + "rename the columns, or give --format, one of these or pkg.module:function"
     )
+
+
+def _refuse_to_leave_behind(columns: set[str], source: str) -> None:
+    """Raise UserError where ``prompts`` would not read all that belongs to a query and its responses."""
+    answers = sorted(filter(ANSWER.fullmatch, columns))
+    left = f"the responses in {', '.join(answers)}" if answers else ""
+    if {"instruction", "context"} <= columns:
+        left = f"the context beside instruction{left and ' and '}{left}"
+    if left:
+        raise UserError(
+            f"{source}: no format is known that reads {left}: give --format pkg.module:function, or --format prompts "
+            "for the queries alone"
+        )
 
 
 def needed_columns(name: str) -> str:

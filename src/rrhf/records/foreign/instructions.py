@@ -39,6 +39,18 @@ def alpaca(row: ForeignRow) -> ForeignRow:
     }
 
 
+def dolly(row: ForeignRow) -> ForeignRow:
+    """Dolly's ``instruction``, ``context``, ``response``, read as Alpaca's three columns; others travel along."""
+    details = [row[name] for name in ("context", "input") if row.get(name)]
+    if len(details) > 1:
+        raise SkipRowError("both `context` and `input`")
+    return {
+        **unused(row, *INSTRUCTION, "context", "response"),
+        "query": instruction_of({**row, "input": details[0] if details else None}),
+        "responses": [text_of(row, "response")],
+    }
+
+
 def alpacafarm(row: ForeignRow) -> ForeignRow:
     """``instruction``, ``input`` and ``outputs``, a mapping from system to text: sources ``system/<name>``."""
     outputs = value_of(row, "outputs")
