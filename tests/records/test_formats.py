@@ -368,6 +368,28 @@ def test_folder_through_the_datasets_library(tmp_path: Path, monkeypatch: pytest
         list(load_dataset_records(folder, split="dev"))
 
 
+def test_records_in_a_folder_of_parquet_files_come_back_as_they_were(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Files of unlike columns, and queries of text and messages in one file, which stand in it as JSON."""
+    monkeypatch.setenv("HF_HOME", str(tmp_path / "home"))
+    folder = tmp_path / "set"
+    folder.mkdir()
+    first = [Record("text", ["a", "b"]), Record(user("hello"), ["c"], extra={"topic": {"of": ["greetings"]}})]
+    second = [Record("more", ["a", "b"], scores=[1.0, None])]
+    write_records(folder / "train-00000-of-00002.parquet", first)
+    write_records(folder / "train-00001-of-00002.parquet", second)
+    write_records(folder / "test.parquet", second)
+    assert list(load_dataset_records(folder)) == [*first, *second]
+    assert list(load_dataset_records(folder, split="test")) == second
+    assert list(load_dataset_records(folder, limit=1)) == first[:1]
+    with pytest.raises(UserError, match="cannot read split 'dev'"):
+        list(load_dataset_records(folder, split="dev"))
+    (folder / "train-00001-of-00002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(UserError, match=r"train-00001-of-00002\.parquet: not a whole Parquet file"):
+        list(load_dataset_records(folder))
+
+
 def test_every_format_has_its_line() -> None:
     assert all(function.__doc__ for function in FORMATS.values())
     assert {name for _, name in COLUMNS} == set(FORMATS)  # an error can say what each needs

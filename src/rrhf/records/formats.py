@@ -37,6 +37,7 @@ from rrhf.records.foreign.ratings import gpt4_llm, helpsteer, ultrafeedback, ult
 from rrhf.records.foreign.rewardbench import rewardbench
 from rrhf.records.foreign.rows import PAIR_RATINGS, ForeignRow, Format, SkipRowError
 from rrhf.records.ids import Ids
+from rrhf.records.parquet import read_parquet
 from rrhf.records.record import Record, Row, RowError, plain, record_from_row
 
 
@@ -193,6 +194,18 @@ def file_rows(path: Path) -> Iterator[Row]:
     return reader(path)
 
 
+def _parquet_files(source: str, split: str, config: str | None, data_dir: str | None) -> list[Path]:
+    """The files of a split of a folder, as the datasets library finds them, where all are Parquet; else none.
+
+    The library takes files of unlike columns for broken, and texts for texts where ours stand for JSON values.
+    """
+    import datasets
+
+    found = datasets.load_dataset_builder(source, config, data_dir=data_dir).config.data_files or {}
+    files = [Path(file) for file in found.get(split, [])]
+    return files if all(file.suffix.lower() == ".parquet" for file in files) else []
+
+
 def _library_rows(source: str, split: str, config: str | None, data_dir: str | None) -> Iterator[Row]:
     """Rows of a data set's id, of a folder of data files, or of a folder that ``save_to_disk`` wrote."""
     import datasets
@@ -205,6 +218,10 @@ def _library_rows(source: str, split: str, config: str | None, data_dir: str | N
         if (folder / "state.json").exists() or (folder / "dataset_dict.json").exists():
             saved = datasets.load_from_disk(source)
             rows = saved[split] if isinstance(saved, dict) else saved
+        elif folder.is_dir() and (files := _parquet_files(source, split, config, data_dir)):
+            for file in files:
+                yield from read_parquet(file)
+            return
         else:
             # Streamed: a data set larger than the disk can be read, and --limit fetches no more than it needs.
             rows = datasets.load_dataset(source, config, data_dir=data_dir, split=split, streaming=True)
