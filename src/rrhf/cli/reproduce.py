@@ -21,7 +21,7 @@ def main(arguments: list[str]) -> int:
     from rrhf.recipes.reproduce.page import write_page
     from rrhf.recipes.reproduce.place import Place
     from rrhf.recipes.reproduce.scale import read_scale
-    from rrhf.recipes.reproduce.work import Table, prepare, work_through
+    from rrhf.recipes.reproduce.work import Table, check, prepare, work_through
     from rrhf.training.callbacks import Stopped
 
     if options.check:
@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> int:
     place = Place(Path(options.output or f"runs/reproduce-{options.task}-{Path(options.scale).stem}"))
     if options.export:
         return _export(place, Path(options.export))
+    if not options.page:
+        check(place, scale, table)  # mistyped keys are not to cost the training of a model
     set_up_logging(place.log)
     if options.take:
         from rrhf.recipes.study.results import take

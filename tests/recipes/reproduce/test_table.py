@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import yaml
 
+from rrhf.cli import reproduce
 from rrhf.common.errors import UserError
 from rrhf.common.files import json_lines
 from rrhf.losses import RANKING_LOSSES
@@ -304,6 +305,14 @@ def test_what_is_wrong_with_a_scale_is_told(tmp_path: Path) -> None:
     for rates in ("[0, 1e-3]", "[fast]", "1e-3"):
         with pytest.raises(UserError, match=r"learning_rates .*: a list of numbers above 0"):
             read_scale("imdb", "micro", [f"reproduce.learning_rates={rates}"])
+
+
+def test_a_mistyped_key_is_told_before_any_model_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(work, "prepare", lambda *job: pytest.fail("a model is trained"))
+    for arm in ("start", "OP+KL", "PPO"):
+        with pytest.raises(UserError, match=r"train\.learning_rat: unknown key: did you mean 'learning_rate'"):
+            reproduce.main(["imdb", "--arms", arm, "--output", str(tmp_path / "out"), "train.learning_rat=1"])
+    assert not (tmp_path / "out").exists()
 
 
 FULL = {  # classes of the paper's models

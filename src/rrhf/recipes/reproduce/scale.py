@@ -80,7 +80,7 @@ class Scale:
             if arm.online:
                 train["resample_steps"] = arm.resample_steps or self.resample_steps
             if arm.kl:
-                over["score"] = {"kl_beta": self.kl_beta, "reference_model": self.config["model"]}
+                over["score"] = {"kl_beta": self.kl_beta, "reference_model": self.config.get("model")}
         return merge(merge(self.config, arm.config), over)
 
     def ppo_settings(self, arm: Arm, seed: int, rate: float) -> dict[str, Any]:

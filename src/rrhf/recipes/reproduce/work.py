@@ -124,6 +124,16 @@ def prepare(place: Place, scale: Scale) -> Scale:
         return replace(scale, config=write_prompts(scale, place.prompts))
 
 
+def check(place: Place, scale: Scale, table: Table) -> None:
+    """Check the configuration of every arm.
+
+    Raises:
+        UserError: one has faults.
+    """
+    for arm in table.arms:
+        plan(place, scale, Item(arm, table.first, table.rates[0] if arm.has_rate else None))
+
+
 def work_through(place: Place, scale: Scale, table: Table) -> None:
     """Do what no other process has or does, until the table is complete.
 
@@ -133,8 +143,6 @@ def work_through(place: Place, scale: Scale, table: Table) -> None:
         UserError: arms that could not be carried out, each with its reason; or results that cannot be compared.
         Stopped: a signal came; everything that is finished is kept.
     """
-    for arm in table.arms:  # faults of any configuration are told before any work
-        plan(place, scale, Item(arm, table.first, table.rates[0] if arm.has_rate else None))
     failed: dict[str, str] = {}
     while True:
         results = by_key(place.results())
