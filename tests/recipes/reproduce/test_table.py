@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from rrhf.recipes.reproduce.measure import drawn_from_all, looping, prompt_rewar
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.result import models_resident, reward_digests, steps_of, trained_at
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
-from rrhf.recipes.reproduce.scale import read_scale, shipped_scales
+from rrhf.recipes.reproduce.scale import VALUES, Scale, read_scale, shipped_scales
 from rrhf.recipes.reproduce.work import Table, by_key
 from rrhf.recipes.run_folder import RunFolder
 from rrhf.sampling.settings import SamplingSettings
@@ -305,6 +306,44 @@ def test_what_is_wrong_with_a_scale_is_told(tmp_path: Path) -> None:
     for rates in ("[0, 1e-3]", "[fast]", "1e-3"):
         with pytest.raises(UserError, match=r"learning_rates .*: a list of numbers above 0"):
             read_scale("imdb", "micro", [f"reproduce.learning_rates={rates}"])
+    assert set(VALUES) == {field.name for field in fields(Scale)} - {"task", "name", "config", "asked"}
+
+
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        ("reproduce.held_out_samples=two", r"held_out_samples two: a whole number"),
+        ("reproduce.rate_queries=abc", r"rate_queries abc: a whole number"),
+        ("reproduce.rate_seeds=1.5", r"rate_seeds 1\.5: a whole number"),
+        ("reproduce.resample_steps=true", r"resample_steps True: a whole number"),
+        ("reproduce.learning_rates=[]", r"learning_rates \[\]: a list of numbers"),
+        ("reproduce.learning_rates=null", r"learning_rates: is missing: a list of numbers"),
+        ("reproduce.kl_beta=-1", r"kl_beta -1: a number, not negative"),
+        ("reproduce.arms=RRHF-DP", r"arms RRHF-DP: a list of names, as \[SFT"),
+        ("reproduce.chosen=3", r"chosen 3: the tag"),
+        ("reproduce.set_aside=yes", r"set_aside yes: true or false"),
+        ("reproduce.ppo=3", r"ppo 3: keys with values"),
+        ("reproduce=5", "section reproduce: must hold keys and values, not 5"),
+        ("train=5", "section train: must hold keys and values, not 5"),
+        ("train=null", r"train\.max_steps None: the optimiser steps of every arm: a whole number"),
+        ("train.max_steps=0", r"train\.max_steps 0: .*at least 1"),
+    ],
+)
+def test_values_of_a_scale_that_do_not_fit_are_told(asked: str, match: str) -> None:
+    with pytest.raises(UserError, match=match):
+        read_scale("imdb", "micro", [asked])
+    assert read_scale("imdb", "micro", ["reproduce.held_out_samples=null"]).held_out_samples == 1
+
+
+def test_settings_of_ppo_that_do_not_fit_are_told(tmp_path: Path) -> None:
+    item = Item(arm_named("imdb", "PPO"), 0, 1e-4)
+    for ppo, match in (
+        ("{rollout_querys: 2}", "rollout_querys"),
+        ("{ppo_epochs: few}", "few"),
+        ("{gamma: 2}", "gamma"),
+    ):
+        with pytest.raises(UserError, match=rf"reproduce\.ppo: .*{match}"):
+            plan(Place(tmp_path), read_scale("imdb", "micro", ["model=m", *REWARDS, f"reproduce.ppo={ppo}"]), item)
 
 
 def test_a_mistyped_key_is_told_before_any_model_is_trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

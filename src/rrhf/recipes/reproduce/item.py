@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from rrhf.common.errors import UserError
+from rrhf.common.flags import Flags, as_arguments
 from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import RunConfig, parse_config
@@ -14,6 +15,7 @@ from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, START
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.scale import Scale
 from rrhf.recipes.run_folder import RunFolder
+from rrhf.training.ppo_settings import PPOConfig
 
 
 @dataclass(frozen=True)
@@ -75,4 +77,10 @@ def plan(place: Place, scale: Scale, item: Item) -> Work:
             f"reproduce.held_out_samples {samples}: {sampling.policy} writes the same to a prompt each time: leave it "
             "out, or sample: evaluate.policy=top-p"
         )
-    return Work(place, scale, item, values, config, run)
+    work = Work(place, scale, item, values, config, run)
+    if "ppo" in work.noted:
+        try:
+            Flags([PPOConfig], "reproduce, ppo").parse(as_arguments(work.noted["ppo"], "reproduce"))
+        except (UserError, ValueError) as error:
+            raise UserError(f"reproduce.ppo: {str(error).partition('; `rrhf')[0]}") from error
+    return work

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError, nearest
-from rrhf.recipes.config import merge, override, read_config
+from rrhf.recipes.config import SECTIONS, merge, override, read_config
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, RUN, TASKS, Arm
 
 SET_ASIDE = 1_000  # the first seed of confirmations
@@ -127,19 +127,56 @@ def make_scale(task: str, name: str, config: Mapping[str, Any], asked: Sequence[
     """A scale of a configuration whose section ``reproduce`` has what is the scale's own.
 
     Raises:
-        UserError: a key of that section is unknown.
+        UserError: a section is none, a key of that section is unknown, or a value does not fit.
     """
-    own = dict(config.get(SECTION) or {})
-    known = {f.name for f in fields(Scale)} - {"task", "name", "config", "asked"}
-    if unknown := [key for key in own if key not in known]:
-        raise UserError("\n".join(f"{SECTION}.{key}: unknown key: {nearest(key, known)}" for key in unknown))
-    for key in ("held_out_samples", "rate_seeds"):
-        if own.get(key, 1) < 1:
-            raise UserError(f"{SECTION}.{key} {own[key]}: must be at least 1")
-    rates = own.get("learning_rates", [])
-    if not isinstance(rates, list) or not all(isinstance(rate, int | float) and rate > 0 for rate in rates):
-        raise UserError(f"{SECTION}.learning_rates {rates}: a list of numbers above 0, as [1e-4, 3e-4]")
+    others = [key for key in (SECTION, *SECTIONS) if not isinstance(config.get(key) or {}, Mapping)]
+    if others:
+        raise UserError("\n".join(f"section {key}: must hold keys and values, not {config[key]!r}" for key in others))
+    own = {key: value for key, value in (config.get(SECTION) or {}).items() if value is not None}  # null: the default
+    faults = [f"{SECTION}.{key}: unknown key: {nearest(key, VALUES)}" for key in own if key not in VALUES]
+    if "learning_rates" not in own:
+        faults.append(f"{SECTION}.learning_rates: is missing: {VALUES['learning_rates'][1]}")
+    faults += [f"{SECTION}.{key} {own[key]}: {wanted}" for key, (fits, wanted) in VALUES.items()
+               if key in own and not fits(own[key])]  # fmt: skip
+    steps = (config.get("train") or {}).get("max_steps")
+    if not _is_count(steps):
+        faults.append(f"train.max_steps {steps}: the optimiser steps of every arm: {COUNT[1]}")
+    if faults:
+        raise UserError("\n".join(faults))
     return Scale(task, name, {key: value for key, value in config.items() if key != SECTION}, asked=asked, **own)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
+
+
+def _is_list(value: object, fits: Callable[[Any], bool]) -> bool:
+    return isinstance(value, list) and bool(value) and all(map(fits, value))
+
+
+def _is_text(value: object) -> bool:
+    return isinstance(value, str)
+
+
+COUNT = (_is_count, "a whole number, which must be at least 1")
+
+# The keys of the section, each with whether a value fits, and what does.
+VALUES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "learning_rates": (
+        lambda value: _is_list(value, lambda rate: _is_number(rate) and rate > 0),
+        "a list of numbers above 0, as [1e-4, 3e-4]",
+    ),
+    **dict.fromkeys(("rate_queries", "rate_seeds", "held_out_samples", "resample_steps"), COUNT),
+    "kl_beta": (lambda value: _is_number(value) and value >= 0, "a number, not negative"),
+    "ppo": (lambda value: isinstance(value, Mapping), "keys with values, as {ppo_epochs: 2}"),
+    "chosen": (_is_text, "the tag of a response, as human/chosen"),
+    "arms": (lambda value: _is_list(value, _is_text), "a list of names, as [SFT, RRHF-DP]"),
+    "set_aside": (lambda value: isinstance(value, bool), "true or false"),
+}
 
 
 def shipped_scales() -> dict[tuple[str, str], Path]:
