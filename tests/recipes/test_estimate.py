@@ -111,3 +111,9 @@ def test_a_dry_run_refuses_what_a_run_would(
     monkeypatch.syspath_prepend(str(tmp_path))
     assert main(["run", "--dry_run", *given]) == 2
     assert message in capfd.readouterr().err
+
+
+def test_a_source_without_records_is_told(place: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:
+    Path("my_data.py").write_text("def none(limit, seed):\n    return []\n")
+    assert main(["run", "config.yaml", "--dry_run", "data.source=my_data:none"]) == 2
+    assert "data: my_data:none has no records" in capsys.readouterr().err

@@ -16,6 +16,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from rrhf.common.errors import UserError
 from rrhf.common.presentation import text_table
 from rrhf.models.devices import free_memory, resolve_device, resolve_dtype
 from rrhf.models.load import tokenizer_and_config
@@ -137,6 +138,8 @@ def count_parameters(config: Any) -> int:
 def _count(config: RunConfig, format: TextFormat) -> Texts:
     records = training_records(config.data)
     sample = list(islice(records, SAMPLED))
+    if not sample:
+        raise UserError(f"data: {config.data.source} has no records, so there is nothing to run: look at data.source")
     count = len(sample) + sum(1 for _ in records)
     encoded = [format.encode_record(record, config.train.max_length) for record in sample]
     responses = [len(ids) for record in encoded for ids in record.responses]
