@@ -414,6 +414,17 @@ def test_what_would_end_the_evaluation_is_refused_before_any_work(model: Path, t
     assert not (folder / "run/queries.jsonl").exists()
 
 
+def test_of_a_model_that_cannot_be_loaded_the_key_that_names_it_is_told(model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    (folder / "broken").mkdir()
+    (folder / "broken/config.json").write_text('{"model_type": "no-such-model"}')
+    (folder / "broken/model.safetensors").write_bytes(b"never read")
+    policy = command(*RUN, "model=broken", cwd=folder)
+    assert policy.code == 2 and "--model broken: cannot be loaded" in policy.err and "perplexity" not in policy.err
+    judge = command(*RUN[:-1], "other", "evaluate.perplexity_model=broken", cwd=folder)
+    assert judge.code == 2 and "perplexity model broken (evaluate.perplexity_model, " in judge.err
+
+
 @pytest.mark.parametrize(
     ("source", "message"),
     [

@@ -146,7 +146,8 @@ def refuse_short_context(judge: str, max_new_tokens: int) -> None:
     try:
         context = context_length(AutoConfig.from_pretrained(locate(judge).source))
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"perplexity model {judge}: cannot be loaded: {error}") from error
+        key = "evaluate.perplexity_model, as a flag --perplexity_model; by default ρ"
+        raise UserError(f"perplexity model {judge} ({key}): cannot be loaded: {error}") from error
     if context is not None and max_new_tokens >= context:
         raise UserError(
             f"responses of --max_new_tokens {max_new_tokens} do not fit the context of {context} tokens of the "

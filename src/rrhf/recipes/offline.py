@@ -19,7 +19,8 @@ from rrhf.common.remote import push_finished
 from rrhf.evaluation.stage import draw_texts, evaluate_models, reward_context
 from rrhf.models.cache import PolicyCache
 from rrhf.models.identity import model_digest
-from rrhf.models.load import ModelSettings
+from rrhf.models.load import ModelSettings, tokenizer_and_config
+from rrhf.models.locate import locate
 from rrhf.recipes.config import RunConfig
 from rrhf.recipes.data import data_digests, write_queries
 from rrhf.recipes.run_folder import RunFolder
@@ -352,5 +353,7 @@ def check_evaluation(at: Pass) -> None:
 
     if not at.run.evaluation.exists():
         config = at.config
+        # First: where no other is named it is the perplexity model too, and would be refused by that name.
+        tokenizer_and_config(locate(at.rho.model), at.rho.model)
         refuse_unusable(config.evaluate_rewards, config.evaluate_sampling, _evaluation_context(config))
         refuse_short_context(config.evaluate.judge(at.evaluated), config.evaluate_sampling.max_new_tokens)
