@@ -368,6 +368,17 @@ def test_data_with_too_few_records(refused: Callable[..., str], model: Path) -> 
     assert "too few records" in (said := refused("run", "config.yaml", "--output", "run")) and "held_out_limit" in said
 
 
+def test_data_of_which_no_limit_can_hold_any_out(refused: Callable[..., str], model: Path) -> None:
+    tiny.workplace(Path(), tiny.config(model), tiny.rows(9))
+    said = refused("run", "config.yaml", "--output", "run", "data.held_out_limit=0")
+    assert "--held_out_limit 0: must be at least 1" in said
+    Path("my_data.py").write_text("def none(limit, seed):\n    return []\n")
+    for key, wanted in (("held_out", "none can be held out"), ("source", "there is none to train on")):
+        given = [] if key == "held_out" else ["data.held_out=data.jsonl"]
+        said = refused("run", "config.yaml", "--output", f"run-{key}", *given, f"data.{key}=my_data:none")
+        assert f"my_data:none has no records: {wanted}" in said and "held_out_limit" not in said
+
+
 # --- models ----------------------------------------------------------------------------------------------------------
 
 

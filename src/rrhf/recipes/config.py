@@ -46,7 +46,7 @@ class DataSettings:
     seed: int = field(default=0, metadata={"help": "given to a source that is a function"})
 
     def __post_init__(self) -> None:
-        if faults := too_small(self, limit=1, held_out_limit=0):
+        if faults := too_small(self, limit=1, held_out_limit=1):
             raise UserError("\n".join(faults))
 
 

@@ -89,10 +89,14 @@ def write_queries(settings: DataSettings, queries: Path, held_out_file: Path) ->
         held_out = list(islice(both, settings.held_out_limit))
         records = both
     first = next(records, None)
-    if first is None or not held_out:
+    if not held_out:
+        raise UserError(f"data: {settings.held_out or settings.source} has no records: none can be held out")
+    if first is None and settings.held_out is not None:
+        raise UserError(f"data: {settings.source} has no records: there is none to train on")
+    if first is None:
         raise UserError(
-            f"data: {settings.source} has too few records: {len(held_out)} are held out and "
-            f"{'none is' if first is None else 'some are'} left to train on; lower data.held_out_limit"
+            f"data: {settings.source} has too few records: {len(held_out)} are held out and none is left to train on; "
+            "lower data.held_out_limit"
         )
     held_out_queries = {json.dumps(record.query) for record in held_out}
     training = (record for record in chain([first], records) if json.dumps(record.query) not in held_out_queries)
