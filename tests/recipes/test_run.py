@@ -473,6 +473,18 @@ def test_sections_become_settings_by_name_and_all_faults_come_together(tmp_path:
         assert fault in str(raised.value)
 
 
+def test_a_shared_key_goes_to_no_stage_that_refuses_it(tmp_path: Path) -> None:
+    values: dict[str, Any] = {
+        "model": "m", "num_responses": 2, "reward_weights": [1, 0.5], "data": {"source": "s"},
+        "score": {"reward": ["a:b", "c:d"]}, "evaluate": {"reward": ["a:b", "c:d"]},
+    }  # fmt: skip
+    config = parse_config(values, tmp_path)
+    assert config.sample is not None and config.sample.num_responses == 2 and config.score.reward_weights == [1, 0.5]
+    assert config.evaluate_sampling.num_responses is None and not config.evaluate_rewards.reward_weights
+    with pytest.raises(UserError, match=r"evaluate\.num_responses: unknown key: it is a key of .*: sample\.num_resp"):
+        parse_config(values | {"evaluate": values["evaluate"] | {"num_responses": 2}}, tmp_path)
+
+
 def test_changed_settings_of_an_unfinished_stage_are_refused(model: Path, tmp_path: Path) -> None:
     folder = tiny.workplace(tmp_path, tiny.config(model))
     sample = ("sample", "--model", str(model), "--data", "data.jsonl", "--output", "out.jsonl", "--batch_size", "2")

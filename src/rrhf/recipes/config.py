@@ -208,10 +208,14 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the file and its stage's flags: ``fields`` of ``RunConfig`` → the settings class of each."""
+    """A part of the file and its stage's flags: ``fields`` of ``RunConfig`` → the settings class of each.
+
+    ``no_keys``: flags that are none, since the stage refuses them.
+    """
 
     name: str
     fields: dict[str, type]
+    no_keys: tuple[str, ...] = ()
 
     @cached_property
     def flags(self) -> Flags:
@@ -219,7 +223,7 @@ class Section:
 
     @cached_property
     def keys(self) -> set[str]:
-        return {flag.removeprefix("--") for flag in self.flags.known()}
+        return {flag.removeprefix("--") for flag in self.flags.known()} - set(self.no_keys)
 
     def unknown(self, given: Mapping[str, Any]) -> list[str]:
         """A fault for each key that no flag has."""
@@ -291,7 +295,9 @@ def sections() -> dict[str, Section]:
             "evaluate_remote": EndpointLimits, "evaluate_ranked": RankedSettings,
         },
     }  # fmt: skip
-    return {name: Section(name, classes) for name, classes in fields.items()}
+    # An evaluation draws one response a prompt and shows every reward by itself.
+    no_keys = {"evaluate": ("num_responses", "reward_weights")}
+    return {name: Section(name, classes, no_keys.get(name, ())) for name, classes in fields.items()}
 
 
 @cache
