@@ -94,7 +94,23 @@ def test_the_short_help_shows_every_flag_of_ours(command: str) -> None:
     theirs = {flag.name for flag in flags_of(TrainingArguments)}
     known = {name.removeprefix("--") for name in module.flags().known()}
     switches = {name for name in known if name.startswith("no_") and name.removeprefix("no_") in known}
-    assert known - theirs - switches <= set(shown_flags(command))
+    refused = set(getattr(module, "REFUSED", ()))
+    assert known - theirs - switches - refused == set(shown_flags(command)) - theirs
+
+
+def test_commands_that_score_what_they_sample_list_the_rewards_that_can(
+    shown: tuple[dict[str, list[str]], dict[str, str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate = ["evaluate", "--model", "m", "--output", "o.json", "--data", "d"]
+    assert main(evaluate) == 2
+    lists = {"the error": capsys.readouterr().err}
+    lists |= {name: shown[1][name] for name in ("evaluate", "train", "baseline ppo", "baseline best-of-n")}
+    for where, text in lists.items():
+        words = " ".join(text.split())
+        assert "one of pkg.module:function, judge:FILE, logprob:MODEL, " in words, where
+        assert not any(form in words for form in ("provided:NAME", "people:FILE", "source:TAG")), where
+    assert "provided:NAME" in shown[1]["score"]
+    assert not any(f"--{name} " in shown[1]["evaluate"] for name in ("num_responses", "reward_weights"))
 
 
 def test_help_all_shows_every_training_argument(capsys: pytest.CaptureFixture[str]) -> None:

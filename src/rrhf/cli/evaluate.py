@@ -11,15 +11,15 @@ from rrhf.cli.parser import show_help
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.files import refuse_existing, write_text
-from rrhf.common.flag_help import Groups, flags_of
+from rrhf.common.flag_help import Groups, flags_of, without
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.evaluation.pairs import evaluate_pairs
-from rrhf.evaluation.stage import EvaluationSettings, evaluate_models, refuse_unusable, reward_context
+from rrhf.evaluation.stage import REFUSED, EvaluationSettings, evaluate_models, refuse_unusable, reward_context
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.report.terminal import format_accuracies, format_evaluation
-from rrhf.rewards.scoring import FORMS, is_provided
+from rrhf.rewards.scoring import NEW_FORMS, is_provided
 from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
 
@@ -42,7 +42,7 @@ class EvaluatedRewards(RewardSettings):
     """``--reward`` is not needed where only ``--pairs`` are looked at."""
 
     reward: list[str] = field(
-        default_factory=list, metadata={"help": f"one of {', '.join(FORMS)}; several are shown apart", "nargs": "+"}
+        default_factory=list, metadata={"help": f"one of {', '.join(NEW_FORMS)}; several are shown apart", "nargs": "+"}
     )
 
 
@@ -50,9 +50,9 @@ def short_help() -> Groups:
     return {
         "files": flags_of(Files),
         "model": flags_of(ModelSettings),
-        "rewards": flags_of(EvaluatedRewards),
+        "rewards": without(flags_of(EvaluatedRewards), REFUSED),
         "other measures": flags_of(EvaluationSettings),
-        "sampling": flags_of(SamplingSettings),
+        "sampling": without(flags_of(SamplingSettings), REFUSED),
         "text": flags_of(TextSettings),
         "judges, and what they may cost": flags_of(EndpointLimits),
     }
@@ -74,7 +74,7 @@ def main(arguments: list[str]) -> None:
     if not files.data and not files.pairs:
         raise UserError("nothing to evaluate on: give --data FILE with held-out queries, or --pairs FILE")
     if files.data and not reward.reward:
-        raise UserError(f"--data needs a reward: give --reward, one of {', '.join(FORMS)}")
+        raise UserError(f"--data needs a reward: give --reward, one of {', '.join(NEW_FORMS)}")
     output = Path(files.output)
     context = reward_context(model, sampling, text, settings, remote, files.reference_model)
     if files.data:

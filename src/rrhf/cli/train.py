@@ -25,7 +25,7 @@ from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
-from rrhf.rewards.stage import RewardSettings, ScoringSettings
+from rrhf.rewards.stage import NewTextRewardSettings, ScoringSettings
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.selection import SelectionSettings
 from rrhf.training.watch_settings import WatchSettings
@@ -36,7 +36,7 @@ if TYPE_CHECKING:
 
 ONLINE = (
     SamplingSettings,
-    RewardSettings,
+    NewTextRewardSettings,
     ScoringSettings,
     EndpointLimits,
 )  # what --resample_steps needs beside training's own

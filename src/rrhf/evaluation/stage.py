@@ -27,6 +27,9 @@ from rrhf.sampling.settings import SamplingSettings
 log = logging.getLogger("rrhf")
 
 
+REFUSED = ("num_responses", "reward_weights")  # flags of what samples and scores: see ``refuse_unusable``
+
+
 @dataclass(frozen=True)
 class EvaluationSettings:
     """What an evaluation measures beside the rewards."""

@@ -14,7 +14,7 @@ from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError, nearest, too_small
 from rrhf.common.flags import Flags, as_arguments
 from rrhf.common.yaml_text import load_yaml, read_yaml
-from rrhf.evaluation.stage import EvaluationSettings
+from rrhf.evaluation.stage import REFUSED, EvaluationSettings
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
@@ -295,8 +295,7 @@ def sections() -> dict[str, Section]:
             "evaluate_remote": EndpointLimits, "evaluate_ranked": RankedSettings,
         },
     }  # fmt: skip
-    # An evaluation draws one response a prompt and shows every reward by itself.
-    no_keys = {"evaluate": ("num_responses", "reward_weights")}
+    no_keys = {"evaluate": REFUSED}
     return {name: Section(name, classes, no_keys.get(name, ())) for name, classes in fields.items()}
 
 

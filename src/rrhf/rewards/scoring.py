@@ -53,6 +53,10 @@ REWARDS: dict[str, RewardKind] = {  # what stands before ":" → its kind
     "source": SOURCE,
 }
 FORMS = ("pkg.module:function", *(form for kind in REWARDS.values() for form in kind.forms))
+NEW_FORMS = (  # of rewards that score texts which are yet to be written
+    "pkg.module:function",
+    *(form for kind in REWARDS.values() if kind.judges_new for form in kind.forms),
+)
 
 
 def reward_name(reward: str | RewardFunction) -> str:

@@ -24,7 +24,7 @@ from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.kl import Shaping
 from rrhf.rewards.logprob import logprob_model, reference_sums_name
 from rrhf.rewards.normalise import NORMALISATIONS
-from rrhf.rewards.scoring import FORMS, Rewards, may_hold_a_model, reward_digest, stays
+from rrhf.rewards.scoring import FORMS, NEW_FORMS, Rewards, may_hold_a_model, reward_digest, stays
 from rrhf.rewards.steps import Holder, combine_all, release, rewards_work, sums_work
 
 log = logging.getLogger("rrhf")
@@ -40,6 +40,13 @@ class RewardSettings:
     reward_weights: list[float] = field(
         default_factory=list, metadata={"help": "one factor a reward; default: 1 each", "nargs": "*"}
     )
+
+
+@dataclass(frozen=True)
+class NewTextRewardSettings(RewardSettings):
+    """What scores responses that are sampled in the same command."""
+
+    reward: list[str] = field(metadata={"help": f"one of {', '.join(NEW_FORMS)}; several are summed", "nargs": "+"})
 
 
 @dataclass(frozen=True)

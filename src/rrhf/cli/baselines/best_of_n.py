@@ -14,7 +14,7 @@ from rrhf.common.logging import set_up_logging
 from rrhf.evaluation.stage import EvaluationSettings
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
-from rrhf.rewards.stage import RewardSettings, ScoringSettings
+from rrhf.rewards.stage import NewTextRewardSettings, ScoringSettings
 from rrhf.sampling.settings import SamplingSettings
 
 
@@ -30,7 +30,7 @@ def short_help() -> Groups:
         "files": flags_of(Files),
         "model": flags_of(ModelSettings),
         "sampling; n is --num_responses": flags_of(SamplingSettings),
-        "rewards": [*flags_of(RewardSettings), *flags_of(gold)],
+        "rewards": [*flags_of(NewTextRewardSettings), *flags_of(gold)],
         "what rewards need": flags_of(ScoringSettings),
         "other measures": flags_of(EvaluationSettings),
         "text": flags_of(TextSettings),
@@ -49,8 +49,8 @@ def main(arguments: list[str], name: str) -> int:
     from rrhf.report.terminal import format_best_of_n, format_evaluation
 
     kinds = [
-        Files, RewardSettings, ScoringSettings, EvaluationSettings, TextSettings, EndpointLimits, BestOfNSettings,
-        SamplingSettings, ModelSettings,
+        Files, NewTextRewardSettings, ScoringSettings, EvaluationSettings, TextSettings, EndpointLimits,
+        BestOfNSettings, SamplingSettings, ModelSettings,
     ]  # fmt: skip
     files, rewards, scoring, evaluation, text, remote, settings, sampling, model = Flags(kinds, name).parse(arguments)
     set_up_logging()

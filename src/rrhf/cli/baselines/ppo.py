@@ -12,7 +12,7 @@ from rrhf.common.logging import set_up_logging
 from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
-from rrhf.rewards.stage import RewardSettings
+from rrhf.rewards.stage import NewTextRewardSettings
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
 
 
@@ -30,7 +30,7 @@ def short_help(name: str) -> Groups:
     groups = {
         "files": flags_of(Files),
         "model": flags_of(ModelSettings),
-        "rewards": flags_of(RewardSettings),
+        "rewards": flags_of(NewTextRewardSettings),
         "training": flags_of(PPOConfig),
         "text": flags_of(TextSettings),
         "adapter": flags_of(AdapterSettings),
@@ -43,7 +43,7 @@ def main(arguments: list[str], name: str) -> int:
         print(format_help(name, str(__doc__), short_help(name)), end="")
         raise SystemExit(0)
     masked = name.endswith("nlpo")
-    settings = [ModelSettings, Files, RewardSettings, PPOConfig, TextSettings, AdapterSettings]
+    settings = [ModelSettings, Files, NewTextRewardSettings, PPOConfig, TextSettings, AdapterSettings]
     model, files, reward, config, text, adapter, *nlpo = Flags(
         settings + ([NLPOSettings] if masked else []), name
     ).parse(arguments)
