@@ -138,8 +138,8 @@ def main(arguments: list[str]) -> int:
         groups = whole_help() if wanted == "--help-all" else short_help()
         print(format_help("train", str(__doc__), groups, "and every other training argument of transformers"), end="")
         raise SystemExit(0)
-    if not _given(arguments, ["resample_steps"]):
-        if idle := _given(arguments, [flag.name for flag in online_help()]):
+    if not given(arguments, ["resample_steps"]):
+        if idle := given(arguments, [flag.name for flag in online_help()]):
             raise UserError(f"--{idle[0]} is for responses that are sampled while training: give --resample_steps too")
         files, adapter, model, config, watch, cluster = flags(online=False).parse(with_output(arguments))
         set_up_logging()
@@ -157,7 +157,7 @@ def main(arguments: list[str]) -> int:
     return carry_out(Path(files.data), model, files, adapter, config, watch, asked, cluster)
 
 
-def _given(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
+def given(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
     """Those flags of ``names`` that stand among the arguments."""
     there = {a.partition("=")[0][2:].replace("-", "_") for a in arguments if a.startswith("--")}
     return [name for name in names if name in there]

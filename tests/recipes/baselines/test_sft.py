@@ -45,6 +45,10 @@ def test_what_cannot_be_fitted_is_refused(model: Path, tmp_path: Path) -> None:
         (["--fit", "human/chosen"], "no response has the source human/chosen: name one of human/0, human/1"),
         (["--ranking_loss", "hinge"], "fine-tuning alone has none"),
         (["--sft_weight", "0"], "nothing would be learnt"),
+        (["--resample_steps", "2"], "--resample_steps is for responses that are sampled while training, and fine-t"),
+        (["--kl-target=3"], "--kl_target is for responses that are sampled while training, and fine-t"),
     ):
         result = tiny.warm("baseline", "sft", *flags(model, "out"), *more, cwd=tmp_path)
         assert result.code == 2 and message in result.err and "Traceback" not in result.err, result.err
+    page = tiny.warm("baseline", "sft", "--help", cwd=tmp_path).done().out
+    assert "--sft_weight " in page and "--resample_steps" not in page and "--kl_target" not in page

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from rrhf.cli import train
 from rrhf.common.errors import UserError
-from rrhf.common.flag_help import Groups, format_help, help_wanted
+from rrhf.common.flag_help import Groups, format_help, help_wanted, without
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
 
 BEST = "best"
+DATA = "records with responses, and with scores where the best is fitted (.jsonl, .jsonl.gz, .parquet)"
+ONLINE = ("resample_steps", "kl_target")  # flags of a training that samples
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,10 @@ class Sft:
 def short_help() -> Groups:
     from rrhf.common.flag_help import flags_of
 
-    groups = {title: flags for title, flags in train.short_help().items() if "--resample_steps" not in title}
+    groups = {
+        title: without(flags, ONLINE) for title, flags in train.short_help().items() if "--resample_steps" not in title
+    }
+    groups["files"] = [replace(flag, text=DATA) if flag.name == "data" else flag for flag in groups["files"]]
     return {"files": groups["files"], "what is fitted": flags_of(Sft), **groups}
 
 
@@ -34,6 +39,11 @@ def main(arguments: list[str], name: str) -> int:
     if help_wanted(arguments):
         print(format_help(name, str(__doc__), short_help()), end="")
         raise SystemExit(0)
+    if sampling := train.given(arguments, ONLINE):
+        raise UserError(
+            f"--{sampling[0]} is for responses that are sampled while training, and fine-tuning fits the data's: "
+            "leave it out, or `rrhf train`"
+        )
     settings = [*train.flags(online=False).settings, Sft]
     files, adapter, model, config, watch, cluster, sft = Flags(settings, name).parse(
         ["--ranking_loss", "none", *train.with_output(arguments)]
