@@ -485,6 +485,14 @@ def test_a_shared_key_goes_to_no_stage_that_refuses_it(tmp_path: Path) -> None:
         parse_config(values | {"evaluate": values["evaluate"] | {"num_responses": 2}}, tmp_path)
 
 
+def test_the_folder_of_the_model_is_no_key(tmp_path: Path) -> None:
+    values = {"model": "m", "data": {"source": "s"}, "score": {"reward": ["a:b"]}, "evaluate": {"reward": ["a:b"]}}
+    for more, fault in (({"train": {"output_dir": "x"}}, "train.output_dir"), ({"output_dir": "x"}, "output_dir")):
+        with pytest.raises(UserError, match=rf"{fault}: unknown key"):
+            parse_config(values | more, tmp_path / "model")
+    assert parse_config(values, tmp_path / "model").train.output_dir == str(tmp_path / "model")
+
+
 def test_changed_settings_of_an_unfinished_stage_are_refused(model: Path, tmp_path: Path) -> None:
     folder = tiny.workplace(tmp_path, tiny.config(model))
     sample = ("sample", "--model", str(model), "--data", "data.jsonl", "--output", "out.jsonl", "--batch_size", "2")

@@ -122,6 +122,7 @@ class RunConfig:
 
 
 ABLATIONS = "ablations"  # the file of them
+MODEL_FOLDER = "output_dir"  # the flag of transformers that takes it
 SECTIONS = ("data", "sample", "score", "train", "evaluate")
 
 
@@ -210,7 +211,7 @@ def override(config: dict[str, Any], assignments: Sequence[str]) -> dict[str, An
 class Section:
     """A part of the file and its stage's flags: ``fields`` of ``RunConfig`` → the settings class of each.
 
-    ``no_keys``: flags that are none, since the stage refuses them.
+    ``no_keys``: flags that are none, since the stage refuses them or the run sets them.
     """
 
     name: str
@@ -246,8 +247,11 @@ class Section:
         actions = {a.dest: a for a in self.flags.parser._actions if f"--{a.dest}" in a.option_strings}
         return {key: (actions[key], declared[key]) for key in sorted(self.keys & set(actions))}
 
-    def parse(self, given: Mapping[str, Any]) -> dict[str, Any]:
-        """The settings of each field. Raises ``UserError`` or ``ValueError`` for a value that does not fit."""
+    def parse(self, given: Mapping[str, Any], by_run: Mapping[str, Any] | None = None) -> dict[str, Any]:
+        """The settings of each field; ``by_run``: flags that are no keys, and that the run sets.
+
+        Raises ``UserError`` or ``ValueError`` for a value that does not fit.
+        """
         known = {key: value for key, value in given.items() if key in self.keys}
         faults = []
         for key, declared in self.declared.items():
@@ -258,7 +262,9 @@ class Section:
                 faults.append(f"{key}: takes a value, not keys with values")
         if faults:
             raise UserError("; ".join(faults))
-        return dict(zip(self.fields, self.flags.parse(as_arguments(known, self.name)), strict=True))
+        return dict(
+            zip(self.fields, self.flags.parse(as_arguments({**known, **(by_run or {})}, self.name)), strict=True)
+        )
 
 
 def _elsewhere(key: str) -> str:
@@ -295,7 +301,7 @@ def sections() -> dict[str, Section]:
             "evaluate_remote": EndpointLimits, "evaluate_ranked": RankedSettings,
         },
     }  # fmt: skip
-    no_keys = {"evaluate": REFUSED}
+    no_keys = {"evaluate": REFUSED, "train": (MODEL_FOLDER,)}
     return {name: Section(name, classes, no_keys.get(name, ())) for name, classes in fields.items()}
 
 
@@ -330,12 +336,10 @@ def parse_config(config: Mapping[str, Any], model_folder: Path) -> RunConfig:
             continue
         faults += section.unknown(given)
         values = {**{key: value for key, value in shared.items() if key in section.keys}, **given}
-        if name == "train":
-            values["output_dir"] = str(model_folder)
         if name == "score" and values.get("kl_beta") and not values.get("reference_model"):
             values["reference_model"] = shared.get("model")  # ρ is what the run begins with
         try:
-            parsed |= section.parse(values)
+            parsed |= section.parse(values, {MODEL_FOLDER: str(model_folder)} if name == "train" else {})
         except (UserError, ValueError) as error:
             faults.append(f"section {name}: {str(error).partition('; `rrhf')[0]}")
     try:
