@@ -108,6 +108,21 @@ def test_pairs(tmp_path: Path, name: str) -> None:
     )
 
 
+@pytest.mark.parametrize("format", [None, "my_formats:foreign"])
+def test_queries_alone_stay_where_all_their_responses_are_empty(
+    format: str | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "my_formats.py").write_text("def foreign(row):\n    return row\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    row = {"query": "Sky?", "responses": [" ", ""], "scores": [1, 0], "topic": "sky"}
+    path = lines(tmp_path / "a.jsonl", row, {"query": "Sea?", "responses": ["Blue.", ""]})
+    assert [record.query for record in load_dataset_records(path, format)] == ["Sea?"]
+    counts = Counter[str]()
+    first, second = load_dataset_records(path, format, counts=counts, queries_only=True)
+    assert (first.query, first.extra) == ("Sky?", {"topic": "sky"}) and second.query == "Sea?"
+    assert not (first.responses or first.scores or second.responses or counts)
+
+
 def test_pairs_whose_query_is_not_known_are_counted(tmp_path: Path) -> None:
     path = lines(
         tmp_path / "a.jsonl",

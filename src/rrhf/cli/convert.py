@@ -24,11 +24,11 @@ def main(arguments: list[str]) -> None:
     if options.queries_only and (options.to or options.weights):
         raise UserError("--queries_only: leaves no responses for --to and --weights: leave these out")
     counts: Counter[str] = Counter()
-    records = load_dataset_records(options.source, options.format, options.split, options.limit, counts)
+    records = load_dataset_records(
+        options.source, options.format, options.split, options.limit, counts, queries_only=options.queries_only
+    )
     if options.weights:
         records = (weighted(record, dict(options.weights)) for record in records)
-    if options.queries_only:
-        records = (record.without_responses() for record in records)
     if options.to is None:
         written = write_records(options.output, progress(records, "convert", unit="records"), options.overwrite)
     else:

@@ -38,7 +38,7 @@ from rrhf.records.foreign.rewardbench import rewardbench
 from rrhf.records.foreign.rows import PAIR_RATINGS, ForeignRow, Format, SkipRowError
 from rrhf.records.ids import Ids
 from rrhf.records.parquet import read_parquet
-from rrhf.records.record import Record, Row, RowError, plain, record_from_row
+from rrhf.records.record import EmptyResponses, Record, Row, RowError, plain, record_from_row
 
 
 def rrhf(row: ForeignRow) -> ForeignRow:
@@ -246,6 +246,7 @@ def load_dataset_records(
     counts: Counter[str] | None = None,
     config: str | None = None,
     data_dir: str | None = None,
+    queries_only: bool = False,
 ) -> Iterator[Record]:
     """Read records out of a data set in any known format.
 
@@ -261,6 +262,7 @@ def load_dataset_records(
         counts: counts what was dropped, by reason.
         config: the hub data set's configuration.
         data_dir: the hub data set's folder, such as ``harmless-base`` in Anthropic's HH.
+        queries_only: without the responses, so that empty ones drop no record.
 
     Raises:
         UserError: at once for an unknown format, suffix or missing file; while reading where the source is broken,
@@ -272,8 +274,10 @@ def load_dataset_records(
     name = str(fetched(source))
     rows = file_rows(Path(name)) if _is_file(name) else _library_rows(name, split, config, data_dir)
     counter = Counter[str]() if counts is None else counts
-    records = _records(name, rows, convert, counter)
-    return _first(records, limit)
+    # "error" is for stages that need responses: here it leaves empty ones as they are.
+    records = _records(name, rows, convert, counter, "error" if queries_only else "drop")
+    found = _first(records, limit)
+    return (record.without_responses() for record in found) if queries_only else found
 
 
 def _first(records: Generator[Record], limit: int | None) -> Iterator[Record]:
@@ -282,7 +286,9 @@ def _first(records: Generator[Record], limit: int | None) -> Iterator[Record]:
         yield from itertools.islice(records, limit)
 
 
-def _records(source: str, rows: Iterator[Row], convert: Format | None, counts: Counter[str]) -> Generator[Record]:
+def _records(
+    source: str, rows: Iterator[Row], convert: Format | None, counts: Counter[str], empty_responses: EmptyResponses
+) -> Generator[Record]:
     first = next(rows, None)
     if first is None:
         raise UserError(f"{source}: holds no rows: check that what wrote it finished")
@@ -292,13 +298,13 @@ def _records(source: str, rows: Iterator[Row], convert: Format | None, counts: C
         convert = FORMATS[guess_format(first[0], source)]
     rows = itertools.chain([first], rows)
     if convert is rrhf and _is_file(source) and source.lower().endswith(tuple(READERS)):
-        yield from read_records(source, empty_responses="drop", counts=counts)
+        yield from read_records(source, empty_responses=empty_responses, counts=counts)
     else:
         column = getattr(convert, "group_by", None)
         if column:
             rows = _grouped(rows, column)
         found = ", ".join(map(str, first[0])) if isinstance(first[0], dict) else "none"
-        yield from _foreign_records(source, rows, convert, counts, found)
+        yield from _foreign_records(source, rows, convert, counts, found, empty_responses)
 
 
 def _grouped(rows: Iterable[Row], column: str) -> Iterator[Row]:
@@ -319,13 +325,18 @@ def _grouped(rows: Iterable[Row], column: str) -> Iterator[Row]:
 
 
 def _foreign_records(
-    source: str, rows: Iterable[Row], convert: Format, counts: Counter[str], columns: str
+    source: str,
+    rows: Iterable[Row],
+    convert: Format,
+    counts: Counter[str],
+    columns: str,
+    empty_responses: EmptyResponses,
 ) -> Iterator[Record]:
     ids = Ids()
     skipped = Counter[str]()
     empty = True
     for row, where, number in rows:
-        record, reason = _foreign_record(row, where, convert, counts)
+        record, reason = _foreign_record(row, where, convert, counts, empty_responses)
         if record is None:
             skipped[reason] += 1
             counts[reason] += 1
@@ -343,7 +354,9 @@ def _foreign_records(
         )
 
 
-def _foreign_record(row: Any, where: str, convert: Format, counts: Counter[str]) -> tuple[Record | None, str]:
+def _foreign_record(
+    row: Any, where: str, convert: Format, counts: Counter[str], empty_responses: EmptyResponses
+) -> tuple[Record | None, str]:
     """Return the record of a foreign row, or None and why there is none."""
     if not isinstance(row, dict):
         return None, "a row that is no object"
@@ -351,7 +364,7 @@ def _foreign_record(row: Any, where: str, convert: Format, counts: Counter[str])
         converted = convert(row)
         if converted is None:
             return None, "skipped by the format"
-        record = record_from_row(plain(converted), where, empty_responses="drop", counts=counts)
+        record = record_from_row(plain(converted), where, empty_responses=empty_responses, counts=counts)
     except SkipRowError as skip:
         return None, str(skip)
     except RowError as fault:
