@@ -38,6 +38,8 @@ def main(arguments: list[str]) -> int:
     place = Place(Path(options.output or f"runs/reproduce-{options.task}-{Path(options.scale).stem}"))
     if options.export:
         return _export(place, Path(options.export))
+    if options.page and not options.take and not place.folder.exists():
+        raise UserError(f"--page: {origin(place.folder)}: no such folder: give the --output that arms were run in")
     if not options.page:
         check(place, scale, table)  # mistyped keys are not to cost the training of a model
     set_up_logging(place.log)

@@ -354,6 +354,12 @@ def test_a_mistyped_key_is_told_before_any_model_is_trained(tmp_path: Path, monk
     assert not (tmp_path / "out").exists()
 
 
+def test_no_page_is_written_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"--page: .*typo: no such folder: give the --output"):
+        reproduce.main(["imdb", "--page", "--output", str(tmp_path / "typo")])
+    assert not (tmp_path / "typo").exists()
+
+
 FULL = {  # classes of the paper's models
     "imdb": ("gpt2", "RRHF-BP"),
     "hh": ("llama", "RRHF-DP"),
