@@ -25,7 +25,7 @@ from rrhf.report.page import verdict
 from rrhf.report.plots import series, smooth, thin
 from rrhf.report.rows import result_rows
 from rrhf.report.tables import evaluation_table
-from rrhf.report.terminal import format_evaluation
+from rrhf.report.terminal import format_evaluation, format_examples
 from support.browser import NO_CHROMIUM, chromium, chromium_path
 from support.tiny import write_model
 
@@ -457,6 +457,12 @@ def test_terminal_and_card_print_the_same_evaluation_table(tmp_path: Path) -> No
     del evaluation["rho"]
     assert evaluation_table(evaluation, str)[0] == ["", "π after"]
     assert {len(row) for row in evaluation_table(evaluation, str)[1]} == {2}
+
+
+@pytest.mark.parametrize(("held_out", "shown"), [(0, []), (1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (9, [0, 3, 6])])
+def test_the_terminals_examples_are_spread_evenly(held_out: int, shown: list[int]) -> None:
+    rows = [{"query": f"q{i}", "pi": "a", "pi_rewards": {"f": 0.5}} for i in range(held_out)]
+    assert re.findall(r"q(\d)", format_examples(rows)) == [str(i) for i in shown]
 
 
 def test_the_rows_are_those_of_tables_2_and_6(tmp_path: Path) -> None:

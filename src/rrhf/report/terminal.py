@@ -54,8 +54,9 @@ def format_timings(timings: Mapping[str, float]) -> str:
 
 
 def format_examples(rows: Sequence[Mapping[str, Any]], count: int = 3, width: int = 110) -> str:
-    """``count`` texts before and after, evenly spread over ``rows`` so that they are not chosen by their result."""
-    picked = [rows[i * len(rows) // count] for i in range(min(count, len(rows)))]
+    """At most ``count`` texts before and after, evenly spread over ``rows``: they are not chosen by their result."""
+    shown = min(count, len(rows))
+    picked = [rows[i * len(rows) // shown] for i in range(shown)]
     blocks = []
     for row in picked:
         query = row["query"] if isinstance(row["query"], str) else row["query"][-1]["content"]
