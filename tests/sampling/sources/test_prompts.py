@@ -63,6 +63,10 @@ def test_a_query_that_does_not_fit_is_refused_by_its_id(model: Path) -> None:
     assert len(cut.encode(long)) == 120
     with pytest.raises(UserError, match="are 129 tokens together, more than the context of 128 of tiny"):
         prompts(model, text=TextSettings(max_query_length=121))
+    with pytest.raises(
+        UserError, match=r"^--max_new_tokens 128 and a token .* more than the context of 128 of tiny: low"
+    ):
+        prompts(model, SamplingSettings(max_new_tokens=128))
 
 
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path: Path) -> None:

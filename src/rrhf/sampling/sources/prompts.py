@@ -42,10 +42,14 @@ class Prompts:
         self._config = config.get_text_config()
         least = (text.max_query_length or 1) + sampling.max_new_tokens
         if least > self.context:
-            raise UserError(
-                f"--max_query_length and --max_new_tokens are {least} tokens together, more than the context of "
-                f"{self.context} of {shown}: lower one of them"
-            )
+            if text.max_query_length is None:
+                asked, cure = f"--max_new_tokens {sampling.max_new_tokens} and a token of a query are", "lower it"
+            else:
+                asked, cure = (
+                    f"--max_query_length and --max_new_tokens are {least} tokens together,",
+                    "lower one of them",
+                )
+            raise UserError(f"{asked} more than the context of {self.context} of {shown}: {cure}")
 
     def check_query(self, record: Record) -> None:
         """Refuse a query that the model cannot take. The first text and the first messages are encoded, of the others
