@@ -164,7 +164,7 @@ STAGES = {
         ("out.jsonl",), "out.jsonl", ids="out.jsonl",
     ),
     "source": Stage(
-        ("sample", *MODEL, "--data", "data.jsonl", "--source", "{server}@chat:2", "--concurrency", "2",
+        ("sample", *MODEL[2:], "--data", "data.jsonl", "--source", "{server}@chat:2", "--concurrency", "2",
          "--max_new_tokens", "5", "--output", "out.jsonl"),
         ("out.jsonl",), "out.jsonl", ids="out.jsonl",
     ),

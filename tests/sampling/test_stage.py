@@ -253,7 +253,8 @@ def refused(arguments: list[str], cwd: Path, **options: Any) -> str:
 
 
 def single(*flags: str) -> list[str]:
-    return ["sample", "--data", "queries.jsonl", "--output", "out.jsonl", "--model", "model", *SIZES, *flags]
+    model = [] if "--source" in flags else ["--model", "model"]
+    return ["sample", "--data", "queries.jsonl", "--output", "out.jsonl", *model, *SIZES, *flags]
 
 
 @pytest.mark.parametrize(

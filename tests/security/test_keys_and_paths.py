@@ -90,8 +90,6 @@ def test_a_source_whose_url_holds_a_password(place: tuple[Path, bad.Misbehaving]
     work = tiny.workplace(tmp_path / "source", {}, tiny.rows(3))
     command = (
         "sample",
-        "--model",
-        "../model",
         "--data",
         "data.jsonl",
         "--source",

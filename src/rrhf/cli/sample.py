@@ -8,6 +8,7 @@ from pathlib import Path
 from rrhf.cli.parser import show_help
 from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.endpoint_settings import EndpointLimits
+from rrhf.common.errors import UserError
 from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
@@ -26,9 +27,14 @@ class Files:
 
 @dataclass(frozen=True)
 class SampledModel(ModelSettings):
-    """``--model`` is not needed where ``--source`` says where responses come from."""
+    """``--model`` has no place where ``--source`` says where responses come from."""
 
-    model: str = field(default="", metadata={"help": "hub id, local folder, GGUF file, or package:NAME/FILE"})
+    model: str = field(
+        default="",
+        metadata={
+            "help": "hub id, local folder, GGUF file, or package:NAME/FILE; not with --source, which has models too"
+        },
+    )
 
 
 def short_help() -> Groups:
@@ -53,6 +59,11 @@ def main(arguments: list[str]) -> None:
     from rrhf.sampling.stage import sample_file
 
     model, files, source, sampling, text, remote, cluster = flags().parse(arguments)
+    if model.model and source.source:
+        raise UserError(
+            "--model: is asked nothing where --source says what answers: write it as a --source too, MODEL@POLICY:N, "
+            "or leave it out"
+        )
     set_up_logging()
     sample_file(
         Path(files.data),

@@ -450,6 +450,11 @@ def test_no_model_and_no_source(queries: Path, tmp_path: Path, capsys: pytest.Ca
     assert "--model or --source is missing" in capsys.readouterr().err
 
 
+def test_a_model_beside_sources_is_refused(queries: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*flags(queries, tmp_path / "o.jsonl", str(queries)), "--model", "m"]) == 2
+    assert "write it as a --source too, MODEL@POLICY:N" in capsys.readouterr().err
+
+
 def test_queries_left_without_a_response_are_counted(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
