@@ -382,6 +382,14 @@ def test_no_record_and_no_folder(tmp_path: Path) -> None:
         run(tmp_path / "file" / "out.jsonl")
 
 
+@pytest.mark.parametrize("name", ["/proc/out.jsonl", "link/out.jsonl", "link/deeper/out.jsonl"])
+def test_a_folder_that_can_never_be_made(name: str, tmp_path: Path) -> None:
+    """It looks as one does that another process removes again and again."""
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match=r"out.jsonl.parts: cannot be made: .*--output"):
+        run(tmp_path / name)
+
+
 # --- several processes -----------------------------------------------------------------------------------------------
 
 

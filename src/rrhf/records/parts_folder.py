@@ -103,15 +103,18 @@ class PartsFolder:
         Raises:
             UserError: the output exists, the folder cannot be made, or holds parts made with other settings.
         """
+        tries = 10
         while not nothing_left(self.output, overwrite):
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
                 self.lock = (self.folder / "lock").open("a+", encoding="utf-8")
             except OSError as error:
-                gone = isinstance(error, FileNotFoundError | FileExistsError)  # by another process in between
-                if gone and (self.folder.is_dir() or not os.path.lexists(self.folder)):
+                tries -= 1
+                gone = isinstance(error, FileNotFoundError | FileExistsError)  # by another process in between, or never
+                if tries and gone and (self.folder.is_dir() or not os.path.lexists(self.folder)):
                     continue
-                raise UserError(f"{self.folder}: cannot be made: {error.strerror}; {elsewhere(error)}") from error
+                reason = f"{error.strerror} ({error.filename})"
+                raise UserError(f"{self.folder}: cannot be made: {reason}; {elsewhere(error)}") from error
             try:
                 fcntl.flock(self.lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 alone = True
