@@ -45,6 +45,18 @@ def test_a_stopped_training_of_the_same_settings_goes_on(folder: Path) -> None:
     assert last_checkpoint(folder) == str(folder / "checkpoint-4")
 
 
+@pytest.mark.parametrize("made", [None, "checkpoint-2", "model.safetensors", "windows", "watch"])
+def test_a_training_without_a_step_binds_nobody_to_its_settings(made: str | None, tmp_path: Path) -> None:
+    begin(tmp_path, overwrite=False, seed=1)
+    if made is not None:
+        (tmp_path / made).mkdir()
+        with pytest.raises(UserError, match="seed was 1, is 2"):
+            begin(tmp_path, overwrite=False, seed=2)
+    else:
+        assert begin(tmp_path, overwrite=False, seed=2) == "remembered"
+    assert json.loads((tmp_path / SETTINGS).read_text(encoding="utf-8")) == {"seed": 2 if made is None else 1}
+
+
 @pytest.mark.parametrize("state", ["other settings", "finished", "damaged settings"])
 def test_overwrite_removes_everything_else(state: str, folder: Path) -> None:
     if state == "finished":

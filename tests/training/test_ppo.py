@@ -355,6 +355,9 @@ def test_a_signal_stops_after_the_rollout_and_another_run_is_refused(place: Path
     assert stopped.code == 143 and (place / "stopped" / "checkpoint-8").is_dir()
     other = tiny.warm(*command("ppo", "stopped", "--clip_range", "0.1", "--gamma", "0.9"), cwd=place)
     assert other.code == 2 and "clip_range was 0.2, is 0.1" in other.err and "gamma was 1.0, is 0.9" in other.err
+    tiny.write_rows(place / "other.jsonl", tiny.rows(8, responses=0))
+    data = tiny.warm(*command("ppo", "stopped", "--data", "other.jsonl"), cwd=place)
+    assert data.code == 2 and ", of other.jsonl" in data.err
     masked = tiny.warm(*command("nlpo", "stopped"), cwd=place)
     assert masked.code == 2 and "baseline was 'ppo', is 'nlpo'" in masked.err
     tiny.warm(*command("ppo", "stopped", "--save_steps", "9"), cwd=place).done()

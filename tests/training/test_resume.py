@@ -147,6 +147,20 @@ def test_going_on_with_other_settings_says_which(models: dict[str, Path], tmp_pa
     assert "checkpoint-2" in on.err
 
 
+def test_what_ended_before_its_first_step_is_no_hindrance(models: dict[str, Path], tmp_path: Path) -> None:
+    """The command goes on once its data is mended; after a step other data is named."""
+    train = ("train", "--model", str(models["plain"]), "--data", "scored.jsonl", "--output", "out", "--device", "cpu",
+             "--dtype", "float32", "--bf16", "false", "--gradient_accumulation_steps", "2", "--save_steps", "1",
+             "--report_to", "none")  # fmt: skip
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6, scores=False))
+    assert tiny.warm(*train, cwd=tmp_path).code == 2
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
+    assert tiny.warm(*train, cwd=tmp_path, faults=[die(UPDATE, 3)]).code == -signal.SIGKILL
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(7))
+    refused = tiny.warm(*train, cwd=tmp_path)
+    assert refused.code == 2 and "data_checksum was " in refused.err and ", of scored.jsonl" in refused.err
+
+
 def test_held_out_records_are_measured_while_training(models: dict[str, Path], tmp_path: Path) -> None:
     tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(6))
     train = ("train", "--model", str(models["plain"]), "--data", "scored.jsonl", "--eval_data", "scored.jsonl",

@@ -22,12 +22,18 @@ def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> dict[str, 
     }
 
 
-def refuse_other_settings(before: Mapping[str, Any], now: Mapping[str, Any], what: str, cure: str) -> None:
+def refuse_other_settings(
+    before: Mapping[str, Any], now: Mapping[str, Any], what: str, cure: str, of: Mapping[str, object] | None = None
+) -> None:
     """Refuse to go on with work that was begun with other settings.
+
+    ``of``: settings that are a checksum → the name of what they are the checksum of, for the message.
 
     Raises:
         OtherSettingsError: ``before`` and ``now`` differ; the message is ``what`` (the differences): ``cure``.
     """
-    changed = differences(before, now)
+    names = of or {}
+    changed = differences(before, now).items()
     if changed:
-        raise OtherSettingsError(f"{what} ({'; '.join(changed.values())}): {cure}")
+        words = [f"{text}, of {names[name]}" if names.get(name) else text for name, text in changed]
+        raise OtherSettingsError(f"{what} ({'; '.join(words)}): {cure}")

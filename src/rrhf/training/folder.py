@@ -77,6 +77,9 @@ class Process(Protocol):
     def process_index(self) -> int: ...
 
 
+MADE = ("checkpoint-*", "*.safetensors", "windows", "watch")  # what the first steps of a training leave
+
+
 @contextmanager
 def claimed(folder: Path, config: Process) -> Iterator[None]:
     """Keep other trainings out of ``folder`` while this one works there.
@@ -98,7 +101,8 @@ def begun(folder: Path, config: Process, overwrite: bool, remember: Callable[[],
     """What ``remember`` returns: it writes down what this training is, or refuses to go on with one that was another.
 
     With ``overwrite`` a training of the same settings that was stopped is gone on with: the command that began it had
-    ``overwrite`` too. What else stands in ``folder`` is removed.
+    ``overwrite`` too. What else stands in ``folder`` is removed. A training that ended before its first step left
+    nothing but its settings: others take their place, so that the command which mends it goes on.
 
     Raises:
         UserError: the folder holds a finished model, or what no training wrote, or as ``remember``.
@@ -109,7 +113,13 @@ def begun(folder: Path, config: Process, overwrite: bool, remember: Callable[[],
                 return remember()
         empty(folder)
     refuse_trained(folder)
-    return remember()
+    try:
+        return remember()
+    except OtherSettingsError:
+        if config.process_index != 0 or any(any(folder.glob(made)) for made in MADE):
+            raise
+        (folder / SETTINGS).unlink()
+        return remember()
 
 
 def _is_unfinished(folder: Path) -> bool:

@@ -330,6 +330,7 @@ def _remember_settings(job: Job) -> dict[str, Any]:
             {name: value for name, value in settings.items() if name not in unknown},
             f"{job.folder} holds a training run with other settings",
             "run with those to go on; to train anew give --overwrite or, in a run, remove that folder",
+            of={content: settings.get(name) for name, content in NAMED.items()},
         )
         if job.config.max_tokens_per_forward is None:
             job.config.max_tokens_per_forward = budget  # as it was chosen: the numbers go on bit for bit

@@ -213,3 +213,6 @@ def test_data_without_a_pair_is_refused(tmp_path: Path) -> None:
     data = tiny.write_rows(tmp_path / "data.jsonl", [{"query": "q", "responses": ["a", "b"], "scores": [1.0, 1.0]}])
     with pytest.raises(UserError, match=r"no pair is left to train on: 0 queries .* 1 skipped: equal scores alone"):
         train_reward_model(data, ModelSettings(str(tmp_path / "base"), "cpu", "float32"), config(tmp_path / "rm"))
+    tiny.write_rows(data, [{"query": "q", "responses": ["a", "b"], "scores": [0.0, 1.0]}])  # mended, it is trained on
+    settings = config(tmp_path / "rm", num_train_epochs=1)
+    assert train_reward_model(data, ModelSettings(str(tmp_path / "base"), "cpu", "float32"), settings)["steps"] == 1

@@ -140,6 +140,7 @@ def _remember(job: Job) -> dict[str, Any]:
             {name: value for name, value in json.loads(json.dumps(settings)).items() if name not in free},
             f"{job.folder} holds a training run with other settings",
             "run with those to go on, or give --overwrite to train anew",
+            of={f"{name}_{content}": settings.get(name) for name in NAMED for content in ("digest", "checksum")},
         )
     write_text(place, json.dumps(settings, indent=1) + "\n")
     return settings

@@ -266,6 +266,7 @@ def _remember_settings(job: Job) -> None:
             {name: value for name, value in settings.items() if name not in free},
             f"{job.folder} holds a training run with other settings",
             "run with those to go on, or give --overwrite to train anew",
+            of={"data": job.data, "eval_data": job.eval_data, "model": job.model.model},
         )
     else:
         write_text(place, json.dumps(settings, indent=1) + "\n")
