@@ -282,6 +282,26 @@ def test_a_changed_configuration_is_refused(undisturbed: Path) -> None:
     assert "Traceback" not in result.err and "--output" in result.err
 
 
+def test_a_configuration_of_which_nothing_came_binds_nobody(model: Path, tmp_path: Path) -> None:
+    folder = tiny.workplace(tmp_path, tiny.config(model))
+    refused = command(*RUN, "evaluate.max_new_tokens=128", cwd=folder)
+    assert refused.code == 2 and (folder / "run/config.yaml").exists()
+    assert command(*RUN, "train.seed=9", cwd=folder, faults=[die(STEP, 1)]).code == -signal.SIGKILL
+    other = command(*RUN, cwd=folder)
+    assert other.code == 2 and "holds a run of another configuration (train.seed was 9, is " in other.err
+
+
+@pytest.mark.parametrize("left", ["queries.jsonl", "held_out.jsonl", "responses.jsonl.parts", "model", "rounds"])
+def test_what_a_stage_left_binds_to_its_configuration(left: str, tmp_path: Path) -> None:
+    run = RunFolder(tmp_path)
+    run.remember_config({"seed": 1})
+    run.remember_config({"seed": 2})
+    (tmp_path / left).mkdir()
+    run.remember_config({"seed": 2})
+    with pytest.raises(UserError, match=r"another configuration \(seed was 2, is 1\)"):
+        run.remember_config({"seed": 1})
+
+
 MADE_OF = {
     "data.jsonl": "held_out.jsonl", "run/queries.jsonl": "responses.jsonl", "run/responses.jsonl": "scored.jsonl",
     "run/scored.jsonl": "model", "run/held_out.jsonl": "evaluation.json", "run/model/config.json": "evaluation.json",

@@ -88,12 +88,15 @@ class RunFolder:
     def remember_config(self, config: dict[str, Any]) -> None:
         """Write the configuration into the folder; refuse to go on with a run that had another.
 
+        One of which nothing came, since it was refused itself, makes way.
+
         Raises:
             UserError: the folder holds a run of another configuration; the message says where they differ.
         """
         import yaml
 
-        if self.config.exists():
+        begun = self._is_begun()
+        if begun and self.config.exists():
             before, now = _flat(read_yaml(self.config)), _flat(config)
             refuse_other_settings(
                 _bound(before),
@@ -103,9 +106,14 @@ class RunFolder:
             )
             if before == now:
                 return
-        elif any(path.exists() for path in (self.queries, self.scored, self.model)):
+        elif begun:
             raise UserError(f"{self.folder} has a run's files but no config.yaml: choose another --output")
         write_text(self.config, yaml.safe_dump(config, allow_unicode=True, sort_keys=False))
+
+    def _is_begun(self) -> bool:
+        """Whether a stage, or a round, has left anything here."""
+        results = (self.queries, self.held_out, self.responses, self.scored, self.model, self.evaluation, self.rounds)
+        return any(path.exists() for path in results) or any(self.folder.glob("*.parts"))
 
     def remember_inputs(self, stage: str, result: Path, inputs: Mapping[str, str], kept: bool) -> None:
         """Note what a stage's result is made of: names of its inputs → their digests, empty where they are not known.
