@@ -98,6 +98,7 @@ def run_offline(run: RunFolder, config: RunConfig, policies: PolicyCache) -> dic
         raise UserError(f"{run.folder} holds a run in rounds: give its iterations, or choose another --output")
     whole = Pass(run, config, config.model, policies)
     check_evaluation(whole)
+    check_loss(config)
     carry_out([make(whole) for make in (data_stage, sample_stage, score_stage, train_stage, evaluate_stage)], run)
     return finish(run, [run])
 
@@ -333,6 +334,24 @@ def loss_needs(config: RunConfig) -> frozenset[str]:
     from rrhf.losses import needed_by, ranking_loss
 
     return needed_by(ranking_loss(config.train.ranking_loss), config.train.loss)
+
+
+def check_loss(config: RunConfig) -> None:
+    """Refuse, before any work, a loss over tokens whose sampling does not keep how likely each was.
+
+    Responses of the data or of a file may bring that with them.
+
+    Raises:
+        UserError: the loss needs it.
+    """
+    if config.sample is None or "old_token_logprobs" not in loss_needs(config):
+        return
+    if {parse_source(source).kind for source in config.sources.source} != {"file"}:
+        raise UserError(
+            f"train.ranking_loss: {config.train.ranking_loss}: it needs how likely each token was when it was drawn, "
+            "which responses that are sampled before the training do not have: set train.resample_steps, to 1 for "
+            "example, in a run without iterations, or choose another loss"
+        )
 
 
 def _evaluation_context(config: RunConfig) -> RewardContext:
