@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import resource
 import signal
 import subprocess
@@ -460,6 +462,27 @@ def limited() -> None:
     """Files may not grow past 2 KiB, as on a full disk."""
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2048, 2048))
+
+
+def test_folders_that_cannot_be_made_on_a_read_only_disk(
+    refused: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make = os.mkdir
+
+    def read_only(path: Any, *arguments: Any, **options: Any) -> None:
+        if Path(path).is_relative_to("disk") and Path(path) != Path("disk"):
+            if not Path(path).parent.exists():
+                raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS), str(path))
+        make(path, *arguments, **options)
+
+    tiny.write_rows(Path("data.jsonl"), tiny.rows(4))
+    Path("disk").mkdir()
+    monkeypatch.setattr(os, "mkdir", read_only)
+    said = refused("convert", "data.jsonl", "--output", "disk/a/b/out.jsonl")
+    assert "disk/a/b/out.jsonl: cannot write: Read-only file system" in said and "--output" in said
+    said = refused("reproduce", "imdb", "--scale", "micro", "--output", "disk/a/b")
+    assert "disk/a: Read-only file system: name another" in said
 
 
 def test_a_full_disk_while_scoring(tmp_path: Path) -> None:

@@ -84,7 +84,7 @@ def main(argv: list[str] | None = None) -> int:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             print(f"rrhf {name}: {error}: free some space; what is finished is kept", file=sys.stderr)
             return 2
-        if isinstance(error, MISNAMED) and error.filename:
+        if (isinstance(error, MISNAMED) or error.errno == errno.EROFS) and error.filename:
             print(f"rrhf {name}: {error.filename}: {error.strerror}: name another, or mend it", file=sys.stderr)
             return 2
         if isinstance(error, FileNotFoundError):

@@ -54,7 +54,7 @@ def replacing(path: str | Path, tidy: bool = True) -> Iterator[Path]:
         fsync_folder(path.parent)
     except OSError as error:
         named = error.filename is not None
-        ours = Path(error.filename) in (temporary, path, path.parent) if named else error.errno in WRITING_FAILED
+        ours = Path(error.filename) in (temporary, path, *path.parents) if named else error.errno in WRITING_FAILED
         if not ours:  # of what is read on the way: another file, a connection
             raise
         raise UserError(
