@@ -331,6 +331,7 @@ def own_losses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         "    return settings.margin * (record.sums**2 / record.lengths).sum()\n\n"
         "def vector(record, settings):\n    return record.logprobs\n\n"
         "def number(record, settings):\n    return 1.0\n\n"
+        "def fails(record, settings):\n    return 1 / 0\n\n"
         '@needs("reference_sums")\n'
         "def against_reference(record, settings):\n    return (record.sums - record.reference_sums).sum()\n\n"
         "Loss = type('Loss', (), {})\n"
@@ -349,6 +350,8 @@ def test_a_ranking_loss_from_elsewhere() -> None:
     for name, returned in (("vector", r"shape \(2,\)"), ("number", "float")):
         with pytest.raises(UserError, match=f"--ranking_loss own_losses:{name}: it must return a scalar.*{returned}"):
             hand([-2, -3], [2, 3], [1.0, 0.0], ranking_loss=f"own_losses:{name}")
+    with pytest.raises(UserError, match=r"--ranking_loss own_losses:fails failed: ZeroDivisionError: .* \(in fails, "):
+        hand([-2, -3], [2, 3], [1.0, 0.0], ranking_loss="own_losses:fails")
 
 
 @pytest.mark.usefixtures("own_losses")

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from rrhf.common.errors import UserError
+from rrhf.common.imports import call_own
 from rrhf.models.batching import plan_forwards
 from rrhf.models.out_of_memory import in_halves, is_out_of_memory, run_forwards
 from rrhf.models.tokenization import EncodedRecord
@@ -117,6 +118,13 @@ def test_another_error_is_no_lack_of_memory() -> None:
         in_halves(fails, 4, "sample", "queries", "--batch_size")
     assert not is_out_of_memory(ValueError("out of memory"))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory")) and is_out_of_memory(MemoryError())
+
+    def own() -> None:
+        raise MemoryError
+
+    with pytest.raises(UserError) as failed:  # in a function of the user's
+        call_own(own, "own")
+    assert is_out_of_memory(failed.value) and not is_out_of_memory(UserError("out of memory"))
 
 
 def test_every_record_passes_once_and_the_limit_stays() -> None:

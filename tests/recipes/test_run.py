@@ -17,7 +17,8 @@ from rrhf.common.presentation import typeset_number
 from rrhf.common.yaml_text import load_yaml
 from rrhf.models.identity import model_digest
 from rrhf.recipes import offline
-from rrhf.recipes.config import parse_config
+from rrhf.recipes.config import DataSettings, parse_config
+from rrhf.recipes.data import write_queries
 from rrhf.recipes.run_folder import RunFolder
 from support import tiny
 from support.ports import free_port
@@ -470,6 +471,27 @@ def test_a_mistyped_data_source_is_not_called_a_reward(source: str, message: str
     result = command(*RUN, f"data.source={source}", cwd=folder)
     assert result.code == 2 and message in result.err
     assert "reward '" not in result.err and "f(prompts" not in result.err
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails", r"data source 'own_data:fails' failed: ZeroDivisionError: .*in fails, "),
+        ("ends", r"data source 'own_data:ends' failed: ZeroDivisionError: .*in ends, "),
+        ("nothing", r"data source 'own_data:nothing' gave NoneType: it must be a function f\(limit, seed\)"),
+    ],
+)
+def test_a_data_source_that_fails_is_named(
+    name: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "own_data.py").write_text(
+        "def fails(limit, seed):\n    return 1 / 0\n\n\n"
+        "def ends(limit, seed):\n    yield {'query': 'q'}\n    yield 1 / 0\n\n\n"
+        "def nothing(limit, seed):\n    pass\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(UserError, match=message):
+        write_queries(DataSettings(f"own_data:{name}"), tmp_path / "queries.jsonl", tmp_path / "held_out.jsonl")
 
 
 def test_sections_become_settings_by_name_and_all_faults_come_together(tmp_path: Path) -> None:

@@ -344,6 +344,20 @@ def test_outsiders_bring_a_function(tmp_path: Path, monkeypatch: pytest.MonkeyPa
         load_format("no_such_module:read")
 
 
+def test_a_function_that_fails_is_named_with_the_row(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "failing_format.py").write_text(
+        "from rrhf.records.foreign.rows import SkipRowError\n\n\n"
+        "def read(row):\n    if row['q'] == 'skip':\n        raise SkipRowError('no use')\n"
+        "    return {'query': row['x']}\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    path = lines(tmp_path / "a.jsonl", {"q": "skip"}, {"q": "y"})
+    with pytest.raises(
+        UserError, match=r"a\.jsonl, line 2: format 'failing_format:read' failed: KeyError: 'x' \(in read, .*line 7\)"
+    ):
+        list(load_dataset_records(path, "failing_format:read"))
+
+
 def test_errors_come_before_reading(tmp_path: Path) -> None:
     path = lines(tmp_path / "data.jsonl", {"prompt": "p"})
     with pytest.raises(UserError, match=r"unknown format 'alpca': did you mean 'alpaca'\? known: alpaca, "):

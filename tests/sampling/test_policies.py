@@ -695,6 +695,46 @@ def test_a_new_policy_is_a_function_and_a_line(
     assert inside == [responses[:2] for responses in drawn]
 
 
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("fails", r"--policy failing:fails failed: ZeroDivisionError: .*in fails"),
+        ("nothing", "--policy failing:nothing gave NoneType, which has no width, advance, results: it must make a"),
+        ("late", r"--policy failing:late failed: ZeroDivisionError: .*in _choose"),
+    ],
+)
+def test_an_own_policy_that_fails_is_named(
+    name: str,
+    message: str,
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "failing.py").write_text(FAILING)
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = SamplingSettings(policy=f"failing:{name}", max_new_tokens=6)
+    with pytest.raises(UserError, match=message):
+        list(sample(some_records(), model, tokenizer, settings))
+
+
+FAILING = """
+from rrhf.sampling.policies import Draws
+
+class Late(Draws):
+    def _choose(self, logits, slots):
+        return 1 / 0
+
+def late(*arguments):
+    return Late(*arguments)
+
+def fails(*arguments):
+    return 1 / 0
+
+def nothing(*arguments):
+    pass
+"""
+
 HALVES = """
 from rrhf.sampling.policies import Draws
 

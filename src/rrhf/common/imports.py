@@ -11,9 +11,11 @@ import sys
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from rrhf.common.errors import UserError, nearest
+
+T = TypeVar("T")
 
 # Modules that moved; names of before stand in records and configurations and go on to be found.
 MOVED = {
@@ -50,6 +52,20 @@ def load_function(name: str, what: str, usage: str = "") -> Callable[..., Any]:
         cure = f": name {usage}" if usage else ": name a function"
         raise UserError(f"{what} {name!r} is {kind}, not a function{cure}, or an object that can be called so")
     return value
+
+
+def call_own(function: Callable[..., T], what: str, *arguments: Any, passing: type[Exception] = UserError) -> T:
+    """Call a function of the user's, named ``what`` in messages; exceptions of the type ``passing`` are let through.
+
+    Raises:
+        UserError: it failed; the message says how, and in which line.
+    """
+    try:
+        return function(*arguments)
+    except (UserError, passing):
+        raise
+    except Exception as error:
+        raise UserError(f"{what} failed: {last_line(error)}") from error
 
 
 def of_extra(module: str, missing: str) -> Any:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from rrhf.common.errors import UserError, nearest
-from rrhf.common.imports import load_function
+from rrhf.common.imports import call_own, load_function
 from rrhf.losses.lists import lire, listmle, ndcg
 from rrhf.losses.pairs import TIES, constant_margin, cpo, hinge, logistic, orpo, rank_margin, simpo, tie_rule
 from rrhf.losses.record import (
@@ -261,7 +261,7 @@ def rrhf_loss(
 
     Raises:
         ValueError: something that the settings or the loss need is not given.
-        UserError: a ranking loss from outside gave something else than a scalar tensor.
+        UserError: a ranking loss from outside failed, or gave something else than a scalar tensor.
     """
     divisors, reduction = lengths, settings.sft_reduction
     if settings.released_compat:
@@ -274,9 +274,11 @@ def rrhf_loss(
     loss = ranking_loss(settings.ranking_loss)
     if missing := [name for name in OPTIONAL if name in needed_by(loss, settings) and getattr(record, name) is None]:
         raise ValueError(f"the ranking loss {settings.ranking_loss} needs {' and '.join(missing)}")
-    rank = loss(record, settings)
+    outside = ":" in settings.ranking_loss
+    what = f"--ranking_loss {settings.ranking_loss}"
+    rank = call_own(loss, what, record, settings) if outside else loss(record, settings)
     if not isinstance(rank, Tensor) or rank.shape != ():
         given = f"shape {tuple(rank.shape)}" if isinstance(rank, Tensor) else type(rank).__name__
-        raise UserError(f"--ranking_loss {settings.ranking_loss}: it must return a scalar tensor, not {given}")
+        raise UserError(f"{what}: it must return a scalar tensor, not {given}")
     fit = sft(logprob_sums, divisors, scores, reduction)
     return Loss(settings.rank_weight * rank + settings.sft_weight * fit, rank, fit, logprobs)

@@ -28,7 +28,9 @@ _LIMIT = "_rrhf_tokens_that_fit"  # the attribute in which a model carries what 
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether an exception says that memory did not suffice, on whatever device."""
+    """Whether an exception says that memory did not suffice, on whatever device; in a function of the user's too."""
+    if isinstance(error, UserError) and error.__cause__ is not None:
+        error = error.__cause__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
     words = ("out of memory", "can't allocate memory")  # of MPS; of CPUs

@@ -6,12 +6,13 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError
-from rrhf.common.imports import load_function
+from rrhf.common.imports import call_own, load_function
 from rrhf.common.presentation import describe_counts
 from rrhf.common.remote import fetched, refuse_keys
 from rrhf.recipes.config import DataSettings
@@ -39,9 +40,21 @@ def data_digests(settings: DataSettings) -> dict[str, str]:
 
 def _read(source: str, settings: DataSettings, limit: int | None, counts: Counter[str]) -> Iterator[Record]:
     if ":" in source and not Path(source).exists() and "/" not in source:
-        rows: Iterable[Any] = load_function(source, "data source", SOURCE_USAGE)(limit=limit, seed=settings.seed)
-        return (row if isinstance(row, Record) else record_from_row(row, source) for row in rows)
+        what = f"data source {source!r}"
+        rows = call_own(
+            partial(load_function(source, "data source", SOURCE_USAGE), limit=limit, seed=settings.seed), what
+        )
+        if not isinstance(rows, Iterable):
+            raise UserError(f"{what} gave {type(rows).__name__}: it must be {SOURCE_USAGE}")
+        return _own_records(source, what, iter(rows))
     return load_dataset_records(source, settings.format, settings.split, limit, counts)
+
+
+def _own_records(source: str, what: str, rows: Iterator[Any]) -> Iterator[Record]:
+    """The records of a function of the user's, which may fail at any of them."""
+    end = object()
+    while (row := call_own(next, what, rows, end)) is not end:
+        yield row if isinstance(row, Record) else record_from_row(row, source)
 
 
 def training_records(settings: DataSettings) -> Iterator[Record]:

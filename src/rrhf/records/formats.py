@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import functools
 import itertools
 import math
 import re
@@ -19,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from rrhf.common.errors import UserError, nearest
-from rrhf.common.imports import load_function
+from rrhf.common.imports import call_own, load_function
 from rrhf.common.remote import fetched
 from rrhf.records.files import READERS, file_suffix, read_records, read_rows, require_file, text_lines
 from rrhf.records.foreign.instructions import (
@@ -148,7 +149,13 @@ def load_format(name: str) -> Format:
         return FORMATS[name]
     if ":" not in name:
         raise UserError(f"unknown format {name!r}: {nearest(name, FORMATS)}, or pkg.module:function")
-    return load_function(name, "format", "a function from a row to a row")
+    function = load_function(name, "format", "a function from a row to a row")
+
+    @functools.wraps(function)  # with what ``@grouped`` has noted on it
+    def format(row: ForeignRow) -> ForeignRow | None:
+        return call_own(function, f"format {name!r}", row, passing=SkipRowError)
+
+    return format
 
 
 # --- sources -----------------------------------------------------------------------------------------------------
@@ -369,6 +376,8 @@ def _foreign_record(
         return None, str(skip)
     except RowError as fault:
         return None, fault.reason
+    except UserError as error:  # a format of the user's failed
+        raise UserError(f"{where}: {error}") from error
     if converted.get("responses") and not record.responses:
         return None, "no response left"
     # Tables of floats say NaN where a cell is missing; JSON has no word for it.

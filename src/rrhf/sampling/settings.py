@@ -6,10 +6,11 @@ import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from rrhf.common.errors import UserError, nearest, too_small
-from rrhf.common.imports import code_digest, load_function
+from rrhf.common.imports import call_own, code_digest, load_function
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,23 @@ class SamplingPolicy:
         return getattr(importlib.import_module(module), name)
 
     def __call__(self, *arguments: Any) -> Any:
-        return self.load()(*arguments)
+        """The policy for a batch.
+
+        Raises:
+            UserError: as ``load``, or a function of the user's fails or makes no policy.
+        """
+        make = self.load()
+        if not self.outside:
+            return make(*arguments)
+        what = f"--policy {self.implementation}"
+        policy = call_own(make, what, *arguments)
+        lacking = [name for name in ("width", "advance", "results") if not hasattr(policy, name)]
+        if lacking:
+            raise UserError(
+                f"{what} gave {type(policy).__name__}, which has no {', '.join(lacking)}: it must make a "
+                "rrhf.sampling.decoding.Policy"
+            )
+        return _OwnPolicy(policy, what)
 
     def code(self) -> dict[str, str]:
         """The digest of a function of the user's under ``policy_code``: edited, it is another policy. Ours are named.
@@ -59,6 +76,18 @@ class SamplingPolicy:
         """
         digest = code_digest(self.load()) if self.outside else ""
         return {"policy_code": digest} if digest else {}
+
+
+@dataclass(frozen=True)
+class _OwnPolicy:
+    """A policy of the user's, whose faults name it."""
+
+    policy: Any
+    what: str
+
+    def __getattr__(self, name: str) -> Any:
+        value = getattr(self.policy, name)
+        return partial(call_own, value, self.what) if callable(value) else value
 
 
 # A new policy is a class and a line here: help texts, checks, documents and the sampler read this dict.
