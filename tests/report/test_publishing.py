@@ -718,6 +718,22 @@ def test_nobody_answers(run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) ->
         push_model(run, "me/better")
 
 
+@pytest.mark.parametrize("command", ["train", "reward-model"])
+def test_nobody_answers_a_training(
+    command: str, hub: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from huggingface_hub import constants
+
+    base, data = write_model(tmp_path / "base"), write_rows(tmp_path / "d.jsonl", rows(4))
+    files = ["--model", str(base), "--data", str(data), "--output", str(tmp_path / "out")]
+    flags = [command, *files, "--device", "cpu", "--report_to", "none", "--push_to_hub", "--hub_model_id"]
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert main([*flags, "me/trained"]) == 2
+    assert "me/trained: cannot reach http://127.0.0.1:9" in capsys.readouterr().err
+    assert main([*flags, "a/b/c"]) == 2
+    assert "--hub_model_id a/b/c: " in capsys.readouterr().err
+
+
 def test_offline(run: Path, hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     from huggingface_hub import constants
 

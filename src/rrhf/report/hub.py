@@ -1,17 +1,16 @@
-"""Models and records on the Hugging Face hub. The token comes from `hf auth login` or HF_TOKEN, and is never shown."""
+"""Models and records on the Hugging Face hub."""
 
 from __future__ import annotations
 
 import logging
-import os
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import read_object
+from rrhf.common.hub import hub_client
 from rrhf.models.folders import MODEL_FILES, model_folder
 from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
@@ -38,7 +37,7 @@ def push_model(source: str | Path, repo_id: str, *, private: bool = False, messa
     base = read_object(folder / "adapter_config.json").get("base_model_name_or_path")
     if base and not hub_id(base, folder):
         log.warning(f"{repo_id}: an adapter needs its base model, and {base!r} is no hub id: others cannot load it")
-    with _hub_client(repo_id) as api:
+    with hub_client(repo_id) as api:
         address = api.create_repo(repo_id, private=private, exist_ok=True)
         write_card(folder, name=address.repo_id, refresh=True)
         api.upload_folder(
@@ -60,7 +59,7 @@ def card_of_training(folder: Path, training: dict[str, Any], repository: str | N
 
 def push_card(card: Path, repo_id: str) -> None:
     """Upload the card alone, beside a model that ``--push_to_hub`` has uploaded."""
-    with _hub_client(repo_id) as api:
+    with hub_client(repo_id) as api:
         api.upload_file(path_or_fileobj=card, path_in_repo=CARD, repo_id=repo_id, commit_message="Model card of rrhf")
 
 
@@ -77,7 +76,7 @@ def push_records(file: str | Path, repo_id: str, *, private: bool = False, messa
     from huggingface_hub import CommitOperationAdd
 
     file = Path(file)
-    with tempfile.TemporaryDirectory() as scratch, _hub_client(repo_id) as api:
+    with tempfile.TemporaryDirectory() as scratch, hub_client(repo_id) as api:
         table = Path(scratch) / RECORDS.name
         count = write_records(table, _of_one_kind(read_records(file), file))
         address = api.create_repo(repo_id, repo_type="dataset", private=private, exist_ok=True)
@@ -117,45 +116,3 @@ def _columns(table: Path) -> list[str]:
 
     names: list[str] = pq.read_schema(table).names
     return names
-
-
-@contextmanager
-def _hub_client(repo_id: str) -> Iterator[Any]:
-    """The hub's client; what it raises becomes a message that names the cure, without the token."""
-    from huggingface_hub import HfApi, constants, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, OfflineModeIsEnabled
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    token = get_token()
-    if token is None:
-        raise UserError(
-            "no token for the hub: run `hf auth login`, or set HF_TOKEN to one with the right to write "
-            "(huggingface.co/settings/tokens)"
-        )
-    disable_progress_bars()
-    transport: Any = HfHubHTTPError.__mro__[1]  # what the HTTP library of this huggingface_hub raises
-    try:
-        yield HfApi(token=token)
-    except HFValidationError as error:
-        raise UserError(f"--repo {repo_id}: {error}: give USER/NAME or ORGANISATION/NAME") from error
-    except OfflineModeIsEnabled as error:
-        raise UserError("HF_HUB_OFFLINE (or TRANSFORMERS_OFFLINE) is set: unset it to publish") from error
-    except HfHubHTTPError as error:
-        reason = (error.server_message or str(error).splitlines()[0]).replace(token, "…")
-        raise UserError(f"{repo_id}: the hub refused ({error.response.status_code}): {reason}{_cure(error)}") from error
-    except (transport, ConnectionError, TimeoutError) as error:
-        reason = str(error).replace(token, "…")
-        raise UserError(
-            f"{repo_id}: cannot reach {constants.ENDPOINT}: {reason}. Check the connection "
-            f"{'and HF_ENDPOINT ' if os.environ.get('HF_ENDPOINT') else ''}and run the same command again"
-        ) from error
-
-
-def _cure(error: Any) -> str:
-    cures = {
-        401: "the token is not valid (any more): run `hf auth login` again, or renew HF_TOKEN",
-        403: "the token may not write there: use one with the right to write, or another --repo",
-        404: "the repository or its owner does not exist, or the token may not see it: check --repo",
-    }
-    cure = cures.get(error.response.status_code)
-    return f"; {cure}" if cure else ""

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any
 
 from transformers import Trainer
 
+from rrhf.common.hub import hub_client
 from rrhf.models.folders import MODEL_FILES
 
 
@@ -15,6 +18,21 @@ class PushesModel(Trainer):
     transformers' own uploads the whole folder, with every checkpoint anew: settings with local paths, windows of OP-k
     and watched answers, which are training data.
     """
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository, before anything is trained.
+
+        Raises:
+            UserError: as ``hub_client``.
+        """
+        if self.is_world_process_zero():
+            with self._hub(token):
+                super().init_hf_repo(token=token, private=private)
+
+    def _hub(self, token: str | None) -> AbstractContextManager[Any]:
+        """The client for the repository, which takes its name from the folder where none is given."""
+        name = self.hub_model_id or self.args.hub_model_id or Path(str(self.args.output_dir)).absolute().name
+        return hub_client(name, "--hub_model_id", token)
 
     def push_to_hub(
         self,
@@ -26,23 +44,21 @@ class PushesModel(Trainer):
         **kwargs: Any,
     ) -> Any:
         """Save the model and upload its files, without transformers' draft of a card."""
-        from huggingface_hub import HfApi
-
         if self.hub_model_id is None:
             self.init_hf_repo(token=token, private=private)
         self.save_model(_internal_call=True)
         if not self.is_world_process_zero():
             return None
-        api: Any = HfApi(token=token)
-        return api.upload_folder(
-            repo_id=self.hub_model_id,
-            folder_path=self.args.output_dir,
-            commit_message=commit_message,
-            run_as_future=not blocking,
-            allow_patterns=MODEL_FILES,
-            ignore_patterns=["*/*"],
-            revision=revision or self.args.hub_revision,
-        )
+        with self._hub(token) as api:
+            return api.upload_folder(
+                repo_id=self.hub_model_id,
+                folder_path=self.args.output_dir,
+                commit_message=commit_message,
+                run_as_future=not blocking,
+                allow_patterns=MODEL_FILES,
+                ignore_patterns=["*/*"],
+                revision=revision or self.args.hub_revision,
+            )
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         """Checkpoints stay here."""
