@@ -160,6 +160,18 @@ def test_a_hub_id_that_cannot_be_had() -> None:
     assert "nobody/no-such-model" in refused(cpu("nobody/no-such-model"))
 
 
+def test_the_misspelt_name_of_a_folder(saved: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("wombat/model").mkdir(parents=True)
+    for name in ("wombt/model", "womba/modell"):
+        said = refused(cpu(name))
+        assert "no folder of that name is here; did you mean 'wombat/model'?" in said
+    assert "no folder of that name is here)" in refused(cpu("koala"))
+    assert refused(cpu("./wombt")).endswith("; did you mean 'wombat'?")
+    (saved / "config.json").write_text("{", encoding="utf-8")
+    assert "no folder" not in refused(cpu(saved))
+
+
 # --- GGUF ---------------------------------------------------------------------------------------------------------
 
 

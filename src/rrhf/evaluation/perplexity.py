@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from rrhf.common.errors import UserError
 from rrhf.evaluation.texts import Likelihood, Perplexity, Text
 from rrhf.models.cache import TextKey
+from rrhf.models.folders import no_folder
 from rrhf.models.load import context_length
 from rrhf.models.locate import locate
 from rrhf.models.tokenization import EncodedRecord, TextFormat, TextSettings, cut_left
@@ -147,7 +148,7 @@ def refuse_short_context(judge: str, max_new_tokens: int) -> None:
         context = context_length(AutoConfig.from_pretrained(locate(judge).source))
     except (OSError, ValueError, ImportError, KeyError) as error:
         key = "evaluate.perplexity_model, as a flag --perplexity_model; by default ρ"
-        raise UserError(f"perplexity model {judge} ({key}): cannot be loaded: {error}") from error
+        raise UserError(f"perplexity model {judge} ({key}): cannot be loaded: {error}{no_folder(judge)}") from error
     if context is not None and max_new_tokens >= context:
         raise UserError(
             f"responses of --max_new_tokens {max_new_tokens} do not fit the context of {context} tokens of the "

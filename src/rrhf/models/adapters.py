@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import of_extra
 from rrhf.models.devices import resolve_device
+from rrhf.models.folders import no_folder
 from rrhf.models.load import FLEX, ModelSettings, attention_options, load_policy
 from rrhf.models.locate import ADAPTER_CONFIG, locate
 
@@ -191,7 +192,8 @@ def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrained
             location.source, quantization_config=quantisation, device_map={"": device}, use_safetensors=True, **options
         )
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
-        raise UserError(f"--model {settings.model}: cannot be loaded in 4 bits: {error}") from error
+        hint = no_folder(settings.model)
+        raise UserError(f"--model {settings.model}: cannot be loaded in 4 bits: {error}{hint}") from error
     if settings.attn_implementation == FLEX:
         ask_for_flex(model)
     return _peft("--peft").prepare_model_for_kbit_training(model, use_gradient_checkpointing=False), tokenizer

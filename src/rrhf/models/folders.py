@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +68,8 @@ def check_folder(name: str) -> None:
     looks_local = folder.is_absolute() or name.startswith((".", "~")) or len(folder.parts) > 2
     if not folder.exists():
         if looks_local:
-            raise UserError(f"--model {name}: no such folder; give a hub id, a folder with weights, or a GGUF file")
+            cure = "give a hub id, a folder with weights, or a GGUF file"
+            raise UserError(f"--model {name}: no such folder; {cure}{_similar(name, '; ')}")
         return
     if not folder.is_dir():
         raise UserError(f"--model {name}: is a file; give its folder, or a file that ends in .gguf")
@@ -80,6 +82,26 @@ def check_folder(name: str) -> None:
             f"--model {name}: the folder has no weights (*.safetensors). A training run that was stopped early keeps "
             "its weights in checkpoint-N/; pickled weights are not read: convert them with transformers first"
         )
+
+
+def no_folder(name: str) -> str:
+    """What is said besides where a model cannot be had: that no folder has its name, which may be misspelt, either.
+
+    Empty where one has, and for what is no folder's name: a URL, a package's file.
+    """
+    return "" if ":" in name or Path(name).exists() else f" (and no folder of that name is here{_similar(name, '; ')})"
+
+
+def _similar(name: str, before: str) -> str:
+    """The folder with nearly that name, part by part, as a question; empty where there is none."""
+    place = Path(Path(name).anchor)
+    for part in Path(name).parts[len(place.parts) :]:
+        known = [path.name for path in place.iterdir() if path.is_dir()]
+        close = [part] if part == ".." else difflib.get_close_matches(part, known, n=1)
+        if not close:
+            return ""
+        place /= close[0]
+    return f"{before}did you mean {str(place)!r}?"
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

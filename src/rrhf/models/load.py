@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
 from rrhf.models.devices import resolve_device, resolve_dtype
+from rrhf.models.folders import no_folder
 from rrhf.models.locate import Location, locate
 
 if TYPE_CHECKING:
@@ -72,7 +73,7 @@ def load_policy(
         model = AutoModelForCausalLM.from_pretrained(location.source, dtype=dtype, use_safetensors=True, **options)
         model = model.to(device).eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
-        raise UserError(f"--model {settings.model}: cannot be loaded: {error}") from error
+        raise UserError(f"--model {settings.model}: cannot be loaded: {error}{no_folder(settings.model)}") from error
     if settings.attn_implementation == FLEX:
         ask_for_flex(model)
     return model, tokenizer
@@ -89,7 +90,7 @@ def tokenizer_and_config(location: Location, shown: str) -> tuple[PreTrainedToke
     try:
         return AutoTokenizer.from_pretrained(location.tokenizer), AutoConfig.from_pretrained(location.source)
     except (OSError, ValueError, ImportError, KeyError) as error:
-        raise UserError(f"--model {shown}: cannot be loaded: {error}") from error
+        raise UserError(f"--model {shown}: cannot be loaded: {error}{no_folder(location.source)}") from error
 
 
 def attention_options(settings: ModelSettings, device: torch.device) -> dict[str, Any]:

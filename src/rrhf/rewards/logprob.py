@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from rrhf.common.errors import UserError
 from rrhf.common.presentation import describe_counts
 from rrhf.models.adapters import load_policy_or_adapter
+from rrhf.models.folders import no_folder
 from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings, context_length
 from rrhf.models.locate import locate
@@ -65,7 +66,8 @@ def reference_sums_name(model: str, text: TextSettings | None = None, max_length
     """
     weights = model_digest(model)
     if not weights:
-        raise UserError(f"model {model}: cannot be found, so its log-probabilities have no name: check the name")
+        cure = f"check the name{no_folder(model)}"
+        raise UserError(f"model {model}: cannot be found, so its log-probabilities have no name: {cure}")
     usual = asdict(TextSettings())
     unusual = {name: value for name, value in asdict(text or TextSettings()).items() if value != usual[name]}
     if max_length is not None:

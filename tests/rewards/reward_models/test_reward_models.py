@@ -392,6 +392,8 @@ def test_names_of_nothing_are_refused_at_once(tmp_path: Path) -> None:
         make_scorer(str(tmp_path / "nothing"), CPU)
     with pytest.raises(UserError, match="reward model nobody/nothing: its configuration cannot be read"):
         make_scorer("nobody/nothing", CPU)
+    with pytest.raises(UserError, match="no folder of that name is here"):
+        make_scorer("nobody/nothing", CPU)
     (tmp_path / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "some/base"}))
     (tmp_path / "adapter_model.safetensors").write_bytes(b"")
     with pytest.raises(UserError, match="is an adapter alone"):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
 from rrhf.models.devices import resolve_device, resolve_dtype
+from rrhf.models.folders import no_folder
 from rrhf.models.load import context_length
 from rrhf.models.locate import locate
 from rrhf.rewards.reward_models.heads import (
@@ -88,7 +89,7 @@ def find_reward_model(name: str) -> Place:
     try:
         config = AutoConfig.from_pretrained(folder)
     except FAILURES as error:
-        raise UserError(f"reward model {name}: its configuration cannot be read: {error}") from error
+        raise UserError(f"reward model {name}: its configuration cannot be read: {error}{no_folder(name)}") from error
     place = Place(name, folder, config, raw)
     return _with_known_head(place, Path(folder)) if raw is None and Path(folder).is_dir() else place
 
@@ -141,7 +142,7 @@ def load_reward_model(place: Place, device: str = "auto", dtype: str = "auto") -
         load = _classifier if place.head is None else _causal
         return load(place, folder, tokenizer, here, weights_dtype)
     except FAILURES as error:
-        raise UserError(f"reward model {place.name}: cannot be loaded: {error}") from error
+        raise UserError(f"reward model {place.name}: cannot be loaded: {error}{no_folder(place.folder)}") from error
 
 
 def _downloaded(place: Place) -> Path:

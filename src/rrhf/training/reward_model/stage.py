@@ -19,6 +19,7 @@ from rrhf.common.settings import refuse_other_settings
 from rrhf.common.svg import INK, inline_svg
 from rrhf.evaluation.ranking import ranking_report
 from rrhf.models.devices import resolve_dtype
+from rrhf.models.folders import no_folder
 from rrhf.models.identity import model_digest
 from rrhf.models.load import FLEX, ModelSettings, attention_options, context_length
 from rrhf.models.locate import locate
@@ -102,7 +103,8 @@ def _build(job: Job) -> RewardTrainer:
                 **attention_options(job.model, device),
             )
     except FAILURES as error:
-        raise UserError(f"--model {job.model.model}: no reward model can be made of it: {error}") from error
+        hint = no_folder(job.model.model)
+        raise UserError(f"--model {job.model.model}: no reward model can be made of it: {error}{hint}") from error
     reward = trainable(model.to(device), tokenizer, config.max_length)
     train = RankedRecords(_records(job.data), reward, config.ties)
     if not len(train):
