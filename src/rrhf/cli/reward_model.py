@@ -6,7 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from rrhf.cli.train import COMMON, SETTLED, own_flags, with_output
+from rrhf.cli.train import COMMON, SETTLED, own_flags, refuse_idle_evaluation, with_output
 from rrhf.common.flag_help import Groups, flags_of, format_help, help_wanted, without
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
@@ -57,6 +57,7 @@ def main(arguments: list[str]) -> int:
     from rrhf.training.callbacks import Stopped
     from rrhf.training.reward_model.stage import train_reward_model
 
+    refuse_idle_evaluation(arguments)
     model, files, config = flags().parse(with_output(arguments))
     set_up_logging()
     eval_data = Path(files.eval_data) if files.eval_data else None

@@ -138,9 +138,11 @@ def main(arguments: list[str]) -> int:
         groups = whole_help() if wanted == "--help-all" else short_help()
         print(format_help("train", str(__doc__), groups, "and every other training argument of transformers"), end="")
         raise SystemExit(0)
+    sampled = [flag.name for flag in online_help()]
+    refuse_idle(arguments, sampled, "responses that are sampled while training", "resample_steps")
+    refuse_idle_adapter(arguments)
+    refuse_idle_evaluation(arguments)
     if not given(arguments, ["resample_steps"]):
-        if idle := given(arguments, [flag.name for flag in online_help()]):
-            raise UserError(f"--{idle[0]} is for responses that are sampled while training: give --resample_steps too")
         files, adapter, model, config, watch, cluster = flags(online=False).parse(with_output(arguments))
         set_up_logging()
         return carry_out(Path(files.data), model, files, adapter, config, watch, cluster=cluster)
@@ -155,6 +157,22 @@ def main(arguments: list[str]) -> int:
                     scoring.kl_beta)  # fmt: skip
     asked = online if config.resample_steps else None
     return carry_out(Path(files.data), model, files, adapter, config, watch, asked, cluster)
+
+
+def refuse_idle(arguments: Sequence[str], names: Sequence[str], what: str, needed: str) -> None:
+    """Refuse flags of ``names`` where ``needed`` is not given, without which they do nothing."""
+    if not given(arguments, [needed]) and (idle := given(arguments, names)):
+        raise UserError(f"--{idle[0]} is for {what}: give --{needed} too")
+
+
+def refuse_idle_adapter(arguments: Sequence[str]) -> None:
+    """Refuse the size of an adapter that is not trained."""
+    refuse_idle(arguments, [flag.name for flag in flags_of(AdapterSettings)], "an adapter", "peft")
+
+
+def refuse_idle_evaluation(arguments: Sequence[str]) -> None:
+    """Refuse to say how often what is not there is measured."""
+    refuse_idle(arguments, ["eval_steps"], "held-out records", "eval_data")
 
 
 def given(arguments: Sequence[str], names: Sequence[str]) -> list[str]:

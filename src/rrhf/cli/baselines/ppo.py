@@ -6,6 +6,7 @@ import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from rrhf.cli.train import refuse_idle_adapter
 from rrhf.common.flag_help import Groups, flags_of, format_help, help_wanted
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
@@ -42,6 +43,7 @@ def main(arguments: list[str], name: str) -> int:
     if help_wanted(arguments):
         print(format_help(name, str(__doc__), short_help(name)), end="")
         raise SystemExit(0)
+    refuse_idle_adapter(arguments)
     masked = name.endswith("nlpo")
     settings = [ModelSettings, Files, NewTextRewardSettings, PPOConfig, TextSettings, AdapterSettings]
     model, files, reward, config, text, adapter, *nlpo = Flags(

@@ -44,6 +44,8 @@ def main(arguments: list[str], name: str) -> int:
             f"--{sampling[0]} is for responses that are sampled while training, and fine-tuning fits the data's: "
             "leave it out, or `rrhf train`"
         )
+    train.refuse_idle_adapter(arguments)
+    train.refuse_idle_evaluation(arguments)
     settings = [*train.flags(online=False).settings, Sft]
     files, adapter, model, config, watch, cluster, sft = Flags(settings, name).parse(
         ["--ranking_loss", "none", *train.with_output(arguments)]
