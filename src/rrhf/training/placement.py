@@ -40,6 +40,9 @@ class PlacedArguments(TrainingArguments):
             learning_rate=0, num_train_epochs=0, warmup_steps=0, weight_decay=0, logging_steps=0, save_steps=0,
             eval_steps=0, dataloader_num_workers=0,
         )  # fmt: skip
+        for name in ("max_steps", "num_train_epochs"):
+            if getattr(self, name) == 0:
+                faults.append(f"--{name} 0: nothing would be trained: leave it out, or give a number above 0")
         strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
         if self.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
             faults.append(f"--hub_strategy {strategy}: checkpoints are not uploaded: leave it out")
