@@ -92,8 +92,9 @@ def _first_responses(questions: list[Question], path: Path) -> dict[str, _First]
 
 def _asked(query: Query) -> str:
     """The whole query as text, by which questions and answers meet and which a judge reads."""
-    alone = not isinstance(query, str) and len(query) == 1 and query[0]["role"] == "user"
-    return query[0]["content"] if alone else query_text(query)
+    if not isinstance(query, str) and len(query) == 1 and query[0]["role"] == "user":
+        return query[0]["content"]
+    return query_text(query)
 
 
 def _texts(found: dict[str, _First]) -> dict[str, str]:
