@@ -473,8 +473,9 @@ def test_bfloat16_is_native_where_processor_and_limit_allow_it(
     assert native_bfloat16(device) == (allowed and hardware)
     assert resolve_dtype("auto", device) == (torch.bfloat16 if allowed and hardware else torch.float32)
     assert resolve_dtype("auto", device, training=True) == resolve_dtype("auto", device)
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")  # which holds fp32 weights and casts them on its own
-    assert resolve_dtype("auto", device, training=True) == torch.float32
+    for written in ("true", "True"):  # accelerate reads it in either case
+        monkeypatch.setenv("ACCELERATE_USE_FSDP", written)  # which holds fp32 weights and casts them on its own
+        assert resolve_dtype("auto", device, training=True) == torch.float32
     assert resolve_dtype("bfloat16", device) == torch.bfloat16
     assert resolve_dtype("float32", device) == torch.float32
 

@@ -20,7 +20,8 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import TrainerCallback
+from transformers import Trainer, TrainerCallback
+from transformers.training_args import ParallelMode
 
 from oracles import losses as oracle
 from oracles.logprobs import all_sums, record_sums
@@ -31,7 +32,10 @@ from rrhf.models.batching import plan_forwards
 from rrhf.models.path_check import usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record
+from rrhf.training import placement
+from rrhf.training.config import RRHFConfig
 from rrhf.training.dataset import EncodedRecords
+from rrhf.training.master_weights import takes_masters
 from rrhf.training.trainer import RRHFTrainer, _keep_sums_exact
 from support.models import in_fp64, tiny_model, tiny_tokenizer, toy_records
 from support.scripts import ddp_gradient, ddp_train, fsdp_pass
@@ -878,3 +882,44 @@ def test_sums_and_gradients_stay_fp32_under_accelerates_fsdp2(family: str, tmp_p
     assert plugin.mixed_precision_policy.reduce_dtype == torch.float32
     gradients = {name: p.grad.full_tensor() for name, p in prepared.named_parameters()}
     assert_close(gradients, expected, 0.1)
+
+
+@pytest.mark.usefixtures("process_group")
+@pytest.mark.parametrize("asked", ["flag", "environment"])
+def test_bfloat16_weights_become_fp32_under_accelerates_fsdp2(
+    asked: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where the hardware has bfloat16: updates below its resolution would vanish."""
+    from accelerate.utils import FullyShardedDataParallelPlugin
+    from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+
+    monkeypatch.setattr(placement, "native_bfloat16", lambda device: True)
+    monkeypatch.setattr(RRHFConfig, "parallel_mode", ParallelMode.DISTRIBUTED)  # transformers' flag wants that
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "True" if asked == "environment" else "false")
+    model = tiny_model("llama", VOCABULARY).bfloat16()
+    trainer = trainer_of(model, tmp_path, toy_records(2), bf16=None, fsdp=asked == "flag")
+    assert trainer.accelerator.mixed_precision == "bf16"
+    plugin = FullyShardedDataParallelPlugin(fsdp_version=2, auto_wrap_policy="transformer_based_wrap")
+    plugin.set_mixed_precision(trainer.accelerator.mixed_precision)
+    accelerator = SimpleNamespace(
+        state=SimpleNamespace(fsdp_plugin=plugin), mixed_precision="bf16", is_main_process=True, device="cpu"
+    )
+    prepared = fsdp2_prepare_model(accelerator, model)
+    assert {parameter.dtype for parameter in prepared.parameters()} == {torch.float32}
+    trainer.is_fsdp_enabled = True
+    assert not takes_masters(trainer)
+
+
+def test_weights_that_fsdp_would_train_without_masters_are_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = Trainer.create_accelerator_and_postprocess
+
+    def sharded(self: Any) -> None:  # a CPU alone cannot shard
+        made(self)
+        self.is_fsdp_enabled = True
+
+    monkeypatch.setattr(Trainer, "create_accelerator_and_postprocess", sharded)
+    with pytest.raises(UserError, match=r"FSDP would train bfloat16 weights without fp32 masters.*--dtype float32"):
+        trainer_of(tiny_model("llama", VOCABULARY).bfloat16(), tmp_path, toy_records(2))
+    trainer_of(tiny_model("llama", VOCABULARY), tmp_path, toy_records(2))

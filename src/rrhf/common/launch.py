@@ -76,9 +76,14 @@ def check_connected(started: int, seen: int) -> None:
         )
 
 
+def asks_for_fsdp(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether accelerate is told to shard the weights; it reads the variable in either case."""
+    return environment.get("ACCELERATE_USE_FSDP", "").lower() == "true"
+
+
 def warn_of_whole_weights(distributed_type: str, environment: Mapping[str, str] = os.environ) -> None:
     """Say so where sharded weights were asked for and accelerate made something else of it, as it does on a CPU."""
-    if environment.get("ACCELERATE_USE_FSDP", "").lower() == "true" and not distributed_type.endswith("FSDP"):
+    if asks_for_fsdp(environment) and not distributed_type.endswith("FSDP"):
         log.warning(
             f"FSDP was asked for, but accelerate made {distributed_type} of it, as it does on a CPU: every process "
             "holds all weights"

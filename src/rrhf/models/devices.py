@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rrhf.common.errors import UserError
+from rrhf.common.launch import asks_for_fsdp
 from rrhf.models.kernels.cpu.memory import keep_freed_memory
 
 if TYPE_CHECKING:
@@ -167,7 +168,7 @@ def resolve_dtype(name: str, device: torch.device, training: bool = False) -> to
     import torch
 
     if name == "auto":
-        sharded = training and os.environ.get("ACCELERATE_USE_FSDP") == "true"
+        sharded = training and asks_for_fsdp()
         return torch.bfloat16 if native_bfloat16(device) and not sharded else torch.float32
     dtype: torch.dtype = getattr(torch, name)
     return dtype

@@ -12,6 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from rrhf.common.errors import UserError
+from rrhf.common.launch import asks_for_fsdp
+
 BUCKET = 1 << 26  # numbers whose gradients are in fp32 at once: 256 MiB
 
 
@@ -96,13 +99,39 @@ def has_low_precision(model: nn.Module) -> bool:
     return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
 
 
+def settle_autocast(args: Any, model: nn.Module) -> None:
+    """Before a ``transformers.Trainer`` is made: nothing is left to cast where weights are bfloat16 already.
+
+    Under FSDP autocast stays as it is: where it is on, accelerate makes the weights fp32.
+    """
+    if args.bf16_by_default and has_low_precision(model) and not (args.fsdp or asks_for_fsdp()):
+        args.bf16, args.mixed_precision = False, "no"
+
+
+def refuse_no_masters(trainer: Any) -> None:
+    """Refuse low-precision weights that nothing would keep in fp32, once the ``transformers.Trainer`` is made.
+
+    Raises:
+        UserError: FSDP shards them, and without mixed precision accelerate leaves them as they are.
+    """
+    if trainer.is_fsdp_enabled and has_low_precision(trainer.model) and trainer.accelerator.mixed_precision == "no":
+        raise UserError(
+            "FSDP would train bfloat16 weights without fp32 masters, and most updates would vanish: give "
+            "--dtype float32 (in Python: load the model with dtype=torch.float32), or --bf16 true"
+        )
+
+
+def takes_masters(trainer: Any) -> bool:
+    """Whether a ``transformers.Trainer`` gets fp32 masters. FSDP exchanges the parameters later, for fp32 ones."""
+    return not trainer.is_fsdp_enabled and has_low_precision(trainer.model)
+
+
 def use_masters(trainer: Any) -> None:
     """Let a ``transformers.Trainer`` make its optimiser of fp32 masters where its model's weights are bfloat16.
 
     For its ``create_optimizer``, before transformers' own.
     """
-    # FSDP exchanges the parameters later and keeps its own masters.
-    if trainer.optimizer is None and not trainer.is_fsdp_enabled and has_low_precision(trainer.model):
+    if trainer.optimizer is None and takes_masters(trainer):
         asked: Any = trainer.__dict__.get("optimizer_cls_and_kwargs")
         kind, options = asked or trainer.get_optimizer_cls_and_kwargs(trainer.args, trainer.model)
         trainer.optimizer_cls_and_kwargs = (MasterWeights, {"optimiser": kind, **options})

@@ -50,7 +50,7 @@ from rrhf.training.folder import (
     last_checkpoint,
     naming_full_disk,
 )
-from rrhf.training.master_weights import has_low_precision
+from rrhf.training.master_weights import has_low_precision, takes_masters
 from rrhf.training.memory import MemoryPlan
 from rrhf.training.online import Online, OnlineRecords
 from rrhf.training.reference import Reference, reference_column, with_reference_sums
@@ -217,8 +217,10 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
         reference_sums=None if job.reference is None else job.reference.column,
     )
     precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "no autocast"
-    if has_low_precision(trainer.model):
+    if takes_masters(trainer):
         precision = "fp32 masters in the optimiser"
+    elif has_low_precision(trainer.model):
+        precision = f"made float32 by FSDP, {precision}"
     log.info(f"train: {trainer.train_dataset.summary()}")
     log.info(
         f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, "

@@ -36,7 +36,7 @@ from rrhf.training.batching import StepSampler
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
 from rrhf.training.forward import IDLE, Compute, ForwardOutputs, accept_records, forward_records, measure
-from rrhf.training.master_weights import has_low_precision, use_masters
+from rrhf.training.master_weights import refuse_no_masters, settle_autocast, use_masters
 from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
 from rrhf.training.needs import optional_tensors, refuse_unmet
 from rrhf.training.online import OnlineRecords
@@ -109,8 +109,7 @@ class RRHFTrainer(PushesModel):
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
-        if args.bf16_by_default and has_low_precision(model):  # nothing is left to cast
-            args.bf16, args.mixed_precision = False, "no"
+        settle_autocast(args, model)
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
         self._step_ids: list[str] = []  # of the records of the step at hand
@@ -128,6 +127,7 @@ class RRHFTrainer(PushesModel):
                 data_collator=list,
                 **options,
             )
+        refuse_no_masters(self)
         _keep_sums_exact(self.accelerator)
         if isinstance(train, OnlineRecords):
             train.attach(self)

@@ -17,7 +17,7 @@ from rrhf.evaluation.ranking import Ranked, ranking_report
 from rrhf.models.attention import our_attention
 from rrhf.models.out_of_memory import attempt
 from rrhf.rewards.reward_models.passes import CausalReward, RewardModel
-from rrhf.training.master_weights import has_low_precision, use_masters
+from rrhf.training.master_weights import refuse_no_masters, settle_autocast, use_masters
 from rrhf.training.pushing import PushesModel
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.data import RankedRecords, RankedRows
@@ -53,8 +53,7 @@ class RewardTrainer(PushesModel):
         processing_class: PreTrainedTokenizerBase | None = None,
         **options: Any,
     ) -> None:
-        if args.bf16_by_default and has_low_precision(model):  # nothing is left to cast
-            args.bf16, args.mixed_precision = False, "no"
+        settle_autocast(args, model)
         if args.n_gpu > 1:
             args._n_gpu = 1  # transformers would split lists over GPUs
         self.reward = reward
@@ -71,6 +70,7 @@ class RewardTrainer(PushesModel):
             data_collator=list,
             **options,
         )
+        refuse_no_masters(self)
         self.model_accepts_loss_kwargs = False  # the loss is a mean of the micro-batch
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
