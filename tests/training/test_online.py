@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from rrhf.common.errors import UserError
+from rrhf.models import path_check
 from rrhf.models.load import ModelSettings, load_policy
 from rrhf.models.passes import response_logprobs
 from rrhf.models.tokenization import TextFormat
@@ -148,6 +149,23 @@ def test_losses_over_tokens_read_the_policy_that_sampled(model: str, tmp_path: P
     with pytest.raises(UserError, match="give --reference_model"):
         args = config(tmp_path / "dpo", ranking_loss="dpo")
         trainer(model, args, OnlineRecords(tiny.rows(4), Online(SAMPLING, [vowels])))
+
+
+def test_the_reference_is_prepared_once_for_all_blocks(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else its forward would be wrapped once more a block, until Python's stack ends."""
+    made = trainer(model, config(tmp_path), OnlineRecords(tiny.rows(4), Online(SAMPLING, [vowels])))
+    reference, _ = load_policy(ModelSettings(model, device="cpu", dtype="float32"))
+    checked: list[int] = []
+    plain = path_check.usable_path
+    monkeypatch.setattr(path_check, "usable_path", lambda *a: checked.append(1) or plain(*a))
+    records = [Record(query="a b", responses=["c", "d e"])]
+    filled = made.with_token_logprobs(records, "of", under=reference)
+    forward = reference.forward
+    assert made.with_token_logprobs(records, "of", under=reference) == filled
+    assert reference.forward == forward
+    assert len(checked) == 1
 
 
 def test_a_baseline_is_over_equal_responses_too(model: str, tmp_path: Path) -> None:

@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 
 from rrhf.common.errors import UserError
 from rrhf.models.attention import Layout, takes_layouts
+from rrhf.models.batching import tree_tokens
 from rrhf.models.end_states import padded_end_states, tree_end_states
 from rrhf.models.flex_check import check_flex
 from rrhf.models.forward import causal_lm
@@ -121,6 +122,23 @@ def usable_path(model: PreTrainedModel, longest_row: int = 0, passes: Passes = L
     finally:
         model.train(was_training)
     return "tree" if fault is None else _padded(model, fault)
+
+
+class KeptPath:
+    """``usable_path`` of one model, checked again only where rows outgrow one of its windows."""
+
+    def __init__(self) -> None:
+        self._path: str | None = None
+        self._checked = 0  # tokens of the longest tree that the path was checked for
+
+    def __call__(self, model: PreTrainedModel, records: Sequence[EncodedRecord]) -> str:
+        longest = max(map(tree_tokens, records), default=0)
+        config = model.config.get_text_config()
+        limits = [getattr(config, name, None) or 0 for name in LIMITS]
+        if self._path is None or any(self._checked <= limit < longest for limit in limits if limit):
+            self._path, self._checked = usable_path(model, longest), longest
+        self._checked = max(self._checked, longest)
+        return self._path
 
 
 def _padded(model: PreTrainedModel, why: str) -> str:

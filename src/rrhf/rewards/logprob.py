@@ -101,12 +101,13 @@ class ResponseSums:
         max_length: int | None = None,
         max_tokens_per_forward: int | None = None,
     ) -> None:
+        from rrhf.models.path_check import KeptPath
+
         self.model, self.format, self.max_length = model, TextFormat(tokenizer, text), max_length
         on_cpu = model.get_input_embeddings().weight.device.type == "cpu"
         self.budget = max_tokens_per_forward or (CPU_TOKENS if on_cpu else DEVICE_TOKENS)
         self.counts: Counter[str] = Counter()
-        self._path: str | None = None
-        self._checked = 0  # tokens of the longest tree that the path was checked for
+        self._path = KeptPath()
 
     def __call__(self, items: Sequence[Item]) -> list[ResponseLogprob | None]:
         """The log-probability of each response; None where no token of it is left or there was none.
@@ -171,7 +172,7 @@ class ResponseSums:
 
         numbered = [replace(record, id=str(number)) for number, record in enumerate(encoded)]
         values: list[list[ResponseLogprob]] = [[] for _ in encoded]
-        path = self._usable_path(numbered) if numbered else "padded"
+        path = self._path(self.model, numbered) if numbered else "padded"
 
         def run(forward: Forward) -> list[Logprobs]:
             return [response_logprobs(self.model, part, path) for part in forward.parts()]
@@ -182,19 +183,6 @@ class ResponseSums:
                 for record in records:
                     values[int(record.id)] += [ResponseLogprob(*pair) for pair in islice(each, len(record.responses))]
         return values
-
-    def _usable_path(self, encoded: Sequence[EncodedRecord]) -> str:
-        """The pass that the model takes, checked again where rows outgrow one of its windows."""
-        from rrhf.models.batching import tree_tokens
-        from rrhf.models.path_check import LIMITS, usable_path
-
-        longest = max(map(tree_tokens, encoded))
-        config = self.model.config.get_text_config()
-        limits = [getattr(config, name, None) or 0 for name in LIMITS]
-        if self._path is None or any(self._checked <= limit < longest for limit in limits if limit):
-            self._path, self._checked = usable_path(self.model, longest), longest
-        self._checked = max(self._checked, longest)
-        return self._path
 
 
 class LogprobModel:

@@ -94,7 +94,10 @@ def accept_records(model: PreTrainedModel) -> None:
     """Teach this model's ``forward`` the keyword ``rrhf_records``; what it takes otherwise stays in its signature.
 
     Wrappers for several processes (DDP, FSDP) and autocast act on calls of the model, so the ranking pass must be one.
+    A model that was taught is left as it is.
     """
+    if getattr(model.forward, _TAUGHT, False):
+        return
     # A function of the model, not bound to this one: a copy's forward pass must be that of the copy.
     bound = model.forward
     plain = getattr(bound, "__func__", lambda _, *args, **kwargs: bound(*args, **kwargs))
@@ -114,6 +117,7 @@ def accept_records(model: PreTrainedModel) -> None:
         tokens = {"token_logprobs": logprobs.token_logprobs} if rrhf_tokens else {}
         return {"sums": logprobs.sums, "router_loss": logprobs.router_loss, **tokens}
 
+    vars(forward)[_TAUGHT] = True
     # Callers look here for what a model takes: decoding gives position_ids where they are named.
     itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_OR_KEYWORD)
     signature = inspect.signature(bound)
@@ -121,3 +125,6 @@ def accept_records(model: PreTrainedModel) -> None:
         parameters=[itself, *signature.parameters.values()]
     )
     model.forward = types.MethodType(forward, model)
+
+
+_TAUGHT = "_rrhf_takes_records"  # the attribute of such a ``forward``

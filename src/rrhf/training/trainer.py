@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
+from weakref import WeakKeyDictionary
 
 import torch
 from accelerate.utils import gather_object
@@ -29,7 +30,7 @@ from rrhf.models.forward import causal_lm
 from rrhf.models.interpolation import interpolated
 from rrhf.models.load import ModelSettings
 from rrhf.models.out_of_memory import attempt, smaller_forwards
-from rrhf.models.path_check import usable_path
+from rrhf.models.path_check import KeptPath, usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
 from rrhf.records.record import Record
 from rrhf.training.batching import StepSampler
@@ -99,7 +100,6 @@ class RRHFTrainer(PushesModel):
             model = with_adapter(model, peft_config)
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
-
         # Held-out records keep all their scored responses: how they are ranked is measured whatever trains.
         train = _encoded(
             train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none", args.select
@@ -113,6 +113,7 @@ class RRHFTrainer(PushesModel):
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
         self._step_ids: list[str] = []  # of the records of the step at hand
+        self._paths: WeakKeyDictionary[PreTrainedModel, KeptPath] = WeakKeyDictionary()  # of models beside it
         self._not_finite_losses: list[tuple[float, list[str]]] = []  # of its forwards, with their records' ids
         accept_records(model)
         if args.max_tokens_per_forward is None:
@@ -258,7 +259,7 @@ class RRHFTrainer(PushesModel):
         model, path = self.model, self.path
         if under is not None:
             accept_records(under)
-            model, path = under, usable_path(under)
+            model, path = under, self._paths.setdefault(under, KeptPath())(under, encoded)
         was_training = model.training
         model.eval()
         compute = partial(forward_records, model, path=path, tokens=True)
