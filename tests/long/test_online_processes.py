@@ -36,3 +36,20 @@ def test_processes_share_a_window_out(tmp_path: Path) -> None:
         one, two = (tmp_path / output / f"windows/{number}.jsonl" for output in ("one", "two"))
         assert one.read_bytes() == two.read_bytes(), number
     assert (tmp_path / "two/training.json").exists()
+
+
+def test_a_signal_while_a_window_is_sampled_keeps_the_steps_before_it(tmp_path: Path) -> None:
+    """All processes stop after one checkpoint, and go on to the weights of an undisturbed training."""
+    tiny.write_model(tmp_path / "model")
+    tiny.write_rewards(tmp_path)
+    tiny.write_rows(tmp_path / "queries.jsonl", tiny.rows(10, scores=False))
+    hit = [tiny.die("rrhf.training.online:OnlineRecords._enter", 2, "TERM")]
+    for output, faults in (("whole", []), ("stopped", hit), ("stopped", [])):
+        flags = (*FLAGS, "--output", output, "--per_device_train_batch_size", "2", "--ddp_timeout", "120")
+        done = tiny.cold("train", *flags, cwd=tmp_path, launcher=TORCHRUN, faults=faults)
+        assert (done.code == 0) == (not faults), done.err[-3000:]
+        if faults:
+            assert "exitcode  : 143" in done.err
+            assert [path.name for path in (tmp_path / output).glob("checkpoint-*")] == ["checkpoint-2"]
+    one, two = (tmp_path / output / "model.safetensors" for output in ("whole", "stopped"))
+    assert one.read_bytes() == two.read_bytes()

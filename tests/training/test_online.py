@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -12,6 +14,7 @@ import pytest
 
 from rrhf.common.errors import UserError
 from rrhf.models import path_check
+from rrhf.models.adapters import AdapterSettings
 from rrhf.models.load import ModelSettings, load_policy
 from rrhf.models.passes import response_logprobs
 from rrhf.models.tokenization import TextFormat
@@ -23,10 +26,14 @@ from rrhf.rewards.logprob import LogprobModel, fill_sums, reference_sums_name
 from rrhf.sampling.sampler import Sampler, sample
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.batching import MicroBatchSampler, Steps, StepSampler
+from rrhf.training.callbacks import Stopped
 from rrhf.training.config import RRHFConfig
+from rrhf.training.folder import CHECKSUMS, last_checkpoint
 from rrhf.training.online import Online, OnlineRecords
+from rrhf.training.stage import train_model
 from rrhf.training.trainer import RRHFTrainer
 from support import tiny
+from support.models import tiny_model, tiny_tokenizer
 
 SAMPLING = SamplingSettings(policy="top-p", num_responses=3, max_new_tokens=5, batch_size=4, seed=2)
 K, BETA, TARGET = 2, 0.05, 4.0
@@ -199,6 +206,51 @@ def test_a_window_trains_as_its_records_do_offline(model: str, tmp_path: Path) -
     theirs.train()
     for name, weight in ours.model.state_dict().items():
         assert torch.equal(weight, theirs.model.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("steps", [2, 3])  # of a window: the second begins within an epoch, or with one
+def test_a_signal_within_a_window_keeps_the_steps_before_it(
+    steps: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The same command then comes to the weights of an undisturbed one, dropout included."""
+    tokenizer = tiny_tokenizer()
+    dropping = tiny_model("gpt2", len(tokenizer))
+    assert dropping.config.resid_pdrop == 0.1
+    dropping.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    tiny.write_rows(tmp_path / "queries.jsonl", tiny.rows(10, responses=0))
+    settings = ModelSettings(str(tmp_path / "model"), device="cpu", dtype="float32")
+    plain = OnlineRecords._sample
+
+    def train(output: str, signal_at: int | None = None) -> None:
+        def sampled(self: OnlineRecords, block: list[Record], done: Any) -> Any:
+            if self.trainer.state.global_step == signal_at:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return plain(self, block, done)
+
+        monkeypatch.setattr(OnlineRecords, "_sample", sampled)
+        args = replace(config(tmp_path / output), resample_steps=steps)
+        online = Online(SAMPLING, [vowels], context=RewardContext(device="cpu", dtype="float32"))
+        train_model(tmp_path / "queries.jsonl", settings, args, AdapterSettings(), online=online)
+
+    train("whole")
+    with pytest.raises(Stopped) as stopped:
+        train("stopped", signal_at=steps)
+    assert stopped.value.code == 143
+    checkpoint = tmp_path / "stopped" / f"checkpoint-{steps}"
+    assert last_checkpoint(checkpoint.parent) == str(checkpoint) and (checkpoint / CHECKSUMS).exists()
+    sealed = (checkpoint / CHECKSUMS).stat().st_mtime_ns
+    with pytest.raises(Stopped):
+        train("stopped", signal_at=steps)
+    assert (checkpoint / CHECKSUMS).stat().st_mtime_ns == sealed  # it stands there
+    with pytest.raises(Stopped):
+        train("none", signal_at=0)
+    assert last_checkpoint(tmp_path / "none") is None  # nothing was trained
+    train("stopped")
+    weights = [(tmp_path / output / "model.safetensors").read_bytes() for output in ("whole", "stopped")]
+    assert weights[0] == weights[1]
+    losses = [json.loads((tmp_path / o / "training.json").read_text())["train_loss"] for o in ("whole", "stopped")]
+    assert losses[0] == losses[1]
 
 
 def test_a_data_set_that_samples_and_the_setting_belong_together(model: str, tmp_path: Path) -> None:

@@ -57,13 +57,17 @@ class StopOnSignal(TrainerCallback):
         self.signal: int | None = None  # that this process has got
         self.agreed: int | None = None  # that all of them stop for
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+    def agree(self, args: Any) -> int | None:
+        """The signal that any of the processes has got, for which all stop; all of them ask at the same place."""
         self.agreed = self.signal
         if args.world_size > 1:
             signals = torch.tensor([self.signal or 0], device=args.device)
             torch.distributed.all_reduce(signals, torch.distributed.ReduceOp.MAX)
             self.agreed = int(signals) or None
-        if self.agreed is not None:
+        return self.agreed
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.agree(args) is not None:
             control.should_save = control.should_training_stop = True
 
     @contextmanager

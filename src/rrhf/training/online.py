@@ -6,7 +6,7 @@ another to ``RRHFTrainer``: optimiser, schedule and random states live on, and s
 
 The records of a window are kept on disk (``rrhf.training.windows``) and made in parts, so that a training that was
 killed goes on bit for bit: within a window with its very samples, at the beginning of one with weights that are the
-same.
+same. A signal while a window is made writes a checkpoint of those first.
 """
 
 from __future__ import annotations
@@ -16,13 +16,14 @@ import time
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch.utils.data import DataLoader, Dataset
 
 from rrhf.common.errors import UserError
@@ -199,7 +200,9 @@ class OnlineRecords(Dataset):
 
     def loader(self) -> DataLoader:
         """This process's micro-batches, as lists of encoded records."""
-        return DataLoader(self, batch_sampler=MicroBatchSampler(self.steps), collate_fn=_only)
+        # A generator of its own: an epoch's first step begins in the random state that the one before it ended in.
+        generator = torch.Generator()
+        return DataLoader(self, batch_sampler=MicroBatchSampler(self.steps), collate_fn=_only, generator=generator)
 
     def __len__(self) -> int:
         return len(self.queries)
@@ -253,9 +256,11 @@ class OnlineRecords(Dataset):
         if self.trainer.is_world_process_zero():
             self._prepare(number, asked, begun=step > begin)
         self.trainer.accelerator.wait_for_everyone()
-        if not self.windows.is_whole(number):
-            self._make(number, asked)
+        with suppress(Stopped):  # of this process: all stop together, below
+            if not self.windows.is_whole(number):
+                self._make(number, asked)
         self.trainer.accelerator.wait_for_everyone()
+        self._stop_together()
         records = list(read_records(self.windows.records(number)))
         self._measured = {name: value for name, value in self.windows.note(number).items() if name in MEASURED}
         self._number, self._shares = number, {}
@@ -362,9 +367,20 @@ class OnlineRecords(Dataset):
 
     def _heed_signals(self) -> None:
         """Stop within a window, which may take hours: its parts are kept. Else a signal waits for the step's end."""
-        for callback in self.trainer.callback_handler.callbacks:
-            if isinstance(callback, StopOnSignal) and callback.signal is not None:
-                raise Stopped(128 + callback.signal)
+        stop = self._stop()
+        if stop is not None and stop.signal is not None:
+            raise Stopped(128 + stop.signal)
+
+    def _stop_together(self) -> None:
+        """Where a signal came to one of the processes: keep the steps that are done, and stop in all of them."""
+        stop = self._stop()
+        signal = None if stop is None else stop.agree(self.args)
+        if signal is not None:
+            self.trainer.save_between_steps()
+            raise Stopped(128 + signal)
+
+    def _stop(self) -> StopOnSignal | None:
+        return next((c for c in self.trainer.callback_handler.callbacks if isinstance(c, StopOnSignal)), None)
 
     def _score(self, combination: Combination, block: list[Record], done: Callable[[int], None]) -> list[Record]:
         with self._timed("score"), undisturbed(self.trainer.model):

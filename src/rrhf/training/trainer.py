@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -36,6 +37,7 @@ from rrhf.records.record import Record
 from rrhf.training.batching import StepSampler
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
+from rrhf.training.folder import last_checkpoint
 from rrhf.training.forward import IDLE, Compute, ForwardOutputs, accept_records, forward_records, measure
 from rrhf.training.master_weights import refuse_no_masters, settle_autocast, use_masters
 from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
@@ -154,6 +156,19 @@ class RRHFTrainer(PushesModel):
             weights = self.model.state_dict() if state_dict is None else state_dict
             state_dict = interpolated(self._start, weights, self.args.interpolation)
         super()._save(output_dir, state_dict)
+
+    def save_between_steps(self) -> None:
+        """Write a checkpoint of the steps that are done, unless it stands there; all processes take part.
+
+        For who stops the training between two steps: no random number of the training's was drawn since.
+        """
+        step, folder = self.state.global_step, Path(str(self.args.output_dir))
+        if not step or last_checkpoint(folder) == str(folder / f"checkpoint-{step}"):
+            return
+        self.control.should_log = self.control.should_save = True
+        self.control.should_evaluate = False
+        model, epoch = self.model, float(self.state.epoch or 0)
+        self._maybe_log_save_evaluate(self._tr_loss, None, model, None, epoch, None, time.time())
 
     # -- batches
 
