@@ -714,7 +714,8 @@ def test_damaged_checkpoints(seed: int) -> None:
         for step in (1, 2):
             checkpoint = Path(folder, f"checkpoint-{step}")
             checkpoint.mkdir()
-            (checkpoint / "model.safetensors").write_bytes(draw.randbytes(200))
+            for name in ("model.safetensors", "optimizer.pt"):
+                (checkpoint / name).write_bytes(draw.randbytes(200))
             (checkpoint / "trainer_state.json").write_text('{"global_step": 1, "log_history": [1, 2, 3]}')
             seal(checkpoint)
         path = draw.choice(sorted(checkpoint.iterdir()))

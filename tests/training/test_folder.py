@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +24,7 @@ def folder(tmp_path: Path) -> Path:
         checkpoint = tmp_path / f"checkpoint-{step}"
         checkpoint.mkdir()
         (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")
+        (checkpoint / "optimizer.pt").write_bytes(b"moments")
     (tmp_path / SETTINGS).write_text(json.dumps({"seed": 1}), encoding="utf-8")
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     (tmp_path / ".cluster-1").mkdir()
@@ -55,6 +57,24 @@ def test_a_training_without_a_step_binds_nobody_to_its_settings(made: str | None
     else:
         assert begin(tmp_path, overwrite=False, seed=2) == "remembered"
     assert json.loads((tmp_path / SETTINGS).read_text(encoding="utf-8")) == {"seed": 2 if made is None else 1}
+
+
+@pytest.mark.parametrize(
+    "form", ["optimizer.bin", "optimizer_0/__0_0.distcp", "optimizer_0_rank0.bin", "global_step4/a.pt"]
+)
+def test_a_checkpoint_without_an_optimiser_is_not_gone_on_from(
+    form: str, folder: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``form``: what FSDP and DeepSpeed write in place of one file."""
+    monkeypatch.setattr(logging.getLogger("rrhf"), "propagate", True)  # an earlier command may have set it
+    (folder / "checkpoint-4" / "optimizer.pt").unlink()
+    for check in (False, True):
+        assert last_checkpoint(folder, check) == str(folder / "checkpoint-2")
+    assert "checkpoint-4 lacks the optimiser's state" in caplog.text
+    state = folder / "checkpoint-4" / form
+    state.parent.mkdir(exist_ok=True)
+    state.write_bytes(b"moments")
+    assert last_checkpoint(folder) == str(folder / "checkpoint-4")
 
 
 @pytest.mark.parametrize("state", ["other settings", "finished", "damaged settings"])

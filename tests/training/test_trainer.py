@@ -736,11 +736,12 @@ def test_bad_settings_are_reported_together(tmp_path: Path) -> None:
         config(
             tmp_path, ranking_loss="hing", sft_weight=-1.0, max_length=1, max_tokens_per_forward=0,
             per_device_train_batch_size=0, chat_template_kwargs="[]", max_query_length=0, interpolation=0.0,
+            save_only_model=True,
         )  # fmt: skip
     message = str(caught.value)
     for name in (
         "ranking_loss", "sft_weight", "max_length", "max_tokens_per_forward", "per_device_train_batch_size",
-        "chat_template_kwargs", "max_query_length", "interpolation",
+        "chat_template_kwargs", "max_query_length", "interpolation", "save_only_model",
     ):  # fmt: skip
         assert f"--{name} " in message, name
     assert "did you mean 'hinge'" in message

@@ -52,6 +52,7 @@ def refuse_trained(folder: Path) -> None:
 
 SETTINGS = "training-settings.json"
 CHECKSUMS = "checksums.json"  # of a checkpoint's other files
+OPTIMISERS = ("*optimizer*", "global_step*")  # in a checkpoint: one file, FSDP's pieces, DeepSpeed's folder
 SCRATCH = ".cluster-"  # how a folder begins in which the processes of a training on a cluster meet
 
 
@@ -209,7 +210,8 @@ def _is_sound(checkpoint: Path) -> bool:
 def last_checkpoint(folder: Path, check: bool = False) -> str | None:
     """The last checkpoint that was written whole: its ``trainer_state.json``, which comes last, stands and parses.
 
-    With ``check`` every file must have the checksum that was written down (``seal``) too; a damaged one is said.
+    One without an optimiser's state is passed over: training would begin it, and the schedule, anew. With ``check``
+    every file must have the checksum that was written down (``seal``) too; what is passed over for either is said.
     """
 
     def whole(checkpoint: Path) -> bool:
@@ -217,7 +219,12 @@ def last_checkpoint(folder: Path, check: bool = False) -> str | None:
             json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError):
             return False
-        return not check or _is_sound(checkpoint)
+        if check and not _is_sound(checkpoint):
+            return False
+        has_optimiser = any(any(checkpoint.glob(name)) for name in OPTIMISERS)
+        if check and not has_optimiser:
+            log.warning(f"{checkpoint} lacks the optimiser's state (--save_only_model): the one before it is taken")
+        return has_optimiser
 
     checkpoints = [path for path in folder.glob("checkpoint-*") if path.name.removeprefix("checkpoint-").isdigit()]
     checkpoints.sort(key=lambda path: int(path.name.removeprefix("checkpoint-")), reverse=True)

@@ -46,6 +46,11 @@ class PlacedArguments(TrainingArguments):
         strategy = str(getattr(self.hub_strategy, "value", self.hub_strategy))
         if self.push_to_hub and strategy in ("checkpoint", "all_checkpoints"):
             faults.append(f"--hub_strategy {strategy}: checkpoints are not uploaded: leave it out")
+        if self.save_only_model:
+            faults.append(
+                "--save_only_model true: checkpoints would lack the optimiser's state, and a training that goes on "
+                "from one would begin it, and the schedule, anew: leave it out (--save_total_limit keeps few of them)"
+            )
         if self.hub_token:
             faults.append(
                 "--hub_token: settings are written into files, and a key stands in none: leave it out, and set "
