@@ -338,6 +338,25 @@ def test_two_passes_give_the_gradient_of_one(case: str, tmp_path: Path) -> None:
         assert_close(found[30], naive, 1e-8)
 
 
+@pytest.mark.parametrize("scaler", [None, object()])
+def test_a_loss_that_is_scaled_is_on_the_device(
+    scaler: object | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A scaler on the CPU reads what has not come from the device yet. Without one nothing is copied there."""
+    records = [*toy_records(2, seed=4, responses=(6, 6)), *toy_records(2, seed=5, responses=(1, 1))]
+    trainer = trainer_of(tiny_model("llama", VOCABULARY), tmp_path, records, max_tokens_per_forward=30)
+    monkeypatch.setattr(RRHFConfig, "device", torch.device("meta"))
+    monkeypatch.setattr(trainer.accelerator, "scaler", scaler)
+    seen: list[str] = []
+    monkeypatch.setattr(trainer.accelerator, "backward", lambda loss: seen.append(loss.device.type))
+    with our_attention(trainer.model):
+        trainer._whole_step(trainer.model, trainer.train_dataset.records, len(records))
+        trainer._idle_pass(lambda part: trainer._compute(trainer.model, part))
+    slices = [len(f.slices) for f in plan_forwards(trainer.train_dataset.records, 30, "tree")]
+    assert 0 in slices and max(slices) > 1
+    assert seen == ["cpu" if scaler is None else "meta"] * (sum(n or 1 for n in slices) + 1)
+
+
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.filterwarnings("ignore:.*use_reentrant.*")
 def test_both_passes_draw_the_same_dropout_masks(checkpointing: bool, tmp_path: Path) -> None:

@@ -59,6 +59,15 @@ def forward_records(
     )
 
 
+def where_scaled(trainer: Any, loss: Tensor) -> Tensor:
+    """A loss on the CPU, on the device where a ``transformers.Trainer`` takes ``backward`` of it.
+
+    A gradient scaler (fp16) keeps its scale where the first loss was. On the CPU it would read there at once, without
+    waiting for the copy, whether a gradient on the device is infinite.
+    """
+    return loss if trainer.accelerator.scaler is None else loss.to(trainer.args.device)
+
+
 @torch.no_grad()
 def measure(
     model: nn.Module, records: Sequence[EncodedRecord], compute: Compute, budget: int, path: str

@@ -38,7 +38,15 @@ from rrhf.training.batching import StepSampler
 from rrhf.training.config import ADAPTER_LEARNING_RATE, RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
 from rrhf.training.folder import last_checkpoint
-from rrhf.training.forward import IDLE, Compute, ForwardOutputs, accept_records, forward_records, measure
+from rrhf.training.forward import (
+    IDLE,
+    Compute,
+    ForwardOutputs,
+    accept_records,
+    forward_records,
+    measure,
+    where_scaled,
+)
 from rrhf.training.master_weights import refuse_no_masters, settle_autocast, use_masters
 from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
 from rrhf.training.needs import optional_tensors, refuse_unmet
@@ -421,7 +429,7 @@ class RRHFTrainer(PushesModel):
         outputs = compute(forward.records)
         loss = self._loss(forward.records, outputs.sums, outputs.router_loss, outputs.token_logprobs, kl) * weight
         self._note_finite(loss, forward)
-        self.accelerator.backward(loss)
+        self._backward(loss)
         return loss.detach()
 
     def _first_pass(
@@ -435,12 +443,15 @@ class RRHFTrainer(PushesModel):
         return loss.detach() + first.router_loss * weight, first.second_passes(loss, weight)
 
     def _second_pass(self, compute: Compute, part: SecondPass) -> Tensor:
-        part.run(compute, self.accelerator.backward, self.args.device)
+        part.run(compute, self._backward, self.args.device)
         return torch.zeros(())  # the first pass counted it
 
     def _idle_pass(self, compute: Compute) -> Tensor:
-        self.accelerator.backward(compute([IDLE]).sums.sum() * 0)
+        self._backward(compute([IDLE]).sums.sum() * 0)
         return torch.zeros(())
+
+    def _backward(self, loss: Tensor) -> None:
+        self.accelerator.backward(where_scaled(self, loss))
 
     def _loss(
         self,

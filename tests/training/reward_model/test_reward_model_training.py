@@ -168,6 +168,18 @@ def test_held_out_scores_that_a_margin_makes_equal_are_left_out_of_the_loss_alon
     assert both["eval_accuracy"] == none["eval_accuracy"] in (0.0, 1.0)
 
 
+def test_a_loss_that_is_scaled_is_on_the_device(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokenizer = bert_tokenizer()
+    model = write_encoder(tmp_path, context=128)
+    reward = trainable(model, tokenizer, 128)
+    data = RankedRecords([Record("q", [" a", " bcd"], scores=[0.1, 0.9], id="r")], reward, "none")
+    trainer = RewardTrainer(model, reward, config(tmp_path / "rm"), data, None, tokenizer)
+    monkeypatch.setattr(RewardModelConfig, "device", torch.device("meta"))
+    assert trainer.compute_loss(model, data.records).device.type == "cpu"
+    monkeypatch.setattr(trainer.accelerator, "scaler", object())
+    assert trainer.compute_loss(model, data.records).device.type == "meta"
+
+
 def test_rows_of_a_roberta_are_no_longer_than_its_positions(tmp_path: Path) -> None:
     assert trainable(write_roberta(tmp_path, context=24), bert_tokenizer(), 512).reader.context == 23
 

@@ -17,6 +17,7 @@ from rrhf.evaluation.ranking import Ranked, ranking_report
 from rrhf.models.attention import our_attention
 from rrhf.models.out_of_memory import attempt
 from rrhf.rewards.reward_models.passes import CausalReward, RewardModel
+from rrhf.training.forward import where_scaled
 from rrhf.training.master_weights import refuse_no_masters, settle_autocast, use_masters
 from rrhf.training.pushing import PushesModel
 from rrhf.training.reward_model.config import RewardModelConfig
@@ -154,7 +155,7 @@ class RewardTrainer(PushesModel):
                 "Lower --learning_rate, or look at these records in the data"
             )
         self._forwards += 1
-        loss = loss * self._share
+        loss = where_scaled(self, loss * self._share)
         return (loss, {"rewards": rewards}) if return_outputs else loss
 
     def _loss(self, rewards: Tensor, query: RankedRows) -> Tensor:
