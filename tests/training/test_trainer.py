@@ -930,6 +930,19 @@ def test_bfloat16_weights_become_fp32_under_accelerates_fsdp2(
     assert not takes_masters(trainer)
 
 
+def test_float16_weights_are_refused(tmp_path: Path) -> None:
+    """There is no loss scaling for them; those that are not trained may be."""
+    with pytest.raises(UserError, match=r"weights are float16.*dtype=torch\.float32 or torch\.bfloat16"):
+        trainer_of(tiny_model("llama", VOCABULARY).half(), tmp_path, toy_records(2))
+    trainer_of(tiny_model("llama", VOCABULARY).half(), tmp_path, toy_records(2), peft_config=lora())
+
+
+def test_float16_that_was_asked_for_stays(tmp_path: Path) -> None:
+    model = tiny_model("llama", VOCABULARY).bfloat16()
+    trainer = trainer_of(model, tmp_path, toy_records(2), bf16=None, fp16=True)
+    assert trainer.args.fp16 and trainer.accelerator.mixed_precision == "fp16"
+
+
 def test_weights_that_fsdp_would_train_without_masters_are_refused(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,7 +218,7 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     )
     precision = "bfloat16 autocast" if config.bf16 else "float16 autocast" if config.fp16 else "no autocast"
     if takes_masters(trainer):
-        precision = "fp32 masters in the optimiser"
+        precision = "fp32 masters in the optimiser" + (f", {precision}" if config.fp16 else "")
     elif has_low_precision(trainer.model):
         precision = f"made float32 by FSDP, {precision}"
     log.info(f"train: {trainer.train_dataset.summary()}")

@@ -47,7 +47,7 @@ from rrhf.training.forward import (
     measure,
     where_scaled,
 )
-from rrhf.training.master_weights import refuse_no_masters, settle_autocast, use_masters
+from rrhf.training.master_weights import refuse_no_masters, settle_precision, use_masters
 from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
 from rrhf.training.needs import optional_tensors, refuse_unmet
 from rrhf.training.online import OnlineRecords
@@ -110,6 +110,7 @@ class RRHFTrainer(PushesModel):
             model = with_adapter(model, peft_config)
             if args.gradient_checkpointing:
                 model.enable_input_require_grads()
+        settle_precision(args, model)
         # Held-out records keep all their scored responses: how they are ranked is measured whatever trains.
         train = _encoded(
             train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none", args.select
@@ -119,7 +120,6 @@ class RRHFTrainer(PushesModel):
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
-        settle_autocast(args, model)
         self._sums: defaultdict[str, float] = defaultdict(float)
         self._tokens, self._seconds = 0, 0.0
         self._step_ids: list[str] = []  # of the records of the step at hand

@@ -18,7 +18,7 @@ from rrhf.models.attention import our_attention
 from rrhf.models.out_of_memory import attempt
 from rrhf.rewards.reward_models.passes import CausalReward, RewardModel
 from rrhf.training.forward import where_scaled
-from rrhf.training.master_weights import refuse_no_masters, settle_autocast, use_masters
+from rrhf.training.master_weights import refuse_no_masters, settle_precision, use_masters
 from rrhf.training.pushing import PushesModel
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.data import RankedRecords, RankedRows
@@ -54,7 +54,7 @@ class RewardTrainer(PushesModel):
         processing_class: PreTrainedTokenizerBase | None = None,
         **options: Any,
     ) -> None:
-        settle_autocast(args, model)
+        settle_precision(args, model)
         if args.n_gpu > 1:
             args._n_gpu = 1  # transformers would split lists over GPUs
         self.reward = reward
