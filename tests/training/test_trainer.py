@@ -37,6 +37,7 @@ from rrhf.training.config import RRHFConfig
 from rrhf.training.dataset import EncodedRecords
 from rrhf.training.master_weights import takes_masters
 from rrhf.training.trainer import RRHFTrainer, _keep_sums_exact
+from rrhf.training.two_pass import RandomState
 from support.models import in_fp64, tiny_model, tiny_tokenizer, toy_records
 from support.scripts import ddp_gradient, ddp_train, fsdp_pass
 from support.training import Gradients, config
@@ -393,6 +394,20 @@ def test_both_passes_draw_the_same_dropout_masks(checkpointing: bool, tmp_path: 
     assert_close(ours, expected, 1e-8)
     with pytest.raises(AssertionError):  # other masks, another gradient
         assert_close(ours, other, 1e-3)
+
+
+@pytest.mark.parametrize("device", ["cuda", "mps"])
+def test_the_masks_of_a_gpu_are_drawn_again_too(device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By a generator in the place of the one of such a GPU, which is not here."""
+    drawn = torch.Generator().manual_seed(3)
+    module = getattr(torch, device)
+    monkeypatch.setattr(module, "get_rng_state", lambda *_: drawn.get_state())
+    monkeypatch.setattr(module, "set_rng_state", lambda state, *_: drawn.set_state(state))
+    kept = RandomState.now(torch.device(device))
+    first = torch.rand(3, generator=drawn)
+    with kept.replayed(torch.device(device)):
+        assert torch.equal(torch.rand(3, generator=drawn), first)
+    assert not torch.equal(torch.rand(3, generator=drawn), first)
 
 
 @pytest.mark.parametrize("budget", [2048, 40])

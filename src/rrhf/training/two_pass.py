@@ -30,16 +30,23 @@ class RandomState:
     """The random states that a forward pass on a device draws from."""
 
     cpu: Tensor
-    cuda: Tensor | None
+    gpu: Tensor | None
 
     @classmethod
     def now(cls, device: torch.device) -> RandomState:
-        return cls(torch.get_rng_state(), torch.cuda.get_rng_state(device) if device.type == "cuda" else None)
+        gpu = None
+        if device.type == "cuda":
+            gpu = torch.cuda.get_rng_state(device)
+        elif device.type == "mps":
+            gpu = torch.mps.get_rng_state()
+        return cls(torch.get_rng_state(), gpu)
 
     def restore(self, device: torch.device) -> None:
         torch.set_rng_state(self.cpu)
-        if self.cuda is not None:
-            torch.cuda.set_rng_state(self.cuda, device)
+        if self.gpu is not None and device.type == "cuda":
+            torch.cuda.set_rng_state(self.gpu, device)
+        elif self.gpu is not None:
+            torch.mps.set_rng_state(self.gpu)
 
     @contextmanager
     def replayed(self, device: torch.device) -> Iterator[None]:
