@@ -306,6 +306,7 @@ def test_what_a_search_found_is_held_against_its_rivals_at_equal_kl(tmp_path: Pa
     write_page([study], page)
     text = page.read_text()
     assert "confirmed where no search has looked" in text and "| DPO − SimPO at KL 5, gold |" in text
+    assert "The other arms against RRHF-DP, SimPO, from" in text  # OP was not run
     assert "first of 6 tests" in text and re.search(r"\| DPO \| – \| [^|]* \(3\) \| [^|]* \(3\) \| – \|", text)
     assert "### The claims" not in text
 

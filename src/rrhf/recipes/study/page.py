@@ -63,8 +63,9 @@ def _of_study(study: Study, page: Path) -> list[str]:
 def _confirmation(study: Study) -> list[str]:
     """What a search has found, on the seeds and prompts that it has not seen."""
     tests = rivalries(study)
+    rivals = ", ".join(rival for rival in RIVALS if rival in study.names)
     text = (
-        f"The other arms against {', '.join(RIVALS)}, from seeds and on prompts that were set aside before a search "
+        f"The other arms against {rivals}, from seeds and on prompts that were set aside before a search "
         "for better ones began: differences in reward at equal KL, paired by seed and prompt; p-values are adjusted "
         f"together by Holm's method ({_count(len(tests), 'test')}). That an arm is better there holds where its "
         "adjusted p is below 0.05."
