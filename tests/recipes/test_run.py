@@ -446,7 +446,7 @@ def test_of_a_model_that_cannot_be_loaded_the_key_that_names_it_is_told(model: P
     assert judge.code == 2 and "perplexity model broken (evaluate.perplexity_model, " in judge.err
 
 
-@pytest.mark.parametrize("override", ["train.resample_steps=0", "iterations=2"])
+@pytest.mark.parametrize("override", ["train.resample_steps=0", "iterations=2", "--dry_run"])
 def test_a_loss_over_tokens_without_their_probabilities_is_refused_before_any_work(
     override: str, model: Path, tmp_path: Path
 ) -> None:

@@ -228,6 +228,11 @@ def test_responses_without_a_score_are_left_out() -> None:
         ppo_of(reward=lambda prompts, completions: [None] * len(completions)).step()
 
 
+def test_float16_weights_are_refused() -> None:
+    with pytest.raises(UserError, match="weights are float16"):
+        ppo_of(policy=llama().half())
+
+
 def test_with_an_adapter_the_reference_is_the_model_without_it() -> None:
     adapter = peft_config(AdapterSettings(peft="lora", lora_r=4))
     config = replace(SMALL, learning_rate=0.02, max_steps=40)

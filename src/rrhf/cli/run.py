@@ -95,10 +95,13 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
 
 
 def _refuse_unusable(settings: RunConfig) -> None:
-    """Raise ``UserError`` for an unknown reward or model, before any work."""
+    """Raise ``UserError`` for an unknown reward or model, or a loss that the samples do not suit, before any work."""
+    from rrhf.recipes.offline import check_loss
     from rrhf.rewards.scoring import score_records
     from rrhf.rewards.stage import opened_rewards
 
     context = settings.scoring.context(settings.text)
     opened_rewards(settings.score, settings.scoring, context)
     score_records([], settings.evaluate_rewards.reward, context=context)
+    if not settings.train.resample_steps:
+        check_loss(settings)

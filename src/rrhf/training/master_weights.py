@@ -99,6 +99,20 @@ def has_low_precision(model: nn.Module) -> bool:
     return any(p.requires_grad and p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
 
 
+def refuse_float16(model: nn.Module) -> None:
+    """Refuse to train float16 weights.
+
+    Raises:
+        UserError: the model has such.
+    """
+    if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
+        raise UserError(
+            "the model's weights are float16, in which small gradients are 0: load it with dtype=torch.float32 or "
+            "torch.bfloat16 (from_pretrained takes the type of the files where none is named); fp16=True then computes "
+            "in float16 over float32 weights, with the loss scaled"
+        )
+
+
 def settle_precision(args: Any, model: nn.Module) -> None:
     """Before a ``transformers.Trainer`` is made: nothing is left to cast where weights are bfloat16 already.
 
@@ -108,12 +122,7 @@ def settle_precision(args: Any, model: nn.Module) -> None:
     Raises:
         UserError: weights that are trained are float16.
     """
-    if any(p.requires_grad and p.dtype == torch.float16 for p in model.parameters()):
-        raise UserError(
-            "the model's weights are float16, in which small gradients are 0: load it with dtype=torch.float32 or "
-            "torch.bfloat16 (from_pretrained takes the type of the files where none is named); fp16=True then computes "
-            "in float16 over float32 weights, with the loss scaled"
-        )
+    refuse_float16(model)
     keeps = args.fp16 or args.fsdp or asks_for_fsdp()
     if args.bf16_by_default and has_low_precision(model) and not keeps:
         args.bf16, args.mixed_precision = False, "no"

@@ -35,7 +35,7 @@ from rrhf.rewards.scoring import Rewards
 from rrhf.sampling.nucleus import Nucleus, log_mass, nucleus_of
 from rrhf.sampling.sampler import Sampler
 from rrhf.sampling.settings import SamplingSettings
-from rrhf.training.master_weights import MasterWeights, has_low_precision
+from rrhf.training.master_weights import MasterWeights, has_low_precision, refuse_float16
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
 from rrhf.training.ppo_terms import advantages, explained_variance, surrogate, token_rewards, value_loss, whitened
 
@@ -79,7 +79,7 @@ class PPO:
     ``trained`` are the modules that are trained, by name; ``lagged`` is NLPO's copy of the policy.
 
     Raises:
-        UserError: a query and a response do not fit the model's context.
+        UserError: a query and a response do not fit the model's context, or weights are float16.
     """
 
     def __init__(
@@ -88,6 +88,7 @@ class PPO:
     ) -> None:  # fmt: skip
         self.models, self.rewards, self.queries, self.config, self.nlpo = models, rewards, queries, config, nlpo
         policy = models.policy.eval()
+        refuse_float16(policy)
         self.device = policy.get_input_embeddings().weight.device
         names = ("num_responses", "max_new_tokens", "batch_size", "seed")
         sampling = SamplingSettings(**{name: getattr(config, name) for name in names})
