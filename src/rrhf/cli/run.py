@@ -41,9 +41,11 @@ def main(arguments: list[str]) -> int:
 def show_estimate(config: str, overrides: list[str]) -> int:
     """Print what a run will come to."""
     from rrhf.recipes.estimate import estimate_run
+    from rrhf.recipes.offline import check_loss
 
     settings = checked(config, overrides, Path("model"))[1]
     _refuse_unusable(settings)
+    check_loss(settings)
     print(estimate_run(settings).table())
     return 0
 
@@ -95,13 +97,10 @@ def execute(config: str, overrides: list[str], output: Path, cluster: ClusterSet
 
 
 def _refuse_unusable(settings: RunConfig) -> None:
-    """Raise ``UserError`` for an unknown reward or model, or a loss that the samples do not suit, before any work."""
-    from rrhf.recipes.offline import check_loss
+    """Raise ``UserError`` for an unknown reward or model, before any work."""
     from rrhf.rewards.scoring import score_records
     from rrhf.rewards.stage import opened_rewards
 
     context = settings.scoring.context(settings.text)
     opened_rewards(settings.score, settings.scoring, context)
     score_records([], settings.evaluate_rewards.reward, context=context)
-    if not settings.train.resample_steps:
-        check_loss(settings)

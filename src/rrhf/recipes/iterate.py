@@ -28,7 +28,6 @@ from rrhf.recipes.offline import (
     Stage,
     carry_out,
     check_evaluation,
-    check_loss,
     data_stage,
     evaluate_stage,
     finish,
@@ -58,7 +57,6 @@ def run_iterated(run: RunFolder, config: RunConfig, policies: PolicyCache) -> di
     last = config.rounds.iterations
     passes = list(_passes(run, config, policies))
     check_evaluation(passes[-1])
-    check_loss(config)
     carry_out([data_stage(Pass(run, config, config.model, policies))], run)
     for number, at in enumerate(passes, 1):
         log.info(f"round {number} of {last}: from {at.config.model.model}")

@@ -98,7 +98,6 @@ def run_offline(run: RunFolder, config: RunConfig, policies: PolicyCache) -> dic
         raise UserError(f"{run.folder} holds a run in rounds: give its iterations, or choose another --output")
     whole = Pass(run, config, config.model, policies)
     check_evaluation(whole)
-    check_loss(config)
     carry_out([make(whole) for make in (data_stage, sample_stage, score_stage, train_stage, evaluate_stage)], run)
     return finish(run, [run])
 
@@ -344,7 +343,7 @@ def check_loss(config: RunConfig) -> None:
     Raises:
         UserError: the loss needs it.
     """
-    if config.sample is None or "old_token_logprobs" not in loss_needs(config):
+    if config.sample is None or config.train.resample_steps or "old_token_logprobs" not in loss_needs(config):
         return
     if {parse_source(source).kind for source in config.sources.source} != {"file"}:
         raise UserError(

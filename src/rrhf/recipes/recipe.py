@@ -8,7 +8,7 @@ from rrhf.common.errors import UserError
 from rrhf.models.cache import PolicyCache
 from rrhf.recipes.config import RunConfig
 from rrhf.recipes.iterate import run_iterated
-from rrhf.recipes.offline import run_offline
+from rrhf.recipes.offline import check_loss, run_offline
 from rrhf.recipes.online import run_online
 from rrhf.recipes.run_folder import RunFolder
 
@@ -27,6 +27,7 @@ def run_recipe(run: RunFolder, config: RunConfig, policies: PolicyCache | None =
         if config.rounds.iterations > 1:
             raise UserError("iterations and train.resample_steps: either rounds or sampling while training, not both")
         return run_online(run, config, policies)
+    check_loss(config)
     if config.rounds.iterations > 1:
         return run_iterated(run, config, policies)
     return run_offline(run, config, policies)

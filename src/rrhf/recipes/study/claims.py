@@ -12,7 +12,7 @@ from rrhf.recipes.reproduce.work import rate_rewards
 from rrhf.recipes.study.losses import SAMPLES, by_gain, gained, hinge, losses
 from rrhf.recipes.study.results import Study, making
 from rrhf.recipes.study.statistics import Estimate, bootstrap
-from rrhf.recipes.study.verdicts import FAILS, HOLDS, OPEN, SEEDS, Claim, Finding, Test, adjusted
+from rrhf.recipes.study.verdicts import FAILS, HOLDS, OPEN, SEEDS, Claim, Finding, Test, settled
 
 AT_LEAST = 0.02  # "at least as good" allows so much less reward
 NEAR = 0.05  # two rewards between 0 and 1 are near each other within this; others within so much of ρ's spread
@@ -23,7 +23,7 @@ MAIN = ("RRHF-BP", "RRHF-DP")  # RRHF's arms that rivals are compared with
 
 def judged(study: Study) -> list[tuple[Claim, Finding]]:
     """Every claim with its finding, the p-values of all tests adjusted together."""
-    findings = adjusted(study, [claim.measure(study) for claim in CLAIMS])
+    findings = settled(study, [claim.measure(study) for claim in CLAIMS])
     return list(zip(CLAIMS, findings, strict=True))
 
 

@@ -8,15 +8,14 @@ down, and the chord of a wide pair lies below them.
 
 from __future__ import annotations
 
-from dataclasses import replace
 from itertools import pairwise, product
 
 import numpy as np
 
 from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.recipes.study.results import Study
-from rrhf.recipes.study.statistics import Estimate, bootstrap, holm
-from rrhf.recipes.study.verdicts import SEEDS, Test
+from rrhf.recipes.study.statistics import Estimate, bootstrap
+from rrhf.recipes.study.verdicts import SEEDS, Test, adjusted
 
 DISTANCES = (2.0, 5.0, 10.0, 20.0)  # KL to ρ, nats a response
 WIDEST = 3.0  # how many times as far from ρ, in √KL, the further of two runs may be
@@ -78,5 +77,4 @@ def rivalries(study: Study) -> list[Test]:
             found = at_equal_kl(study, name, distance, reward, rival) if rival in study.names else None
             if found is not None and found.seeds >= SEEDS:
                 tests.append(Test(f"{name} − {rival} at KL {distance:g}, {reward}", found))
-    adjusted = holm([test.estimate.p for test in tests])
-    return [replace(test, adjusted=p) for test, p in zip(tests, adjusted, strict=True)]
+    return adjusted(tests)

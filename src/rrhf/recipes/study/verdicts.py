@@ -74,13 +74,17 @@ class Claim:
     measure: Callable[[Study], Finding] = field(repr=False)
 
 
-def adjusted(study: Study, findings: Sequence[Finding]) -> list[Finding]:
-    """The findings with the p-values of all their tests adjusted together, and none by an own rule of too few seeds."""
+def adjusted(tests: Sequence[Test]) -> list[Test]:
+    """The tests with their p-values adjusted together."""
+    p_values = holm([test.estimate.p for test in tests])
+    return [replace(test, adjusted=p) for test, p in zip(tests, p_values, strict=True)]
+
+
+def settled(study: Study, findings: Sequence[Finding]) -> list[Finding]:
+    """The findings, all their tests adjusted together, and none by an own rule of too few seeds."""
     found = [_of_enough_seeds(study, finding) for finding in findings]
-    p_values = iter(holm([test.estimate.p for finding in found for test in finding.tests]))
-    return [
-        replace(finding, tests=[replace(test, adjusted=next(p_values)) for test in finding.tests]) for finding in found
-    ]
+    tests = iter(adjusted([test for finding in found for test in finding.tests]))
+    return [replace(finding, tests=[next(tests) for _ in finding.tests]) for finding in found]
 
 
 def _of_enough_seeds(study: Study, finding: Finding) -> Finding:
