@@ -21,6 +21,7 @@ from rrhf.recipes.study.frontier import at_equal_kl, rivalries
 from rrhf.recipes.study.losses import by_gain, compared, losses
 from rrhf.recipes.study.page import write_page
 from rrhf.recipes.study.results import Study, export, read_study, take
+from rrhf.recipes.study.statistics import holm
 from rrhf.recipes.study.verdicts import FAILS, HOLDS, MISSING, OPEN
 
 SEEDS, PROMPTS = 6, 50
@@ -94,6 +95,18 @@ def test_verdicts_are_those_that_the_truth_demands(file: Path) -> None:
     assert bare is not None and found["b"].tests[0].estimate.mean == pytest.approx(bare.mean + 0.02)  # is allowed
     gain = found["a"].tests[0].estimate
     assert gain.mean == pytest.approx(0.3, abs=0.02) and gain.low < 0.3 < gain.high and gain.seeds == SEEDS
+
+
+def test_all_tests_of_a_section_are_adjusted_together(file: Path) -> None:
+    tests = [test for _, finding in judged(read_study(file)) for test in finding.tests]
+    assert len(tests) > 10 and [test.adjusted for test in tests] == holm([test.estimate.p for test in tests])
+    runs = [line("start", seed) for seed in (1000, 1001, 1002)]
+    for seed in (1000, 1001, 1002):
+        runs += frontier("DPO", {4.0: 0.2, 16.0: 0.3 + seed / 1e5}, seed) + frontier(
+            "SimPO", {4.0: 0.0, 9.0: 0.3}, seed
+        )
+    found = rivalries(Study(runs, file))
+    assert len(found) > 1 and [test.adjusted for test in found] == holm([test.estimate.p for test in found])
 
 
 def test_the_seeds_that_ran_every_rate_choose_it_together() -> None:
