@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 import signal
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -101,6 +102,27 @@ def test_two_judges_from_the_command_line(
     assert main([*JUDGE, "--judge", "one.yaml"]) == 2  # the output is there
     assert main([*JUDGE, "--judge", "one.yaml", "--overwrite"]) == 0
     assert server.posts == []  # all replies were in the journal
+
+
+def test_what_is_missing_is_said_before_anything_is_paid_for(
+    folder: Path, server: bad.Misbehaving, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "sklearn.linear_model", None)
+    assert main([*JUDGE, "--judge", "one.yaml"]) == 2
+    assert "scikit-learn" in capsys.readouterr().err and server.posts == []
+
+
+def test_an_empty_answer_is_judged_as_it_is(
+    folder: Path, server: bad.Misbehaving, capsys: pytest.CaptureFixture[str]
+) -> None:
+    rows = tiny.read_rows(folder / "b.jsonl")
+    rows[1] |= {"responses": [""]}
+    tiny.write_rows(folder / "b.jsonl", rows)
+    assert main([*JUDGE, "--judge", "one.yaml"]) == 0
+    assert "b.jsonl: 1 answers are empty" in capsys.readouterr().err
+    assert json.loads((folder / "out.json").read_text())["judges"]["one.yaml"]["n"] == 4
+    tiny.write_rows(folder / "b.jsonl", [rows[0], *rows[2:]])
+    assert main([*JUDGE, "--judge", "one.yaml", "--overwrite"]) == 2  # no answer at all
 
 
 def test_judging_at_urls(folder: Path, memory: Any, server: bad.Misbehaving) -> None:
@@ -237,7 +259,7 @@ def test_a_dry_run_asks_nothing(folder: Path, server: bad.Misbehaving, capsys: p
     assert [row["scores"] for row in tiny.read_rows(folder / "scored.jsonl")] == [[20.0]] * 4
     assert main([*command, "--dry_run"]) == 0
     out = capsys.readouterr().out
-    assert "4 calls, 4 of them in the journal; about 0 tokens of prompts, at most 0 of replies: at most $0.00" in out
+    assert "4 calls, 4 of them in the journal; about 0 tokens of prompts, at most 0 of replies: $0.00 where" in out
 
 
 def test_scoring_that_is_killed_asks_only_for_the_rest(folder: Path, server: bad.Misbehaving) -> None:

@@ -192,6 +192,62 @@ def test_beside_the_usual_evaluation_it_stands_in_the_same_file(
     assert found["pi"]["n"] == 2 and set(found["accuracy"]) == {"file", "pi", "tiny_rewards:vowels"}
 
 
+def test_pairs_that_were_judged_are_not_judged_again_when_the_rest_is_stopped(
+    place: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    tiny.write_rows(place / "held_out.jsonl", tiny.rows(2, responses=0))
+    flags = [
+        "--model",
+        "pi",
+        "--device",
+        "cpu",
+        "--dtype",
+        "float32",
+        "--max_new_tokens",
+        "3",
+        "--output",
+        "stopped.json",
+    ]
+    flags += ["--pairs", "pairs.jsonl", "--data", "held_out.jsonl", "--reward", "tiny_rewards:vowels"]
+    with monkeypatch.context() as stopped:
+        stopped.setattr("rrhf.cli.evaluate.evaluate_models", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main(flags)
+    judged = (place / "stopped.pairs.jsonl").stat().st_mtime_ns
+    main(flags)
+    assert (place / "stopped.pairs.jsonl").stat().st_mtime_ns == judged
+    found = json.loads((place / "stopped.json").read_text())
+    assert set(found["accuracy"]) == {"file", "pi", "tiny_rewards:vowels"} and found["pi"]["n"] == 2
+    main([*flags, "--overwrite"])
+    assert (place / "stopped.pairs.jsonl").stat().st_mtime_ns > judged
+    assert json.loads((place / "stopped.json").read_text())["accuracy"] == found["accuracy"]
+    judged = (place / "stopped.pairs.jsonl").stat().st_mtime_ns
+    (place / "stopped.json").unlink()
+    main(["--model", "rho", *flags[2:]])  # another π
+    assert (place / "stopped.pairs.jsonl").stat().st_mtime_ns > judged
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["--reward", "provided:helpfulness"], "reads scores that records bring"),
+        (["--reward", "people:none.csv"], "none.csv"),
+        (["--reward", "tiny_rewards:vowels", "--reward_weights", "2"], "--reward_weights"),
+        (["--num_responses", "7"], "--num_responses 7"),
+    ],
+)
+def test_what_pairs_would_ignore_is_refused(
+    place: Path, monkeypatch: pytest.MonkeyPatch, given: list[str], words: str
+) -> None:
+    monkeypatch.chdir(place)
+    monkeypatch.syspath_prepend(str(place))
+    with pytest.raises(UserError, match=words):
+        main(["--model", "pi", "--device", "cpu", "--output", "none.json", "--pairs", "pairs.jsonl", *given])
+    assert not (place / "none.pairs.jsonl").exists()
+
+
 def test_data_without_preferences_and_no_data_are_refused(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(place)
     tiny.write_rows(place / "unscored.jsonl", tiny.rows(3, scores=False))

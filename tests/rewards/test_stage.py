@@ -18,6 +18,7 @@ from rrhf.records.files import read_records, write_records
 from rrhf.records.record import Record
 from rrhf.rewards import logprob, scoring
 from rrhf.rewards.kind import Item, RewardContext, RewardKind, Scorer
+from rrhf.rewards.logprob import LogprobModel, fill_sums
 from rrhf.rewards.stage import RewardSettings, ScoringSettings, score_file
 from support import tiny
 from support.logprobs import records
@@ -125,6 +126,48 @@ def test_what_slow_calls_gave_is_kept_when_a_later_one_fails(tmp_path: Path, mon
     score_file(data, output, settings)
     assert set(flaky.asked) == {f"q{i}" for i in range(128, 200)}
     assert [record.scores for record in read_records(output)] == [[1.0, 2.0]] * 200
+
+
+def test_sums_of_slow_calls_are_kept_when_a_later_one_fails(
+    rho: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data, output = given(tmp_path / "data.jsonl", 160), tmp_path / "scored.jsonl"
+    settings, scoring = RewardSettings(["provided"]), ScoringSettings(reference_model=str(rho), device="cpu")
+    rows = [{"id": f"r{i}", "query": f"q{i}", "responses": ["a", "bb"], "scores": [0.0, 1.0]} for i in range(160)]
+    tiny.write_rows(data, rows)
+    asked: list[int] = []
+    broken = {"q150"}
+
+    def filled(batch: list[Record], name: str, model: LogprobModel) -> list[Record]:
+        if broken & {str(record.query) for record in batch}:
+            raise UserError("out of memory")
+        asked.append(len(batch))
+        return fill_sums(batch, name, model)
+
+    monkeypatch.setattr("rrhf.rewards.steps.SLOW", 0.0)
+    monkeypatch.setattr("rrhf.rewards.steps.fill_sums", filled)
+    with pytest.raises(UserError, match="out of memory"):
+        score_file(data, output, settings, scoring)
+    broken.clear()
+    score_file(data, output, settings, scoring)
+    assert asked == [64, 64, 32]
+    score_file(data, tmp_path / "at-once.jsonl", settings, scoring)
+    assert list(read_records(output)) == list(read_records(tmp_path / "at-once.jsonl"))
+
+
+def test_a_column_that_few_records_have_is_found_in_the_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("rrhf.rewards.stage.SCORING_PART", 2)
+    rows = [{"id": f"r{i}", "query": "q", "responses": ["a"], **({"answer": "a"} if i == 3 else {})} for i in range(5)]
+    tiny.write_rows(tmp_path / "data.jsonl", rows)
+    score_file(tmp_path / "data.jsonl", tmp_path / "scored.jsonl", RewardSettings([f"{__name__}:right"]))
+    assert [record.scores for record in read_records(tmp_path / "scored.jsonl")] == [[None]] * 3 + [[1.0]] + [[None]]
+    tiny.write_rows(tmp_path / "bare.jsonl", [row for row in rows if "answer" not in row])
+    with pytest.raises(UserError, match="asks for the column 'answer', which the records lack"):
+        score_file(tmp_path / "bare.jsonl", tmp_path / "none.jsonl", RewardSettings([f"{__name__}:right"]))
+
+
+def right(prompts: list[str], completions: list[str], answer: list[str | None]) -> list[float | None]:
+    return [None if gold is None else float(gold == text) for gold, text in zip(answer, completions, strict=True)]
 
 
 def test_a_reward_that_is_paid_for_keeps_its_answers_in_the_folder_of_the_parts(

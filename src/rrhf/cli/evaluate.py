@@ -19,7 +19,7 @@ from rrhf.evaluation.stage import REFUSED, EvaluationSettings, evaluate_models, 
 from rrhf.models.load import ModelSettings
 from rrhf.models.tokenization import TextSettings
 from rrhf.report.terminal import format_accuracies, format_evaluation
-from rrhf.rewards.scoring import NEW_FORMS, is_provided
+from rrhf.rewards.scoring import NEW_FORMS
 from rrhf.rewards.stage import RewardSettings
 from rrhf.sampling.settings import SamplingSettings
 
@@ -77,12 +77,13 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--data needs a reward: give --reward, one of {', '.join(NEW_FORMS)}")
     output = Path(files.output)
     context = reward_context(model, sampling, text, settings, remote, files.reference_model)
-    if files.data:
+    if reward.reward or reward.reward_weights or sampling.num_responses is not None:
         refuse_unusable(reward, sampling, context)  # before the pairs are read and judged
     result: dict[str, Any] = {}
     if files.pairs:
-        judged = [name for name in reward.reward if not is_provided(name)]
-        result["accuracy"] = evaluate_pairs(files.pairs, output, models, judged, context)
+        result["accuracy"] = evaluate_pairs(
+            files.pairs, output, models, reward.reward, context, overwrite=files.overwrite
+        )
         print(format_accuracies(result["accuracy"]))
     if files.data:
         result = evaluate_models(

@@ -13,6 +13,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import refuse_existing, write_text
 from rrhf.common.flag_help import Groups, flags_of
 from rrhf.common.flags import Flags
+from rrhf.common.imports import of_extra
 from rrhf.common.logging import set_up_logging
 from rrhf.common.presentation import number, rate, text_table
 from rrhf.common.remote import origin
@@ -58,11 +59,14 @@ def main(arguments: list[str]) -> None:
         raise UserError(f"--samples {settings.samples}: must be at least 1")
     if len(set(settings.judge)) < len(settings.judge):
         raise UserError("--judge: a file is named twice")
+    from rrhf.evaluation.agreement import MISSING
     from rrhf.evaluation.pairwise.judging import comparison_records, judge_pair
     from rrhf.evaluation.pairwise.questions import answers_of_both, read_questions
     from rrhf.records.files import write_records
     from rrhf.rewards.judges.reward import open_judge
 
+    for module in ("sklearn.linear_model", "choix"):
+        of_extra(module, MISSING)  # found missing here, and not when all replies are paid for
     questions = read_questions(Path(settings.questions))
     a, b = answers_of_both(questions, Path(settings.a), Path(settings.b))
     judges = {origin(name): open_judge(name, limits, settings.seed) for name in settings.judge}

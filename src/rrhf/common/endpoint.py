@@ -38,6 +38,8 @@ SHOWN = 300  # characters of a server's own words in an error
 CUT = ("length", "max_tokens", "content_filter")
 BROKEN = ("error", "abort")
 
+OF_THE_REQUEST = (400, 413, 422)  # HTTP statuses that say the request is at fault: too long, or filtered
+
 Body = Callable[[int, int], dict[str, Any]]
 
 
@@ -162,11 +164,18 @@ class EndpointClient:
         with event_loop("rrhf-endpoint") as run:
             run(self._check(probe, min(2, number)))
 
-    def ask(self, questions: Sequence[Question]) -> Iterator[tuple[int, list[Choice]]]:
+    def ask(
+        self, questions: Sequence[Question], refused: Callable[[int, RequestRefused], None] | None = None
+    ) -> Iterator[tuple[int, list[Choice]]]:
         """Yield (index of the question, its choices) as they are done, in no fixed order.
 
         At most ``concurrency`` requests are under way. After a failure nothing new is asked; what is under way is
         waited for and yielded, then the error is raised. A question whose choices are not all there is not yielded.
+
+        Args:
+            questions: what is asked.
+            refused: told the index of a question that the server will not take (a status of ``OF_THE_REQUEST``) and
+                why, in a thread of its own; the others go on. None: that is a failure too.
 
         Raises:
             UserError: a request failed for good, by its nature or ``max_retries`` times.
@@ -174,7 +183,7 @@ class EndpointClient:
         """
         results: queue.SimpleQueue[tuple[int, list[Choice]] | None] = queue.SimpleQueue()
         with event_loop("rrhf-endpoint") as run:
-            future = run(self._answer(questions, results.put), wait=False)
+            future = run(self._answer(questions, results.put, refused), wait=False)
             future.add_done_callback(lambda _: results.put(None))
             while (result := results.get()) is not None:
                 yield result
@@ -233,7 +242,12 @@ class EndpointClient:
 
     # -- the work, in the event loop
 
-    async def _answer(self, questions: Sequence[Question], put: Callable[[Any], None]) -> None:
+    async def _answer(
+        self,
+        questions: Sequence[Question],
+        put: Callable[[Any], None],
+        refused: Callable[[int, RequestRefused], None] | None,
+    ) -> None:
         """Ask every question and ``put`` the complete answers; raise the first failure at the end."""
         parts: list[dict[int, Choice]] = [{} for _ in questions]
         done = 0
@@ -250,7 +264,7 @@ class EndpointClient:
         async with self._client() as client:
             run = _Run(client, self.settings.max_retries)
             try:
-                failure = await self._drive(run, self._jobs(questions), arrived)
+                failure = await self._drive(run, self._jobs(questions), arrived, refused)
             finally:
                 run.stopping = True
         if isinstance(failure, _OutOfBudget):
@@ -269,7 +283,11 @@ class EndpointClient:
                 yield _Job(index, question, group)
 
     async def _drive(
-        self, run: _Run, jobs: Iterator[_Job], arrived: Callable[[_Job, list[Choice]], None]
+        self,
+        run: _Run,
+        jobs: Iterator[_Job],
+        arrived: Callable[[_Job, list[Choice]], None],
+        refused: Callable[[int, RequestRefused], None] | None,
     ) -> BaseException | None:
         """Keep ``concurrency`` jobs under way, report each as it ends; return the first failure when all have ended."""
         running: dict[asyncio.Task[list[Choice]], _Job] = {}
@@ -287,6 +305,8 @@ class EndpointClient:
                 error = task.exception()
                 if error is None:
                     arrived(job, task.result())
+                elif refused is not None and isinstance(error, RequestRefused) and error.status in OF_THE_REQUEST:
+                    refused(job.index, error)
                 else:
                     failure = failure or error
                     self._stop(run, running)
@@ -307,7 +327,7 @@ class EndpointClient:
                 body = job.question.body(first, left)
                 choices += (await self._retried(run, body, f"{job.question.id}/{first}"))[:left]
             except _Failed as failed:
-                raise self._error(failed, f"{self.settings.url}, record {job.question.id}") from None
+                raise self._error(failed, f"{self.settings.url}, record {job.question.id}", of_record=True) from None
         return choices
 
     async def _retried(self, run: _Run, body: dict[str, Any] | None, key: str, probe: bool = False) -> Any:
@@ -462,7 +482,7 @@ class EndpointClient:
         text = " ".join(text.split())
         return text if len(text) <= SHOWN else f"{text[:SHOWN]}…"
 
-    def _error(self, failed: _Failed, where: str) -> UserError:
+    def _error(self, failed: _Failed, where: str, of_record: bool = False) -> RequestRefused:
         variable = self.settings.api_key_env
         key = f"put a key that holds there into the environment variable {variable}"
         if not self._key():
@@ -476,6 +496,8 @@ class EndpointClient:
             None: "check that it is the API's root, often ending in /v1, that the server is up, and the time-out",
         }
         cure = cures.get(failed.status, "try again later" if failed.status and failed.status >= 500 else "")
+        if of_record and failed.status in OF_THE_REQUEST:
+            cure = "shorten or take out the record, or ask a model that takes it"
         return self._refused(failed, f"{where}: {failed.reason}" + (f": {cure}" if cure else ""))
 
     def _refused(self, failed: _Failed, message: str) -> RequestRefused:

@@ -62,10 +62,9 @@ def draw_to_file(
         **asdict(text),
         "prompts": checksum_of_records(prompts),
     }
-    note = place.with_name(f"{place.stem}.made-of.json")
     stale = overwrite
     if place.exists() and not overwrite:
-        reasons = _reasons(place, note, made_of)
+        reasons = made_of_else(place, made_of)
         stale = bool(reasons)
         if stale:
             log.warning(f"{place}: the responses of {name} are drawn anew: {'; '.join(reasons)}")
@@ -81,12 +80,23 @@ def draw_to_file(
             merge=False,
             overwrite=stale,
         )
-        write_text(note, json.dumps({"made_of": made_of, "sha256": checksum_of_file(place)}, indent=1) + "\n")
+        note_made_of(place, made_of)
     return [(record.responses[0], record.finish[0]) for record in read_records(place)]
 
 
-def _reasons(place: Path, note: Path, made_of: dict[str, Any]) -> list[str]:
-    """Why the responses in ``place`` are not those of ``made_of``; none where they are."""
+def note_made_of(place: Path, made_of: dict[str, Any]) -> None:
+    """Write down beside ``place`` what it was made of, with its checksum."""
+    note = {"made_of": made_of, "sha256": checksum_of_file(place)}
+    write_text(_note_of(place), json.dumps(note, indent=1) + "\n")
+
+
+def _note_of(place: Path) -> Path:
+    return place.with_name(f"{place.stem}.made-of.json")
+
+
+def made_of_else(place: Path, made_of: dict[str, Any]) -> list[str]:
+    """Why the file at ``place`` is not what comes of ``made_of``; no reason where it is."""
+    note = _note_of(place)
     noted = read_object(note)
     if not noted:
         return [f"no {note.name} says what they were made of"]

@@ -5,6 +5,7 @@ A record's own ``scores`` say which of its responses are better. Judged are poli
 
 from __future__ import annotations
 
+import json
 import logging
 from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
@@ -18,8 +19,10 @@ from rrhf.common.errors import UserError
 from rrhf.common.presentation import describe_counts
 from rrhf.common.remote import origin
 from rrhf.common.scores import score_levels
+from rrhf.evaluation.generations import made_of_else, note_made_of
 from rrhf.evaluation.metrics import paired_bootstrap
 from rrhf.models.load import ModelSettings
+from rrhf.records.checksums import checksum_of_records
 from rrhf.records.files import read_records
 from rrhf.records.formats import load_dataset_records
 from rrhf.records.parts import in_parts
@@ -145,11 +148,12 @@ def evaluate_pairs(
     context: RewardContext,
     *,
     brought: Collection[str] = (),
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """The accuracy of ``models`` and ``rewards`` on preferences.
 
-    The scores are kept beside ``output``, in ``….pairs.jsonl``; a stopped call goes on where it was. The models are in
-    memory one after another.
+    The scores are kept beside ``output``, in ``….pairs.jsonl``; a stopped call goes on where it was, and one that was
+    stopped later, in other measures, finds them whole. The models are in memory one after another.
 
     Args:
         pairs: records whose ``scores`` prefer one response to another, or a data set in any known format.
@@ -159,6 +163,7 @@ def evaluate_pairs(
         context: what they need; ``context.seed`` is that of the bootstrap too.
         brought: those of ``models`` whose log-probabilities the records bring: ``pairs`` is what an evaluation by the
             same models kept.
+        overwrite: judge anew in any case.
 
     Raises:
         UserError: nothing is preferred in the data, or a model or reward cannot be used.
@@ -169,7 +174,7 @@ def evaluate_pairs(
         raise UserError(f"{pairs}: no record prefers a response to another: give scores, or pairs in a known format")
     if counts:
         log.info(f"{pairs}: left out: {describe_counts(counts)}")
-    return {"file": origin(pairs), **_judge(records, output, models, rewards, context, brought)}
+    return {"file": origin(pairs), **_judge(records, output, models, rewards, context, brought, overwrite)}
 
 
 def kept_scores(output: Path) -> Path:
@@ -229,6 +234,7 @@ def _judge(
     rewards: Sequence[str],
     context: RewardContext,
     brought: Collection[str] = (),
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """The accuracies on ``records``, whose scores by each judge are kept beside ``output``."""
     place = kept_scores(output)
@@ -246,13 +252,19 @@ def _judge(
         "dtype": context.dtype,
         **{f"the code of {reward}": reward_digest(reward, context) for reward in rewards},
     }
-    try:
-        # A file that stands there is of an earlier evaluation; parts that were made of the same are taken up.
-        in_parts(lambda: records, place, steps, depends_on, part_size=SCORING_PART, overwrite=True, total=len(records))
-    finally:
-        release(held.values())
-        if asked is not None:
-            asked.close()
+    made_of = json.loads(json.dumps({**depends_on, "records": checksum_of_records(records)}))
+    if overwrite or not place.exists() or made_of_else(place, made_of):
+        try:
+            # A file that stands there is of an earlier evaluation; parts that were made of the same are taken up.
+            in_parts(
+                lambda: records, place, steps, depends_on,
+                part_size=SCORING_PART, overwrite=True, total=len(records),
+            )  # fmt: skip
+        finally:
+            release(held.values())
+            if asked is not None:
+                asked.close()
+        note_made_of(place, made_of)
     judges = _judges(columns, rewards)
     return accuracies(list(read_records(place)), judges, context.seed)
 

@@ -78,9 +78,11 @@ def refuse_unusable(rewards: RewardSettings, sampling: SamplingSettings, context
     """
     from rrhf.rewards.scoring import is_provided, score_records
 
-    score_records([], rewards.reward, context=context)
+    if rewards.reward:
+        score_records([], rewards.reward, context=context)
     faults = [
-        f"--reward {reward}: reads scores that records bring, and new texts have none: name pkg.module:function"
+        f"--reward {reward}: reads scores that records bring, which new texts lack and pairs are judged by: name "
+        "pkg.module:function"
         for reward in rewards.reward
         if is_provided(reward)
     ]

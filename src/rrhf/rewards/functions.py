@@ -8,7 +8,7 @@ import inspect
 import math
 import numbers
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NoReturn
 
 from rrhf.common.errors import FailedError, UserError
@@ -26,13 +26,21 @@ def load_reward(name: str) -> RewardFunction:
     return load_function(name, "reward", USAGE)
 
 
-def function_scorer(function: RewardFunction, name: str) -> Scorer:
+def function_scorer(
+    function: RewardFunction, name: str, in_the_data: Callable[[], Collection[str]] = frozenset
+) -> Scorer:
     """Return the scorer that calls ``function`` once for all the responses it is given.
 
     What the function gets is what TRL gives it: ``prompts`` and ``completions``, one a response, as text where the
     query is text and as lists of messages where it is one; and of the records' unknown columns, each value repeated
     for its responses, those the function names, or all where it takes ``**kwargs``. None stands where a record
     lacks a column.
+
+    Args:
+        function: the reward.
+        name: what messages call it.
+        in_the_data: the unknown columns that any record of the data has; asked where those of one call lack one that
+            the function names.
 
     Raises (the scorer):
         UserError: the function fails, or gives something else than one finite number or None a response.
@@ -46,6 +54,9 @@ def function_scorer(function: RewardFunction, name: str) -> Scorer:
             for column in names
             if (takes_all or column in wanted) and column not in ("prompts", "completions")
         }
+        for column in wanted:
+            if column not in given and column in in_the_data():
+                given[column] = [None] * len(items)
         missing = [column for column, required in wanted.items() if required and column not in given]
         if missing:
             raise UserError(

@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import cache, partial
 from typing import Any
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import code_digest
+from rrhf.records.files import read_records
 from rrhf.records.record import Record
 from rrhf.rewards.combination import combination_of
 from rrhf.rewards.functions import RewardFunction, function_scorer, load_reward
@@ -80,7 +82,14 @@ def make_scorer(reward: str | RewardFunction, context: RewardContext | None = No
         return kind.make(argument, context or RewardContext())
     if not reward.partition(":")[2]:
         raise UserError(f"reward {reward!r} has an unknown form: {nearest(reward, FORMS)}")
-    return function_scorer(load_reward(reward), reward)
+    return function_scorer(load_reward(reward), reward, cache(partial(_unknown_columns, context)))
+
+
+def _unknown_columns(context: RewardContext | None) -> frozenset[str]:
+    """The columns of the records that are scored which are none of ours; none where their file is not known here."""
+    if context is None or context.records is None or not context.records.exists():
+        return frozenset()
+    return frozenset(column for record in read_records(context.records) for column in record.extra)
 
 
 def _kind(reward: str) -> tuple[RewardKind | None, str]:

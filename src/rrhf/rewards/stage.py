@@ -204,7 +204,7 @@ def score_file(
     columns = scoring.sums_columns(context)
     held = {name: logprob_model(model, context) for name, model in columns.items()}
     holders: list[Holder] = [*held.values(), *rewards.scorers.values()]
-    steps = {f"log-probabilities of {columns[name]}": sums_work(name, held[name], holders) for name in held}
+    steps = {f"log-probabilities of {columns[name]}": sums_work(name, held[name], holders, parts) for name in held}
     groups = _groups(settings.reward)
     for step, names in groups.items():
         steps[step] = rewards_work(rewards, names, holders, parts, combine=step == LAST and combine is None)

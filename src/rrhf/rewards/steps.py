@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -32,14 +32,15 @@ def release(holders: Collection[Holder], kept: Collection[Holder] = ()) -> None:
             getattr(holder, "close", lambda: None)()
 
 
-def sums_work(name: str, model: LogprobModel, holders: Collection[Holder]) -> Work:
-    """Fills the records' ``rewards[name]`` with the log-probability sums of ``model``."""
+def sums_work(name: str, model: LogprobModel, holders: Collection[Holder], journals: Path) -> Work:
+    """Fills the records' ``rewards[name]`` with the sums of ``model``, kept as ``rewards_work`` keeps values."""
 
     def work(block: list[Record], done: Callable[[int], None]) -> Iterator[Record]:
         release(holders, [model])
+        kept = _Kept(journals, block, [name])
         for start in range(0, len(block), SORTED_TOGETHER):
             batch = block[start : start + SORTED_TOGETHER]
-            yield from fill_sums(batch, name, model)
+            yield from kept.take(start, batch) or kept.add(start, partial(fill_sums, batch, name, model))
             done(len(batch))
 
     return work
@@ -89,7 +90,7 @@ class _Kept:
             return None
         return [with_values(record, dict(zip(self.names, own))) for record, own in zip(batch, values, strict=True)]
 
-    def add(self, start: int, judge: Callable[[], Iterator[Record]]) -> list[Record]:
+    def add(self, start: int, judge: Callable[[], Iterable[Record]]) -> list[Record]:
         """What ``judge`` gives, kept where it took long."""
         began = time.monotonic()
         judged = list(judge())

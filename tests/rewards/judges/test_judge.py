@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ from rrhf.common.endpoint import BudgetReached
 from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.records.record import Record
-from rrhf.rewards.judges.judge import shuffled
+from rrhf.rewards.judges.judge import answer_schema, shuffled
 from rrhf.rewards.judges.reward import JudgeScorer, estimate_judge, judge_digest
+from rrhf.rewards.judges.template import JudgeTemplate
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.scoring import reward_digest, score_records
 from support import misbehaving as bad
@@ -174,9 +176,52 @@ def test_a_stopped_run_keeps_what_it_has(server: bad.Misbehaving, file: Callable
     server.posts.clear()
     assert scored(name) == SUMS
     assert len(work(server)) == 2
-    server.plan = [judges, bad.status(400, "context too long")]
-    with pytest.raises(UserError, match="record new: HTTP 400: context too long"):
+    server.plan = [judges, bad.status(404, "gone")]
+    with pytest.raises(UserError, match="record new: HTTP 404: gone"):
         scored(name, [*RECORDS, Record(query="q", responses=["a 1", "b 2"], id="new")])
+
+
+def test_a_record_that_the_server_will_not_take_has_no_score(
+    server: bad.Misbehaving, file: Callable[..., str], caplog: pytest.LogCaptureFixture
+) -> None:
+    def filters(handler: bad.Handler, body: dict[str, Any]) -> None:
+        if "question 2" in prompt_of(body):
+            handler.send_json({"error": {"message": "the prompt is 9,000 tokens long"}}, 400)
+        else:
+            judges(handler, body)
+
+    server.default = filters
+    caplog.set_level("INFO")
+    name = file()
+    assert scored(name) == [*SUMS[:2], [None] * 3, SUMS[3]]
+    assert "record r2: HTTP 400: the prompt is 9,000 tokens long: shorten or take out the record" in caplog.text
+    assert "3 of 4 calls scored (3 replies asked for, 1 refused: 1 refused by the server: HTTP 400)" in caplog.text
+    assert sum("question 2" in prompt_of(post) for post in work(server)) == 1
+    server.posts.clear()
+    server.default = judges  # one that takes longer prompts
+    assert scored(name) == SUMS
+    assert len(work(server)) == 1
+
+
+@pytest.mark.parametrize(
+    ("reply", "words"),
+    [
+        (
+            bad.text("Response 1: Rel", finish="length"),
+            "cut by the limit of its tokens: raise max_tokens, which is 512",
+        ),
+        (bad.text("No."), "no response is named: look at the replies: the model does not do what the prompt asks"),
+        (bad.status(400, "too long"), "refused by the server: HTTP 400: shorten the records"),
+    ],
+)
+def test_a_judge_without_hope_is_not_asked_on(
+    server: bad.Misbehaving, file: Callable[..., str], reply: bad.Behaviour, words: str
+) -> None:
+    many = [replace(RECORDS[0], id=f"m{i}", query=f"number {i}") for i in range(200)]
+    server.default = lambda handler, body: (judges if body["max_tokens"] == 1 else reply)(handler, body)
+    with pytest.raises(UserError, match=f"none of the first 64 calls could be scored: {words}"):
+        scored(file(), many)
+    assert len(work(server)) == 64
 
 
 def test_what_a_server_takes_is_not_learned_from_its_failures(
@@ -238,9 +283,42 @@ def test_the_estimate_asks_nothing(server: bad.Misbehaving, file: Callable[..., 
     prompts = before["prompt_tokens"]
     assert prompts is not None and 4 * 250 < prompts < 4 * 700
     assert before["cost"] == pytest.approx((prompts * 1.0 + 200 * 2.0) / 1e6)
+    assert before["most"] == pytest.approx(4 * (prompts * 1.0 + 200 * 2.0) / 1e6)
     scored(name, RECORDS[:3])
     after = estimate_judge(name, RECORDS, RewardContext())
     assert (after["cached"], after["reply_tokens"]) == (3, 50)
+    assert after["cost"] is not None and after["most"] == pytest.approx(4 * after["cost"])
+
+
+def test_the_estimate_knows_of_replies_that_are_asked_for_again(
+    server: bad.Misbehaving, file: Callable[..., str]
+) -> None:
+    name = file(price=[1.0, 2.0], tries=3)
+    server.plan = [judges, judges, bad.text("No.")]
+    with pytest.raises(BudgetReached):  # two checks, one reply that cannot be read
+        scored(name, RECORDS[:1], remote=EndpointLimits(max_requests=3))
+    found = estimate_judge(name, RECORDS[:1], RewardContext())
+    assert found["cached"] == 0 and found["cost"] and found["most"] == pytest.approx(2 * found["cost"])
+    server.default = bad.text("No.")
+    assert scored(name, RECORDS[:1]) == [[None] * 3]
+    spent = estimate_judge(name, RECORDS[:1], RewardContext())  # nothing more would be asked
+    assert (spent["cached"], spent["cost"], spent["most"]) == (1, 0.0, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "schema"),
+    [
+        ({"range": (0, 1)}, {"type": "number", "minimum": 0, "maximum": 1}),
+        ({"range": (0, 1), "integers": True}, {"type": "integer", "enum": [0, 1]}),
+        ({"range": (1, 5)}, {"type": "integer", "enum": [1, 2, 3, 4, 5]}),
+        ({"range": (0, 100)}, {"type": "number", "minimum": 0, "maximum": 100}),
+        ({"range": (0, 100), "integers": True}, {"type": "integer", "minimum": 0, "maximum": 100}),
+    ],
+)
+def test_a_schema_does_not_take_fractions_from_a_narrow_range(settings: dict[str, Any], schema: dict[str, Any]) -> None:
+    template = JudgeTemplate(url="http://x/v1", prompt="{query} {responses}", aspects=("Q",), **settings)
+    whole = answer_schema(template, 1)["json_schema"]["schema"]
+    assert whole["properties"]["Response 1"]["properties"]["Q"] == schema
 
 
 def test_two_records_that_are_equal_but_for_their_ids(file: Callable[..., str], server: bad.Misbehaving) -> None:

@@ -104,6 +104,21 @@ def test_of_several_labels_one_must_be_named(tmp_path: Path) -> None:
     close(make_scorer(f"model:{tmp_path}#0", CPU)(items(TEXTS)), [float(z[0] - z[1]) for z in logits])
 
 
+def test_of_several_values_each_stands_for_itself(tmp_path: Path) -> None:
+    model = write_encoder(tmp_path, {0: "helpful", 1: "verbose"})
+    file = tmp_path / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "problem_type": "regression"}))
+    logits = [lone_logits(model, r.query + text) for r in TEXTS for text in r.responses]
+    close(make_scorer(f"{tmp_path}#helpful", CPU)(items(TEXTS)), [float(z[0]) for z in logits])
+
+
+def test_a_classifier_without_a_template_reads_messages_as_turns(tmp_path: Path) -> None:
+    model = write_encoder(tmp_path, {0: "NEGATIVE", 1: "POSITIVE"})
+    found = make_scorer(f"{tmp_path}#POSITIVE", CPU)(items(CHAT))
+    logits = [lone_logits(model, f"user: {r.query}\n\nassistant: {text}") for r in TEXTS for text in r.responses]
+    close(found, [float(z[1] - z[0]) for z in logits])
+
+
 def test_a_label_of_a_model_that_has_none_is_refused(tmp_path: Path) -> None:
     write_encoder(tmp_path)
     with pytest.raises(UserError, match="has one score and no labels: leave #GOOD out"):

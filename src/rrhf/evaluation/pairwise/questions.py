@@ -43,7 +43,8 @@ def read_questions(path: Path) -> list[Question]:
 def answers_to(questions: list[Question], path: Path) -> dict[str, str]:
     """Question id → the first response of the record with the same query; of several, of that with the same id.
 
-    A lone user message is the same query as its text. An id alone is none: files that count their lines share ids.
+    A lone user message is the same query as its text. An id alone is none: files that count their lines share ids. An
+    empty response is an answer, and the log says how many there are.
 
     Raises:
         UserError: the file cannot be read, or questions have no answer in it; the first are named.
@@ -76,7 +77,9 @@ def answers_of_both(questions: list[Question], a: Path, b: Path) -> tuple[dict[s
 def _first_responses(questions: list[Question], path: Path) -> dict[str, _First]:
     by_id: dict[tuple[str, str], _First] = {}
     by_query: dict[str, _First] = {}
-    for record in read_records(path, require="responses"):
+    for record in read_records(path, require="query"):
+        if not record.responses:
+            continue
         asked = _asked(record.query)
         by_id[record.id, asked] = by_query[asked] = _first_of(record)
     found = {q.id: by_id.get((q.id, q.query), by_query.get(q.query)) for q in questions}
@@ -85,9 +88,15 @@ def _first_responses(questions: list[Question], path: Path) -> dict[str, _First]
         other = ", under whose id another query stands there" if missing[0] in {name for name, _ in by_id} else ""
         raise UserError(
             f"{path}: {len(missing)} of {len(questions)} questions have no answer there, such as {missing[0]!r}"
-            f"{other}: answer all, with the question's whole query"
+            f'{other}: answer all, with the question\'s whole query; where a system said nothing, "responses": [""]'
         )
-    return {name: first for name, first in found.items() if first is not None}
+    known = {name: first for name, first in found.items() if first is not None}
+    silent = [name for name, first in known.items() if not first.text.strip()]
+    if silent:
+        log.warning(
+            f"{path}: {len(silent)} answers are empty, such as that to {silent[0]!r}: they are judged as they are"
+        )
+    return known
 
 
 def _asked(query: Query) -> str:
@@ -102,7 +111,7 @@ def _texts(found: dict[str, _First]) -> dict[str, str]:
 
 
 def _first_of(record: Record) -> _First:
-    source, _, _ = record.sources[0].partition("|")  # equal responses were merged
+    source, _, _ = (record.sources or [""])[0].partition("|")  # equal responses were merged
     return _First(record.responses[0], source, len(record.responses))
 
 

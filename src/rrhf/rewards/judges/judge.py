@@ -13,7 +13,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from rrhf.common.endpoint import PROMPT_OVERHEAD, Choice, EndpointClient, Question, RequestRefused
+from rrhf.common.endpoint import (
+    OF_THE_REQUEST,
+    PROMPT_OVERHEAD,
+    Choice,
+    EndpointClient,
+    Question,
+    RequestRefused,
+)
 from rrhf.common.endpoint_settings import EndpointLimits, share_of_process
 from rrhf.common.errors import UserError
 from rrhf.common.journal import Journal
@@ -24,7 +31,11 @@ from rrhf.sampling.sources.server import request_seed
 log = logging.getLogger("rrhf")
 
 ENUMERATED = 20  # a range of whole numbers up to this wide is a list of values in the schema
+FRACTIONS = 2  # a range narrower than this has too few whole numbers to be meant by them alone
 BYTES_PER_TOKEN = 4  # of English prose; an estimate
+HOPELESS = 20  # calls without one that could be scored, after which a judge is not asked further
+REFUSED = "refused"  # the finish of a request that the server would not take
+CUT = "cut by the limit of its tokens"
 
 
 class Call(NamedTuple):
@@ -57,7 +68,7 @@ def answer_schema(template: JudgeTemplate, number: int) -> dict[str, Any]:
     low, high = template.range
     whole = low == int(low) and high == int(high)
     value: dict[str, Any] = {"type": "number", "minimum": low, "maximum": high}
-    if whole and high - low <= ENUMERATED:
+    if whole and (template.integers or high - low >= FRACTIONS) and high - low <= ENUMERATED:
         value = {"type": "integer", "enum": list(range(int(low), int(high) + 1))}
     elif whole and template.integers:
         value = {"type": "integer", "minimum": int(low), "maximum": int(high)}
@@ -105,10 +116,12 @@ class Judge:
     def scores(self, calls: Sequence[Call]) -> list[Scores | None]:
         """One ``Scores`` a call, in the order of its responses; None where no reply could be read in all tries.
 
-        Every reply is in the journal before it is read. A call whose reply stands there costs nothing.
+        Every reply is in the journal before it is read. A call whose reply stands there costs nothing. One that the
+        server will not take (HTTP 400: too long, or filtered) has no scores, and is asked once a process.
 
         Raises:
-            UserError: the server is down, or a request failed for good; what was answered is kept.
+            UserError: the server is down, or a request failed for good, or of the first ``HOPELESS`` calls none could
+                be scored; what was answered is kept.
             BudgetReached: the next request could exceed the budget.
         """
         found: list[Scores | None] = [None] * len(calls)
@@ -121,16 +134,33 @@ class Judge:
             still = []
             for index, choice in zip(left, replies, strict=True):
                 read = self._read(choice, calls[index])
-                if read is None:
+                if read is None and choice.finish != REFUSED:
                     still.append(index)
                 found[index] = read
             left = still
-        self.counts["calls without a score"] += len(left)
+            self._refuse_hopeless()
+        self.counts["calls without a score"] += found.count(None)
         return found
+
+    def _refuse_hopeless(self) -> None:
+        """Stop where nothing that was asked for so far could be read: all that follows would be paid for in vain."""
+        if self.counts["replies read"] or self.counts["calls"] < HOPELESS:
+            return
+        (reason, _), *_ = self.refusals.most_common(1)
+        cure = "look at the replies: the model does not do what the prompt asks"
+        if reason == CUT:
+            cure = f"raise max_tokens, which is {self.template.max_tokens}, or shorten what the judge is to say"
+        elif reason.startswith(REFUSED):
+            cure = "shorten the records, or ask a judge that takes them"
+        journal = f"; they are kept in {self._journal.path}" if self._journal is not None else ""
+        raise UserError(
+            f"{self.template.url}: none of the first {self.counts['calls']} calls could be scored: {reason}: "
+            f"{cure}{journal}"
+        )
 
     def _read(self, choice: Choice, call: Call) -> Scores | None:
         """The scores in a reply, in the order of the call's responses."""
-        read: Scores | Refusal = Refusal("cut by the limit of its tokens")
+        read: Scores | Refusal = Refusal(f"{REFUSED} by the server: {choice.text}" if choice.finish == REFUSED else CUT)
         if choice.finish == "stop":
             read = parse_reply(choice.text, self.template.scale, len(call.responses))
         if isinstance(read, Refusal):
@@ -153,8 +183,13 @@ class Judge:
                 keys = [self._key(call, attempt) for call in calls]  # now it is known whether it takes a schema
             wanted = {key: call for key, call in zip(keys, calls) if key not in self._replies}
             names = list(wanted)
+
+            def refused(index: int, error: RequestRefused) -> None:
+                log.warning(f"{error}; it has no score")
+                self._replies[names[index]] = Choice(f"HTTP {error.status}", REFUSED)  # not in the journal
+
             questions = [Question(call.id, partial(self._body, call, attempt)) for call in wanted.values()]
-            for index, choices in self.client.ask(questions):
+            for index, choices in self.client.ask(questions, refused):
                 self._keep(names[index], choices[0])
                 self.counts["replies asked for"] += 1
         return [self._replies[key] for key in keys]
@@ -170,7 +205,7 @@ class Judge:
             try:
                 self._probe(schema=True)
             except RequestRefused as error:
-                if error.status not in (400, 422):  # a failure that may pass says nothing of schemas
+                if error.status not in OF_THE_REQUEST:  # a failure that may pass says nothing of schemas
                     hint = "asked with a JSON schema; `json: never` in the judge's file asks without"
                     raise UserError(f"{error} ({hint})") from error
                 self._probe(schema=False)  # the server is still there: it is the schema that it refuses
@@ -232,25 +267,45 @@ class Judge:
     # -- what it would cost
 
     def estimate(self, calls: Iterable[Call]) -> dict[str, float | None]:
-        """What ``scores(calls)`` would ask for, without asking: each call once, and those in the journal not again.
+        """What ``scores(calls)`` would ask for, without asking.
 
         Returns:
-            calls, cached, prompt_tokens (estimated), reply_tokens (at most), cost (at most, in dollars; None without a
-            price). Refused replies are asked for again, up to ``tries`` times.
+            calls; cached (what the journal has needs no request); prompt_tokens (estimated) and reply_tokens (at most)
+            where each of the others is read at once; their cost in dollars; and most, the cost where each is refused
+            as long as it is asked again. Both costs are None without a price.
         """
-        number = cached = prompt = 0
+        number = cached = prompt = replies = 0
+        cost = most = 0.0
+        price = self.template.price or (0.0, 0.0)
         for call in calls:
             number += 1
-            if self._key(call, 0) in self._replies:
+            left = self._tries_left(call)
+            if not left:
                 cached += 1
                 continue
             body = self._body(call, 0)
             text = body.get("prompt") or "".join(message["content"] for message in body["messages"])
-            prompt += len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN + PROMPT_OVERHEAD
-        replies = (number - cached) * self.template.max_tokens
-        price = self.template.price
-        cost = None if price is None else (prompt * price[0] + replies * price[1]) / 1e6
-        return {"calls": number, "cached": cached, "prompt_tokens": prompt, "reply_tokens": replies, "cost": cost}
+            asked = len(text.encode("utf-8", "replace")) // BYTES_PER_TOKEN + PROMPT_OVERHEAD
+            once = (asked * price[0] + self.template.max_tokens * price[1]) / 1e6
+            prompt, replies = prompt + asked, replies + self.template.max_tokens
+            cost, most = cost + once, most + left * once
+        return {
+            "calls": number, "cached": cached, "prompt_tokens": prompt, "reply_tokens": replies,
+            "cost": None if self.template.price is None else cost,
+            "most": None if self.template.price is None else most,
+        }  # fmt: skip
+
+    def _tries_left(self, call: Call) -> int:
+        """How often a call may still be asked: 0 where the journal has a reply that can be read, or all tries."""
+        for attempt in range(self.template.tries):
+            choice = self._replies.get(self._key(call, attempt))
+            if choice is None:
+                return self.template.tries - attempt
+            if choice.finish == "stop":
+                read = parse_reply(choice.text, self.template.scale, len(call.responses))
+                if not isinstance(read, Refusal):
+                    return 0
+        return 0
 
     def summary(self, asked_for: bool = True) -> str:
         """What happened, in a sentence; without ``asked_for`` it is the same for a call that went on from a journal."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from rrhf.rewards.judges.replies.json_reply import find_json, read_json
 from rrhf.rewards.judges.replies.lists import read_lists, refuse_scores
 from rrhf.rewards.judges.replies.plain import plain, without_thoughts
-from rrhf.rewards.judges.replies.scale import Refused, Scale, Sheet
+from rrhf.rewards.judges.replies.scale import Refused, Scale, Sheet, refuse_other_scale
 from rrhf.rewards.judges.replies.table import find_table, read_table
 
 __all__ = ["Refusal", "Scale", "Scores", "parse_reply"]
@@ -55,14 +55,22 @@ def _read(text: str, scale: Scale, number: int) -> Sheet:
     held = find_json(text)
     if held is not None:
         values, before, after = held
-        refuse_scores(plain(before, scale.low, scale.high), plain(after, scale.low, scale.high), scale)
+        before, after = (plain(part, scale.low, scale.high) for part in (before, after))
+        _refuse_beside(before, after, scale, number)
         return read_json(values, scale, number)
     table = find_table(words, scale)
     if table is not None:
         rows, before, after = table
-        refuse_scores(before, after, scale)
+        _refuse_beside(before, after, scale, number)
         return read_table(rows, scale)
     return read_lists(words, scale, number)
+
+
+def _refuse_beside(before: str, after: str, scale: Scale, number: int) -> None:
+    """Refuse what the words around a table or JSON may make of its scores."""
+    refuse_scores(before, after, scale)
+    for text in (before, after):
+        refuse_other_scale(text, scale, number)
 
 
 def _refuse_incomplete(sheet: Sheet, scale: Scale, number: int) -> None:

@@ -86,10 +86,17 @@ def describe_estimate(rewards: Sequence[str], data: Path, context: RewardContext
         kind, _, name = reward.partition(":")
         if kind == "judge":
             found = estimate_judge(name, read_records(data, require="responses"), context)
-            cost = "the file gives no price" if found["cost"] is None else f"at most ${found['cost']:.2f}"
+            template = read_template(fetched(name))
+            cost = "the file gives no price"
+            if found["cost"] is not None:
+                cost = f"${found['cost']:.2f} where each is read at once, ${found['most']:.2f} where all are refused"
+                cost += f" as often as they are asked ({template.tries})"
+            kept = f"{found['cached']} of them in the journal"
+            if template.model is None:
+                kept = "the journal is not looked at, since the file names no model"
             lines.append(
-                f"{reward}: {found['calls']} calls, {found['cached']} of them in the journal; about "
-                f"{found['prompt_tokens']:,} tokens of prompts, at most {found['reply_tokens']:,} of replies: {cost}"
+                f"{reward}: {found['calls']} calls, {kept}; about {found['prompt_tokens']:,} tokens of prompts, at "
+                f"most {found['reply_tokens']:,} of replies: {cost}"
             )
     return "\n".join(lines or ["no judge is asked, and nothing is paid for"])
 

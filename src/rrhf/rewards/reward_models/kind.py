@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 log = logging.getLogger("rrhf")
 
 GPU_TOKENS = 32768  # of a forward pass where nobody says how many
-SEVERAL_LABELS = "multi_label_classification"
+INDEPENDENT = ("multi_label_classification", "regression")  # problem types whose labels say nothing of each other
 
 
 def names_reward_model(reward: str) -> bool:
@@ -83,7 +83,7 @@ class ModelScorer:
                 f"reward model {self.place.name}: its context is {self.model.reader.context} tokens; longer rows are "
                 "cut from the left"
             )
-        scores = log_odds(logits, self.positive, getattr(self.place.config, "problem_type", None) == SEVERAL_LABELS)
+        scores = log_odds(logits, self.positive, getattr(self.place.config, "problem_type", None) in INDEPENDENT)
         return [self._finite(score, item) for score, item in zip(scores.tolist(), items, strict=True)]
 
     def _finite(self, score: float, item: Item) -> float:
@@ -143,7 +143,7 @@ def log_odds(logits: Tensor, positive: int, independent: bool = False) -> Tensor
     Args:
         logits: Tensor of shape (R, L).
         positive: which label.
-        independent: each label has a probability of its own (a sigmoid), so its logit is its log-odds.
+        independent: each label stands for itself: its logit is its log-odds (a sigmoid), or its value (regression).
 
     Returns:
         Tensor of shape (R,), fp64.

@@ -16,6 +16,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+BEGUN = "\n\nassistant: "  # as ``query_text`` joins messages
+
+
 @dataclass(frozen=True)
 class Row:
     """A query with one response as an encoder reads it: token ids, and token types where its tokenizer gives them."""
@@ -29,7 +32,7 @@ class PairReader:
 
     The query and the response are a pair of texts; with ``joined``, as classifiers of texts were trained, one text,
     the response right behind the query. Messages become text through the tokenizer's chat template where it has one,
-    and else as ``role: content``.
+    and else as ``role: content``, with the assistant's turn begun where the response stands right behind.
 
     Rows longer than ``context`` are cut from the left: of a pair first the query, then, where the response alone is
     too long, the response. ``cut`` counts them.
@@ -45,6 +48,8 @@ class PairReader:
         """One row for each of the record's responses at ``indices``."""
         messages = isinstance(record.query, list) and self.tokenizer.chat_template
         query = self.format.render(record.query) if messages else query_text(record.query)
+        if self.joined and isinstance(record.query, list) and not messages:
+            query += BEGUN
         return [self._row(query, record.responses[index]) for index in indices]
 
     def _row(self, query: str, response: str) -> Row:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from typing import Any
 
 from rrhf.rewards.judges.replies.scale import TOTALS, Refused, Scale, Sheet, add, cell, fold, response_number
@@ -61,11 +62,26 @@ def _no_constant(name: str) -> Any:
 
 def read_json(values: list[Any], scale: Scale, number: int) -> Sheet:
     """The scores that JSON ``values`` hold for ``number`` responses. Raises ``Refused``."""
+    _refuse_other_scale(values, scale)
     if len(values) > 1:
         if not all(isinstance(value, dict) for value in values):
             raise Refused("several pieces of JSON")
         return _entries(values, scale, number)
     return _value(values[0], scale, number)
+
+
+def _refuse_other_scale(value: Any, scale: Scale) -> None:
+    """Refuse an entry that calls itself the scale, or its range, and is not ours."""
+    if isinstance(value, list):
+        for entry in value:
+            _refuse_other_scale(entry, scale)
+    elif isinstance(value, dict):
+        for name, entry in value.items():
+            if isinstance(entry, str) and {"scale", "range"} & set(fold(name).split()):
+                numbers = {float(found) for found in re.findall(r"[0-9]{1,9}(?:\.[0-9]+)?", entry)}
+                if not numbers <= {scale.low, scale.high}:
+                    raise Refused("another scale is stated")
+            _refuse_other_scale(entry, scale)
 
 
 def _value(value: Any, scale: Scale, number: int) -> Sheet:
@@ -190,7 +206,10 @@ def _number(value: Any, where: str) -> tuple[float, float | None]:
         return read
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise Refused(f"{where}: no score")
-    return float(value), None
+    try:
+        return float(value), None
+    except OverflowError:
+        raise Refused(f"{where}: out of range") from None
 
 
 def _only_words(name: str, value: Any) -> None:

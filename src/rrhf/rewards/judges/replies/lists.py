@@ -12,7 +12,17 @@ from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import NamedTuple
 
-from rrhf.rewards.judges.replies.scale import CELL, LABELS, TOTALS, Refused, Scale, Sheet, add, numbered_from_one
+from rrhf.rewards.judges.replies.scale import (
+    CELL,
+    LABELS,
+    TOTALS,
+    Refused,
+    Scale,
+    Sheet,
+    add,
+    numbered_from_one,
+    refuse_other_scale,
+)
 
 LINK = r"(?:\s|[:=|\"'\[(.–—>-])*"  # what may stand between a name and its score
 WORDS = r"(?:\s*\([^()\n0-9]{0,120}\))?(?:\s*(?:scores?|ratings?|marks?)\b)?"
@@ -143,6 +153,7 @@ class _Block:
 def read_lists(text: str, scale: Scale, number: int) -> Sheet:
     """The scores in a plain text of lines or sentences. Raises ``Refused``."""
     found = marks(text, scale)
+    refuse_other_scale(text[: _begin(found)], scale, number)
     by_aspect = _read_by_aspect(text, found, scale)
     if by_aspect is not None:
         return by_aspect
@@ -157,6 +168,11 @@ def read_lists(text: str, scale: Scale, number: int) -> Sheet:
             raise Refused(f"response {block.number} is scored twice")
         sheet[block.number] = _scores(text, block, scale)
     return sheet
+
+
+def _begin(found: list[Mark]) -> int:
+    """Where the first response, list or score is named: what stands before are words about all of them."""
+    return next((mark.start for mark in found if mark.kind in ("response", "list", "item", "total")), 0)
 
 
 def _are_responses(found: list[Mark]) -> bool:

@@ -104,6 +104,48 @@ def cell(text: str) -> tuple[float, float | None] | None:
     return None if found is None else (float(found["value"]), float(found["of"]) if found["of"] else None)
 
 
+_NUMBER = r"([0-9]+(?:\.[0-9]+)?)"
+OTHER_SCALES = tuple(
+    re.compile(pattern, re.I)
+    for pattern in (
+        rf"\bscales?\b[^\n.;]{{0,20}}?(?<![\w.]){_NUMBER}\s*(?:-|–|—|to)\s*{_NUMBER}(?![\w%])",
+        rf"[(\[]\s*(?:from\s+)?{_NUMBER}\s*(?:-|–|—|to)\s*{_NUMBER}\s*[)\]]",
+        rf"\bout\s+of\s+{_NUMBER}(?![\w%])",
+        rf"(?<![0-9\s])\s*/\s*{_NUMBER}(?=\s*[)\]:])",
+        rf"(?<![\w.]){_NUMBER}[\s-]points?\b",
+    )
+)
+TURNED = re.compile(
+    r"\b(?:lower|smaller|less)\s+(?:scores?\s+|numbers?\s+|values?\s+)?(?:is|are|means?)\s+better\b", re.I
+)
+ENDS = re.compile(
+    rf"(?<![\w.]){_NUMBER}\s*(?:=|:|is|being|means|meaning)\s*(?:the\s+)?"
+    r"(?:(best|highest|excellent|perfect)|(worst|lowest|poorest))\b",
+    re.I,
+)
+
+
+def refuse_other_scale(text: str, scale: Scale, number: int) -> None:
+    """Refuse words around the scores that state another scale: "out of 10", "on a scale of 1 to 10", "1 = best".
+
+    Args:
+        text: words without scores, from which ``plain`` has taken the scale itself.
+        scale: the one that was asked for.
+        number: of responses; "(1-3)" may count them.
+    """
+    ends = [scale.low, scale.high]
+    for pattern in OTHER_SCALES:
+        for found in pattern.finditer(text):
+            numbers = [float(value) for value in found.groups()]
+            if numbers not in (ends, [scale.high], [1.0, float(number)]):
+                raise Refused("another scale is stated")
+    if TURNED.search(text):
+        raise Refused("another scale is stated")
+    for value, best, _ in ENDS.findall(text):
+        if float(value) != (scale.high if best else scale.low):
+            raise Refused("another scale is stated")
+
+
 def response_number(text: str) -> int | None:
     """The number of the response that ``text`` names: ``Response 1``, ``answer_2``, ``3``; None for another text."""
     found = re.fullmatch(rf"(?:(?:{'|'.join(LABELS)}|r)\s*)?(?:no\.?\s*|number\s*)?#?([0-9]{{1,3}})", fold(text))
