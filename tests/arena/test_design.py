@@ -100,9 +100,29 @@ def test_attention_checks_come_on_top() -> None:
         assert task.spoilt_text != whole and sorted(task.spoilt_text.split()) == sorted(whole.split())
 
 
-@pytest.mark.parametrize("text", ["yes", "no no no", "a b", "?", WORDS])
-def test_what_is_spoilt_differs(text: str) -> None:
-    assert spoil(text, random.Random(0)) != text or len(text) == 1
+CHINESE = "今天天气很好，我们去公园玩。\n\n明天可能会下雨，记得带伞。"
+
+
+@pytest.mark.parametrize("text", ["Hello there", "Certainly not.", WORDS, CHINESE, CHINESE * 20, "a1b2c3" * 400])
+def test_what_is_spoilt_has_lost_its_order(text: str) -> None:
+    for seed in range(20):
+        spoilt = spoil(text, random.Random(seed))
+        assert spoilt is not None and sorted("".join(spoilt.split())) == sorted("".join(text.split()))
+        for line in text.splitlines():
+            assert not line or line not in spoilt
+
+
+@pytest.mark.parametrize("text", ["yes", "no no no", "a b", "?", "4", ""])
+def test_what_is_too_short_is_not_spoilt(text: str) -> None:
+    assert spoil(text, random.Random(0)) is None
+
+
+def test_checks_that_nobody_could_pass_are_not_made(caplog: pytest.LogCaptureFixture) -> None:
+    queries = {f"q{i}": f"{i} + 4?" for i in range(9)}
+    texts = {name: {f"q{i}": str(i) if i else "The sum is four." for i in range(9)} for name in "ab"}
+    tasks = design_tasks(Systems(queries, texts), [("a", "b")], StudySettings(common=2, checks=4), random.Random(0))
+    assert [task.query for task in tasks if task.spoilt is not None] == ["q0"]
+    assert "1 attention checks in place of 4" in caplog.text
 
 
 def test_rankings_take_every_system_that_answered() -> None:
@@ -126,6 +146,18 @@ def test_settings_tell_all_their_faults_at_once() -> None:
 
 
 # --- systems ---------------------------------------------------------------------------------------------------------
+
+
+def test_a_query_that_stands_twice_is_two_of_the_study(tmp_path: Path) -> None:
+    twice = {"p0": "Same?", "p1": "Other?", "p5": "Same?"}
+    write_system(tmp_path / "a.jsonl", {name: f"a to {name}" for name in twice}, twice)
+    renamed = {"x0": "Same?", "x5": "Same?", "x1": "Other?"}
+    write_system(tmp_path / "b.jsonl", {name: f"b to {name}" for name in renamed}, renamed)
+    found = read_systems([str(tmp_path / "a.jsonl"), str(tmp_path / "b.jsonl")])
+    assert found.responses["b"] == {"p0": "b to x0", "p5": "b to x5", "p1": "b to x1"}
+    assert list(found.queries) == ["p0", "p1", "p5"]
+    with pytest.raises(UserError, match="system 'a' has a response to it already: name the systems apart"):
+        read_systems([str(tmp_path / "a.jsonl"), f"a={tmp_path / 'b.jsonl'}"])
 
 
 def test_files_belong_together_by_id_or_by_query(tmp_path: Path) -> None:

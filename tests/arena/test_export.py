@@ -11,7 +11,7 @@ from rrhf.arena.machines import machine_labels, study_records
 from rrhf.arena.votes import Ranking, Vote
 from rrhf.common.errors import UserError
 from rrhf.records.export import exported
-from rrhf.records.record import Record
+from rrhf.records.record import Record, query_text
 from support import tiny
 
 STUDIED = study_records(
@@ -100,6 +100,33 @@ def test_a_judge_says_its_outcome_of_both_orders(tmp_path: Path) -> None:
     ]  # fmt: skip
     tiny.write_rows(tmp_path / "judged.jsonl", rows)
     assert machine_labels(STUDIED, [tmp_path / "judged.jsonl"]) == {"judge:j": {("1", "a", "b"): "win"}}
+
+
+def test_another_dialogue_that_ends_alike_is_not_the_studied_one(tmp_path: Path) -> None:
+    def dialogue(name: str) -> list[dict[str, str]]:
+        turns = (("user", f"Tell me of {name}."), ("assistant", "There."), ("user", "Thanks!"))
+        return [{"role": role, "content": text} for role, text in turns]
+
+    studied = [Record(dialogue("d1"), ["so", "no"], sources=["a", "b"], id="d1")]
+    scored = [
+        {"id": name, "query": dialogue(name), "responses": ["so", "no"], "scores": scores}
+        for name, scores in (("d1", [2, 1]), ("d2", [-3, 1]))
+    ]
+    tiny.write_rows(tmp_path / "scored.jsonl", scored)
+    assert machine_labels(studied, [tmp_path / "scored.jsonl"]) == {"scores": {("d1", "a", "b"): "win"}}
+    judged = [
+        {"id": row["id"], "query": query_text(row["query"]), "responses": ["so", "no"],
+         "comparisons": {"j": {"outcome": outcome}}}
+        for row, outcome in zip(scored, ("win", "lose"), strict=True)
+    ]  # fmt: skip
+    tiny.write_rows(tmp_path / "judged.jsonl", judged)
+    assert machine_labels(studied, [tmp_path / "judged.jsonl"]) == {"judge:j": {("d1", "a", "b"): "win"}}
+    tiny.write_rows(tmp_path / "other.jsonl", [{**scored[1], "id": "d1"}])  # an id alone is none
+    with pytest.raises(UserError, match="none of its responses was shown"):
+        machine_labels(studied, [tmp_path / "other.jsonl"])
+    tiny.write_rows(tmp_path / "again.jsonl", [{**judged[0], "comparisons": {"j": {"outcome": "lose"}}}])
+    with pytest.raises(UserError, match="judge:j says lose here and win before"):
+        machine_labels(studied, [tmp_path / "judged.jsonl", tmp_path / "again.jsonl"])
 
 
 def test_the_records_of_a_study() -> None:

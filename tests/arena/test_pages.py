@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sqlalchemy as sa
 from starlette.testclient import TestClient
 
 from rrhf.arena.access import OWNER
@@ -124,8 +126,51 @@ def test_a_form_counts_only_from_the_visitors_own_page(made: tuple[Study, dict[s
         assert anna.post("/rate/1", data=data, headers=headers).status_code == status, (data, headers)
     assert anna.post("/rate/3", data=good).headers["location"] == "/rate"  # what is not yet due
     assert votes(study) == []
+    assert anna.post("/rate/1", data=good, headers={"origin": "http://[bad"}).status_code == 403
     assert anna.post("/rate/1", data=good, headers={"origin": URL}).status_code == 303
     assert [vote.choice for vote in votes(study)] == ["left"]
+
+
+def test_a_proxy_that_asks_for_itself_may_bring_the_votes(tmp_path: Path) -> None:
+    """As nginx does unless it is told to pass the host on."""
+    place, address = str(tmp_path / "study.db"), "https://rate.example.org"
+    queries: Any = {"q": "Query?"}
+    given = Systems(queries, {"a": {"q": "word a " * 9}, "b": {"q": "word b " * 9}})
+    tokens = create_study(place, given, [("a", "b")], ["anna"], StudySettings(checks=0), address)
+    with open_study(place) as study:
+        anna = TestClient(application(study, LimitSettings()), base_url="https://127.0.0.1", follow_redirects=False)
+        page = enter(anna, tokens, "anna")
+        assert anna.post("/rate/1", data=form(page), headers={"origin": "https://else.org"}).status_code == 403
+        assert anna.post("/rate/1", data=form(page), headers={"origin": address}).status_code == 303
+        assert len(votes(study)) == 1
+
+
+def test_an_address_of_ipv6_is_a_host(made: tuple[Study, dict[str, str]]) -> None:
+    study, tokens = made
+    away = replace(study, url="http://[2001:db8::1]:8000")
+    visitor = TestClient(application(away, LimitSettings()), base_url=away.url, follow_redirects=False)
+    assert visitor.get(f"/r/{tokens['anna']}").status_code == 303
+
+
+def test_a_fault_is_told_with_the_strict_headers_and_a_study_without_room_says_so(
+    made: tuple[Study, dict[str, str]], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    study, tokens = made
+    pages = application(study, LimitSettings())
+    visitor = TestClient(pages, base_url=URL, follow_redirects=False, raise_server_exceptions=False)
+    page = enter(visitor, tokens, "anna")
+
+    def full(*_: Any) -> None:
+        raise sa.exc.OperationalError("INSERT", {}, Exception("database or disk is full"))
+
+    monkeypatch.setattr("rrhf.arena.rating.save_answer", full)
+    answer = visitor.post("/rate/1", data=form(page))
+    assert answer.status_code == 503 and "was not stored" in answer.text
+    assert "database or disk is full: see that its disk has room" in caplog.text
+    monkeypatch.setattr("rrhf.arena.rating.save_answer", lambda *_: 1 / 0)
+    answer = visitor.post("/rate/1", data=form(page))
+    assert answer.status_code == 500 and "A fault of ours" in answer.text
+    assert answer.headers["x-frame-options"] == "DENY" and answer.headers["cache-control"] == "no-store"
 
 
 def test_a_second_click_and_a_second_tab(made: tuple[Study, dict[str, str]]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations
+
 import pytest
 
 from rrhf.arena.outcomes import by_unit, outcomes
@@ -36,6 +38,19 @@ def test_agreement_with_the_others_against_all_ways_to_deal_the_labels() -> None
     other = agreement_with_others("s", units)
     assert other is not None and (other["with_others"], other["p"]) == (0.5, 1.0)
     assert agreement_with_others("r", {("1", "a", "b"): {"r": "win", "s": "lose"}}) is None  # of two nothing is told
+
+
+def test_the_pairs_of_one_ranking_are_dealt_together() -> None:
+    """Of k (k − 1) / 2 pairs that hang together chance is that of one: else who reads is flagged too often."""
+    orders = {"r": "dcba", "s": "abcd", "t": "abcd"}
+    units = {
+        (f"q{i}", a, b): {name: "win" if order.index(a) < order.index(b) else "lose" for name, order in orders.items()}
+        for i in range(2)
+        for a, b in combinations("abcd", 2)
+    }
+    found = agreement_with_others("r", units, shuffles=40_000)
+    assert found is not None and (found["n"], found["with_others"]) == (12, 0.0)
+    assert found["p"] == pytest.approx(1 / 3**2, abs=0.006)
 
 
 def test_left_and_right() -> None:

@@ -77,6 +77,19 @@ def test_markdown_is_shown() -> None:
         assert part in page, part
 
 
+@pytest.mark.parametrize("depth", [1, 9, 10, 19, 20, 21, 39, 40, 60])
+@pytest.mark.parametrize("kind", ["list", "quote", "both"])
+def test_however_deep_every_word_is_shown(kind: str, depth: int) -> None:
+    if kind == "list":
+        text = "\n".join("  " * level + f"- word{level}" for level in range(depth))
+    elif kind == "quote":
+        text = "> " * depth + f"word{depth - 1}"
+    else:
+        text = "\n".join("> " * level + f"- word{level}\n" for level in range(depth))
+    page = text_html(text + "\n\nthe <end>")
+    assert f"word{depth - 1}" in page and "the &lt;end&gt;" in page
+
+
 def test_links_and_images_are_told_and_not_followed() -> None:
     assert 'x <span class="link">here (https://a.org/b)</span>' in text_html("x [here](https://a.org/b)")
     assert '<span class="link">https://a.org</span>' in text_html("<https://a.org>")

@@ -11,7 +11,7 @@ import pytest
 import sqlalchemy as sa
 
 from rrhf.arena.access import OWNER
-from rrhf.arena.database import TABLES, Database
+from rrhf.arena.database import TABLES, Database, name_of
 from rrhf.arena.settings import StudySettings
 from rrhf.arena.store import (
     Answer,
@@ -28,6 +28,7 @@ from rrhf.arena.store import (
     progress,
     rankings,
     revoke_link,
+    said,
     save_answer,
     texts,
     votes,
@@ -98,7 +99,7 @@ def test_a_vote_is_kept_as_it_was_shown(place: str) -> None:
             for system, text in zip(shown.order, shown.texts):
                 whole = texts(study)[vote.query].responses[system]
                 spoilt = vote.spoilt is not None and system == shown.order[("left", "right").index(vote.spoilt)]
-                assert (text == whole) != spoilt and sorted(text.split()) == sorted(whole.split())
+                assert (text == whole) != spoilt and sorted("".join(text.split())) == sorted("".join(whole.split()))
         assert texts(study)[told[0].query].query == systems().queries[told[0].query]
         row = progress(study)[0]
         assert (row.rater, row.assigned, row.answered, row.skipped) == (anna, 5, 4, 1)
@@ -160,10 +161,13 @@ def test_rankings_are_kept_by_system(place: str) -> None:
             shown, _ = assigned(study, ben, number)
             assert sorted(shown.order) == ["a", "b", "c"]
             ranks = {"a": 1, "b": 3, "c": 1}
-            answer = Answer("rank", ranks=ranks) if number == 1 else Answer("skip")
+            answer = Answer("rank", "the second one lies", ranks) if number == 1 else Answer("skip", "both are poor")
             assert save_answer(study, ben, shown.task, answer, 0)
-        (said,) = rankings(study)
-        assert (said.rater, said.query, said.ranks) == ("ben", assigned(study, ben, 1)[0].task.query, ranks)
+        (one,) = rankings(study)
+        assert (one.rater, one.query, one.ranks) == ("ben", assigned(study, ben, 1)[0].task.query, ranks)
+        assert [(row["ranks"], row["why"]) for row in said(study)] == [
+            (ranks, "the second one lies"), (None, "both are poor")
+        ]  # fmt: skip
         assert votes(study) == [] and progress(study)[1].skipped == 1
 
 
@@ -246,6 +250,78 @@ def test_a_file_is_written_through_to_the_disk_at_every_vote(tmp_path: Path) -> 
         found = [connection.exec_driver_sql(f"PRAGMA {name}").scalar() for name in ("journal_mode", "synchronous")]
     assert found == ["wal", 2]  # FULL: the log is synced before a commit returns
     database.close()
+
+
+def test_what_stops_one_vote_takes_no_other_with_it(tmp_path: Path) -> None:
+    """SQLite takes back the whole of a transaction, and not a statement alone, where it finds no room."""
+    tokens = create(str(tmp_path / "study.db"))
+    with open_study(str(tmp_path / "study.db")) as study:
+        given = {name: assigned(study, rater_of(study, tokens[name]), 1)[0].task for name in RATERS}
+        remarks = {"anna": "", "ben": "x" * 200_000}
+        kept: dict[str, bool | str] = {}
+
+        def full(connection: Any, record: Any) -> None:
+            pages = connection.execute("PRAGMA page_count").fetchone()[0]
+            connection.execute(f"PRAGMA max_page_count={pages + 2}")
+
+        sa.event.listen(study.database.engine, "connect", full)
+        study.database.engine.dispose()
+
+        def vote(name: str) -> None:
+            answer = Answer("left", remarks[name])
+            try:
+                kept[name] = save_answer(study, rater_of(study, tokens[name]), given[name], answer, 0)
+            except sa.exc.OperationalError as error:
+                kept[name] = str(error.orig)
+
+        with study.database._turn:  # both wait, and go to the disk together
+            threads = [threading.Thread(target=vote, args=(name,)) for name in RATERS]
+            for thread in threads:
+                thread.start()
+            while len(study.database._waiting) < 2:
+                pass
+        for thread in threads:
+            thread.join()
+        assert kept["anna"] is True and "full" in str(kept["ben"])
+        assert [one.rater for one in votes(study)] == ["anna"]
+
+
+def test_a_full_disk_and_a_damaged_study_are_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place = tmp_path / "study.db"
+
+    def full(self: Database) -> None:
+        raise sa.exc.OperationalError("BEGIN", {}, Exception("database or disk is full"))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Database, "writing", full)
+        with pytest.raises(
+            UserError, match=r"study\.db: the study cannot be read or written \(database or disk is full"
+        ):
+            create(str(place))
+        assert list(tmp_path.iterdir()) == []
+        patch.undo()
+        create(str(place))
+        patch.setattr(Database, "writing", full)
+        with pytest.raises(UserError, match="see that its disk has room"), open_study(str(place)) as study:
+            add_rater(study, "dora")
+    whole = place.read_bytes()
+    place.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(UserError, match="a damaged one is replaced by a copy"), open_study(str(place)) as study:
+        votes(study)
+
+
+def test_a_url_is_named_without_what_it_is_given() -> None:
+    assert name_of("postgresql://u:p@h/d?password=geheim") == "postgresql://u:***@h/d"
+
+
+def test_skipped_checks_are_not_failed_ones(tmp_path: Path) -> None:
+    tokens = create(str(tmp_path / "study.db"))
+    with open_study(str(tmp_path / "study.db")) as study:
+        anna = rater_of(study, tokens["anna"])
+        for number in range(1, 6):
+            shown, _ = assigned(study, anna, number)
+            assert save_answer(study, anna, shown.task, Answer("skip"), 0)
+        assert (progress(study)[0].skipped, progress(study)[0].checks, progress(study)[0].passed) == (5, 0, 0)
 
 
 def test_what_is_no_study_is_said(tmp_path: Path) -> None:

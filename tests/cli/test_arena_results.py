@@ -84,6 +84,19 @@ def test_votes_as_records_and_as_trl_s_pairs(folder: Path, capsys: pytest.Captur
     assert main([*command[:-1], "--to", "trl-preference"]) == 2
 
 
+def test_names_break_no_table(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bad = "a|<img src=x onerror=alert(1)>"
+    for name in ("long", "short"):
+        rows = [
+            {**row, "rewards": {bad: [1.0 if name == "long" else 0.0]}} for row in tiny.read_rows(Path(f"{name}.jsonl"))
+        ]
+        tiny.write_rows(folder / f"{name}.jsonl", rows)
+    command = ["arena", "results", "study.db", "--samples", "9", "--scores", "long.jsonl", "short.jsonl"]
+    assert main([*command, "--markdown", "out.md"]) == 0
+    text = (folder / "out.md").read_text()
+    assert "<img" not in text.replace("\\<img", "") and "a\\|" in text
+
+
 def test_the_exported_records_train(folder: Path) -> None:
     tiny.write_model(folder / "model", chat=False)
     assert main(["arena", "results", "study.db", "--samples", "1", "--export", "voted.jsonl"]) == 0
@@ -101,6 +114,18 @@ def test_the_report_shows_the_results(folder: Path) -> None:
     people = page[page.index('id="people"') :]
     for words in ("study.db", "16 votes", "long", "short", "93.8"):  # 15 of 16 votes
         assert words in people, words
+
+
+def test_a_command_that_failed_does_not_stand_in_its_own_way(
+    folder: Path, memory: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    systems = read_systems(["long.jsonl", "short.jsonl"])
+    create_study("new.db", systems, comparisons(systems, []), ["anna"], StudySettings(), "http://127.0.0.1")
+    command = ["arena", "results", "new.db", "--output", "memory://out/r.json"]
+    assert main([*command, "--export", "memory://out/e.jsonl"]) == 2  # the numbers are made before the votes are missed
+    assert "nobody has voted yet" in capsys.readouterr().err and memory.find("/out") == []
+    assert main(command) == 0
+    assert "/out/r.json" in memory.find("/out")
 
 
 def test_what_a_study_reads_and_tells_may_be_at_urls(folder: Path, memory: Any) -> None:

@@ -5,11 +5,15 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import pytest
 
+from rrhf.cluster import pool
+from rrhf.cluster.connection import Share
 from rrhf.cluster.hand import outcome_in, outcome_of, records_of, unit_of, unit_table, written
 from rrhf.cluster.ladder import Ladder, Outcome, Unit
+from rrhf.cluster.settings import ClusterSettings
 from rrhf.common.errors import FailedError, UserError
 from rrhf.records.record import Record
 from rrhf.rewards.away import rewards_away
@@ -96,6 +100,34 @@ def test_what_kills_its_worker_is_null() -> None:
     made, sent = climb(Ladder("score", AWAY, [0, 1], read, 1), length(), dies)
     assert scores(made) == [[1, 2, 3], [1, 2, None], [1, 2, 3], [1, 2, 3]]
     assert [sent.count(unit) for unit in (Unit(0), Unit(0, 0), Unit(0, 1), Unit(0, 1, 2))] == [2, 1, 2, 2]
+
+
+def test_what_kills_its_worker_alone_in_its_part_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing comes of pass after pass, each of which ends by itself: the ladder goes down to the response at fault."""
+    parts = {0: [record(0)], 1: [record(1)]}
+    sent: list[Unit] = []
+
+    class Pass:
+        error = None
+
+        def __init__(self, units: list[Unit], ladder: Ladder, mine: object) -> None:
+            self.units, self.ladder = units, ladder
+
+        def __iter__(self) -> Iterator[tuple[Unit, Outcome]]:
+            for unit in self.units:
+                sent.append(unit)
+                block = self.ladder.records(unit) if unit.rung else parts[unit.number]
+                if not any("aaa" in one.responses and one.id == "r1" for one in block):
+                    yield unit, outcome_of(length(), block)
+
+    monkeypatch.setattr(pool, "_Pass", Pass)
+    monkeypatch.setattr(pool, "connected", lambda settings: nullcontext())
+    monkeypatch.setattr(pool, "share", lambda settings, device: Share(1, 1, 0))
+    made = pool.RayPool(ClusterSettings(cluster="local")).make(
+        "score", AWAY, [0, 1], lambda numbers: ((number, parts[number]) for number in numbers)
+    )
+    done = {number: (records, counts) for number, records, counts in made}
+    assert scores(done) == [[1, 2, 3], [1, 2, None]] and len(sent) > 5
 
 
 def test_too_many_are_refused_with_their_id() -> None:

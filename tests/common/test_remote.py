@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -57,6 +60,51 @@ def test_a_file_is_downloaded_once_and_again_where_it_changed(place: Any, monkey
     assert [fetched("memory://data/a.txt").read_bytes() for _ in range(2)] == [b"one", b"one"]
     place.pipe("/data/a.txt", b"two")
     assert fetched("memory://data/a.txt").read_bytes() == b"two" and downloads == ["a.txt", "a.txt"]
+
+
+@pytest.mark.parametrize("fault", ["forbidden", "a page", "bytes"])
+def test_a_place_that_has_no_list_may_say_so_in_its_own_way(
+    place: Any, monkeypatch: pytest.MonkeyPatch, fault: str
+) -> None:
+    place.pipe("/data/a.txt", b"one")
+    read = type(place).cat_file
+
+    def answers(self: Any, path: str, *rest: Any, **options: Any) -> bytes:
+        if not path.endswith(".sha256"):
+            return bytes(read(self, path, *rest, **options))
+        if fault == "forbidden":
+            raise PermissionError("Forbidden")
+        return b"<html>nothing here</html>" if fault == "a page" else b"\xff\xfe"
+
+    monkeypatch.setattr(type(place), "cat_file", answers)
+    assert fetched("memory://data/a.txt").read_bytes() == b"one"
+
+
+def test_two_processes_may_fetch_one_folder(tmp_path: Path) -> None:
+    there = tmp_path / "there"
+    there.mkdir()
+    for number in range(8):
+        (there / f"{number}.bin").write_bytes(bytes([number]) * 300_000)
+    program = (
+        "import sys, time, fsspec\n"
+        "from fsspec.implementations.local import LocalFileSystem\n"
+        "class Slow(LocalFileSystem):\n"
+        "    protocol = 'slow'\n"
+        "    def get_file(self, *a, **k):\n"
+        "        for _ in range(3): super().get_file(*a, **k)\n"
+        "fsspec.register_implementation('slow', Slow)\n"
+        "from rrhf.common.remote import fetched\n"
+        f"found = fetched('slow://{there}')\n"
+        "assert sorted(p.name for p in found.iterdir() if p.suffix) == [f'{n}.bin' for n in range(8)]\n"
+        "assert all((found / f'{n}.bin').stat().st_size == 300_000 for n in range(8))\n"
+    )
+    environment = {**os.environ, "RRHF_CACHE": str(tmp_path / "cache")}
+    both = [
+        subprocess.Popen([sys.executable, "-c", program], env=environment, stderr=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    for one in both:
+        assert one.communicate()[1] == "" and one.returncode == 0
 
 
 def test_a_folder_comes_whole_without_checkpoints_and_loses_what_is_no_more_there(place: Any) -> None:

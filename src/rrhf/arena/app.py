@@ -6,6 +6,7 @@ import contextlib
 import socket
 from collections.abc import AsyncIterator
 
+import sqlalchemy as sa
 from anyio import to_thread
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
@@ -13,6 +14,7 @@ from starlette.middleware import Middleware
 from starlette.middleware.trustedhost import TrustedHostMiddleware
 from starlette.routing import Mount
 from starlette.staticfiles import StaticFiles
+from starlette.types import ASGIApp
 
 from rrhf.arena.limits import Limiter
 from rrhf.arena.owner import Owner
@@ -26,7 +28,7 @@ from rrhf.common.errors import UserError
 THREADS = 100  # votes wait for the disk in them; pages are not to wait for votes
 
 
-def application(study: Study, limits: LimitSettings) -> Starlette:
+def application(study: Study, limits: LimitSettings) -> ASGIApp:
     """The pages of an open study. Requests for another host than the study's are refused (DNS rebinding)."""
     door = Door(study, Limiter(limits))
     told = fault_page(study)
@@ -36,7 +38,7 @@ def application(study: Study, limits: LimitSettings) -> Starlette:
         to_thread.current_default_thread_limiter().total_tokens = THREADS
         yield
 
-    return Starlette(
+    pages = Starlette(
         lifespan=with_threads,
         routes=[
             *Rating(door).routes(),
@@ -44,11 +46,11 @@ def application(study: Study, limits: LimitSettings) -> Starlette:
             Mount("/static", StaticFiles(directory=PAGES / "static")),
         ],
         middleware=[
-            Middleware(SafeHeaders),
             Middleware(TrustedHostMiddleware, allowed_hosts=[*LOOPBACK, "[::1]", host_of(study.url)]),
         ],
-        exception_handlers={HTTPException: told, Exception: told},
+        exception_handlers={HTTPException: told, sa.exc.DBAPIError: told, Exception: told},
     )
+    return SafeHeaders(pages)  # around the page of a fault, too, which no middleware of Starlette's is
 
 
 def listen(host: str, port: int) -> socket.socket:

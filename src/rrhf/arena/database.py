@@ -138,20 +138,37 @@ class Database:
 
     def _do(self, works: list[_Work]) -> None:
         try:
-            with self.engine.begin() as connection:
+            self._do_together(works)
+        except Exception as fault:  # nothing of it is kept
+            if len(works) == 1:
+                works[0].fault = fault
+            else:  # what stopped one of them may let the others be
                 for one in works:
-                    try:
-                        with connection.begin_nested():
-                            one.result = one.work(connection)
-                    except Exception as fault:
-                        one.fault = fault
-        except BaseException as fault:  # nothing of it is kept
+                    self._do([one])
+        except BaseException as fault:
             for one in works:
                 one.fault = fault
             raise
         finally:
             for one in works:
                 one.done = True
+
+    def _do_together(self, works: list[_Work]) -> None:
+        with self.engine.begin() as connection:
+            for one in works:
+                one.fault = None
+                try:
+                    with connection.begin_nested():
+                        try:
+                            one.result = one.work(connection)
+                        except Exception as fault:
+                            one.fault = fault  # not that there is no savepoint any more
+                            raise
+                except Exception as fault:
+                    one.fault = one.fault or fault
+                    driver: Any = connection.connection.dbapi_connection
+                    if not driver.in_transaction:  # SQLite took back the whole of it: no room, no memory, a bad read
+                        raise one.fault from None
 
     def close(self) -> None:
         self.engine.dispose()
@@ -181,8 +198,24 @@ def _server(place: str) -> sa.URL:
 
 
 def name_of(place: str) -> str:
-    """What messages call a study: its path, or its URL without a password."""
-    return place if "://" not in place else sa.make_url(place).render_as_string(hide_password=True)
+    """What messages call a study: its path, or its URL without a password and without what else it is given."""
+    return place if "://" not in place else sa.make_url(place).set(query={}).render_as_string(hide_password=True)
+
+
+@contextmanager
+def told(place: str) -> Iterator[None]:
+    """Say of a study that cannot be read or written what is wrong with it.
+
+    Raises:
+        UserError: for what the database's library raised.
+    """
+    try:
+        yield
+    except sa.exc.DBAPIError as error:
+        cure = "see that its disk has room and that you may write there; a damaged one is replaced by a copy of it"
+        if "://" in place:
+            cure = "see that its server runs, has room, and lets you in"
+        raise UserError(f"{name_of(place)}: the study cannot be read or written ({error.orig}): {cure}") from error
 
 
 def is_blank(place: str) -> bool:

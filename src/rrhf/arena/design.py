@@ -6,6 +6,7 @@ min(130, what there is), and attention checks on top.
 
 from __future__ import annotations
 
+import logging
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -15,7 +16,11 @@ from rrhf.arena.settings import StudySettings
 from rrhf.arena.systems import Systems
 from rrhf.common.errors import UserError
 
+log = logging.getLogger("rrhf")
+
 SPOILABLE = 12  # words that a response must have so that shuffling them is seen at once
+LONGEST_WORD = 15  # characters of a word, on average; where there are more, spaces part something else than words
+FEWEST = 5  # different words or characters that make an order
 
 
 @dataclass(frozen=True)
@@ -95,30 +100,47 @@ def _shares(total: int, sizes: Sequence[int]) -> list[int]:
 def _checks(
     systems: Systems, tasks: Sequence[Task], settings: StudySettings, rng: random.Random, ids: random.Random
 ) -> list[Task]:
-    """Attention checks: pairs of the study anew, one response with its words shuffled. Long responses come first."""
+    """Attention checks: pairs of the study anew, one response spoilt. Responses of many words come first.
+
+    What is too short to be spoilt makes none: the log says where there are fewer than asked for.
+    """
 
     def words(task: Task) -> int:
         return min(len(systems.responses[name][task.query].split()) for name in task.systems)
 
     shuffled = sorted(tasks, key=lambda task: rng.random())
-    found = sorted(shuffled, key=lambda task: words(task) < SPOILABLE)[: settings.checks]
-    checks = []
-    for task in found:
+    checks: list[Task] = []
+    for task in sorted(shuffled, key=lambda task: words(task) < SPOILABLE):
+        if len(checks) == settings.checks:
+            break
         side = rng.randrange(2)
         text = spoil(systems.responses[task.systems[side]][task.query], rng)
-        checks.append(Task(_name(ids), task.query, task.systems, spoilt=side, spoilt_text=text))
+        if text is not None:
+            checks.append(Task(_name(ids), task.query, task.systems, spoilt=side, spoilt_text=text))
+    if len(checks) < settings.checks:
+        log.warning(
+            f"{len(checks)} attention checks in place of {settings.checks}: the other responses are too short to be "
+            "spoilt so that anybody sees it"
+        )
     return checks
 
 
-def spoil(text: str, rng: random.Random) -> str:
-    """A response that anybody who reads sees to be the worse: its words in another order, or none of its sense."""
+def spoil(text: str, rng: random.Random) -> str | None:
+    """A response that anybody who reads sees to be the worse: its words in another order, or its characters.
+
+    Characters are mixed where there are few words, or long ones, as where a language puts no spaces between them. None
+    where there are too few characters for that too.
+    """
     words = text.split()
-    mixed = list(words)
-    for _ in range(20):
+    letters = sum(map(len, words))
+    by_words = len(words) >= SPOILABLE and len(set(words)) >= FEWEST and letters <= LONGEST_WORD * len(words)
+    pieces = words if by_words else [char for char in text if not char.isspace()]
+    if len(set(pieces)) < FEWEST:
+        return None
+    mixed = list(pieces)
+    while sum(one == other for one, other in zip(mixed, pieces)) > len(pieces) / 2:
         rng.shuffle(mixed)
-        if mixed != words:
-            return " ".join(mixed)
-    return " ".join(char for char in reversed(text.strip() or "?"))
+    return (" " if by_words else "").join(mixed)
 
 
 def assign(tasks: Sequence[Task], rater: str, covered: Mapping[str, int], settings: StudySettings) -> list[str]:

@@ -10,7 +10,7 @@ from rrhf.arena.outcomes import Unit
 from rrhf.common.errors import UserError
 from rrhf.evaluation.agreement import OUTCOMES, outcome_of
 from rrhf.records.files import read_records
-from rrhf.records.record import Query, Record
+from rrhf.records.record import Query, Record, asked_text
 from rrhf.rewards.logprob import SUM
 
 Judged = dict[str, dict[Unit, str]]  # judge → what was shown → win, tie or lose of the first system
@@ -21,29 +21,37 @@ def machine_labels(studied: Sequence[Record], files: Iterable[str | Path]) -> Ju
     """What the machines of ``files`` say of each two responses of the study's records.
 
     A file holds scored records, as `rrhf score` writes them, or the comparisons of `rrhf judge`. Its records are found
-    by their id, or else by the last message of their query, its responses by their text: a file a system is as good as
-    one of all. Each reward of the records is a machine; ``scores`` are one where no reward is named. Equal texts are
-    not compared.
+    by their query, and by their id where several have that query, its responses by their text: a file a system is as
+    good as one of all. Each reward of the records is a machine; ``scores`` are one where no reward is named. Equal
+    texts are not compared.
 
     Args:
         studied: one record a query; ``sources`` are the systems, in the study's order.
 
     Raises:
-        UserError: a file cannot be read, has nothing of the study, or scores a text otherwise than a file before.
+        UserError: a file cannot be read, has nothing of the study, or says something else of a text, or of two, than
+            was said before.
     """
     by_id = {record.id: record for record in studied}
-    by_text = {_last(record.query): record for record in studied}
+    by_query = {asked_text(record.query): record for record in studied}
     judged: Judged = {}
     scores: dict[tuple[str, str], dict[str, float]] = {}  # machine, record → text → score
     for file in files:
         found = 0
         for record in read_records(file, require="responses"):
-            own = by_id.get(record.id) or by_text.get(_last(record.query))
+            asked = asked_text(record.query)
+            own = by_id.get(record.id)
+            if own is None or asked_text(own.query) != asked:
+                own = by_query.get(asked)
             if own is None or not set(record.responses) & set(own.responses):
                 continue
             found += 1
             for name, unit, label in _compared(record, own):
-                judged.setdefault(name, {})[unit] = label
+                if judged.setdefault(name, {}).setdefault(unit, label) != label:
+                    raise UserError(
+                        f"{file}: record {record.id!r}: {name} says {label} here and {judged[name][unit]} before, of "
+                        "the same two texts: give one of the files"
+                    )
             for name, text, score in _scored(record):
                 before = scores.setdefault((name, own.id), {}).setdefault(text, score)
                 if before != score:
@@ -57,10 +65,6 @@ def machine_labels(studied: Sequence[Record], files: Iterable[str | Path]) -> Ju
         for unit, label in _from_scores(by_id[record_id], known):
             judged.setdefault(name, {}).setdefault(unit, label)
     return judged
-
-
-def _last(query: Query) -> str:
-    return query if isinstance(query, str) else query[-1]["content"]
 
 
 def _pairs(own: Record) -> Iterator[tuple[Unit, str, str]]:

@@ -25,9 +25,9 @@ def rater_checks(votes: Sequence[Vote], units: Mapping[Unit, Mapping[str, str]],
     A rater is flagged as ``random`` where p < 0.01, p being how often a careful rater would look as bad or worse:
 
     - on attention checks: P(as many failures or more), each with a chance of 0.1; a tie is a failure, a skip is none;
-    - in agreement with the others on what at least three raters judged: the share of shuffles, of each thing's labels
-      among those who judged it, in which the rater agrees no better with the others (a label against another counts
-      1, 0.5 with one tie, 0 for a contradiction);
+    - in agreement with the others on what at least three raters judged: the share of shuffles, of what was said of each
+      query among those who said it, in which the rater agrees no better with the others (a label against another
+      counts 1, 0.5 with one tie, 0 for a contradiction);
     - where there are both, they are combined by Fisher's method.
 
     A rater is flagged as ``one side`` where left and right, which are drawn for every pair, are chosen so unequally
@@ -78,22 +78,25 @@ def agreement_with_others(
 ) -> dict[str, Any] | None:
     """How a rater agrees with the others, against shuffles of the labels; None where no three judged the same.
 
-    Where the labels of a thing belong to careful raters, any of them could have been this rater's: so the rater's
-    agreement is compared with what it were with another of the labels, drawn for each thing by itself. This is exact
-    where all are careful; careless ones among the others make it milder, and of two raters nothing can be told.
+    Where what was said of a query is careful raters', any of it could have been this rater's: so the rater's agreement
+    is compared with what it were with another's labels, drawn for each query by itself, for all the pairs of it at once
+    that the same raters judged: those of one ranking hang together. This is exact where all are careful; careless ones
+    among the others make it milder, and of two raters nothing can be told.
     """
-    own, choices = [], []
-    for said in units.values():
+    own: list[float] = []
+    choices: dict[tuple[str, tuple[str, ...]], Any] = {}  # query, raters → each rater's agreement over its pairs
+    for unit, said in units.items():
         if rater in said and len(said) > 2:
-            scores = _agreements([value_of(label) for label in said.values()])
-            own.append(scores[list(said).index(rater)])
-            choices.append(scores)
+            names = tuple(sorted(said))
+            scores = _agreements([value_of(said[name]) for name in names])
+            own.append(scores[names.index(rater)])
+            choices[unit[0], names] = choices.get((unit[0], names), 0) + np.asarray(scores)
     if not own:
         return None
     generator = np.random.default_rng(seed)
     drawn = np.zeros(shuffles)
-    for scores in choices:
-        drawn += np.asarray(scores)[generator.integers(0, len(scores), size=shuffles)]
+    for sums in choices.values():
+        drawn += sums[generator.integers(0, len(sums), size=shuffles)]
     as_bad = int((drawn <= math.fsum(own) + 1e-9).sum())
     return {"n": len(own), "with_others": math.fsum(own) / len(own), "p": (1 + as_bad) / (1 + shuffles)}
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from rrhf.common.presentation import clean
 from rrhf.evaluation.metrics import TURN_MARKERS
@@ -21,6 +21,7 @@ from rrhf.records.record import Message, Query
 
 # Embeddings, overrides and isolates: what stands between them is shown in another order than it was written in.
 TURNING = re.compile("[\u202a-\u202e\u2066-\u2069]")
+DEEPEST = 40  # lists and quotes within each other, two a level of a list
 TURN = re.compile(rf"(?:^|\n)[ \t]*({'|'.join(TURN_MARKERS)})")
 
 
@@ -90,11 +91,15 @@ def _table_close(renderer: Any, *_: Any) -> str:
 
 class _Markdown(MarkdownIt):
     def render(self, src: str, env: Any = None) -> str:
-        return str(self.renderer.render(_plain(self.parse(src, {})), self.options, {}))
+        tokens = self.parse(src, {})
+        if max((token.level for token in tokens), default=0) >= DEEPEST - 1:
+            # The library leaves out what lies deeper, and all that follows it: so the text is shown as it was written.
+            return f"<pre>{escape(src)}</pre>"
+        return str(self.renderer.render(_plain(tokens), self.options, {}))
 
 
 def _markdown() -> MarkdownIt:
-    parser = _Markdown("commonmark", {"html": False, "breaks": True})
+    parser = _Markdown("commonmark", {"html": False, "breaks": True, "maxNesting": DEEPEST})
     parser.enable(["table", "strikethrough"]).disable(["image", "html_block", "html_inline"])
     parser.add_render_rule("table_open", _table_open)
     parser.add_render_rule("table_close", _table_close)

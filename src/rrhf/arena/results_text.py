@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from rrhf.arena.raters import CARELESS, LEVEL
-from rrhf.common.presentation import NONE, Row, markdown_table, number, percent, rate, text_table
+from rrhf.common.presentation import NONE, Row, clean, markdown_table, number, percent, rate, text_table
 
 Table = tuple[str, Row, list[Row]]  # title, header, rows
 MOST_PAIRS = 15  # of raters, in a table
@@ -47,8 +48,10 @@ def _page(
 
 
 def _plain(header: Row, rows: list[Row]) -> tuple[Row, list[Row]]:
-    """Names with a bar would break a Markdown table."""
-    return header, [[cell.replace("|", "\\|") for cell in row] for row in rows]
+    """Names are the user's: a bar or a line break would break a Markdown table, and HTML would act."""
+    return header, [
+        [re.sub(r"([\\`|<>\[\]])", r"\\\1", clean(cell).replace("\n", " ")) for cell in row] for row in rows
+    ]
 
 
 def _counts(results: Mapping[str, Any]) -> str:

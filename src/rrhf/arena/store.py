@@ -5,11 +5,13 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import sqlalchemy as sa
@@ -29,8 +31,10 @@ from rrhf.arena.database import (
     is_blank,
     leftovers,
     name_of,
+    told,
 )
 from rrhf.arena.design import Task, assign, design_tasks
+from rrhf.arena.raters import check_counts
 from rrhf.arena.settings import StudySettings
 from rrhf.arena.systems import Systems
 from rrhf.arena.votes import Choice, Ranking, Vote
@@ -39,6 +43,8 @@ from rrhf.common.files import replacing
 from rrhf.records.record import Query
 
 FORMAT = 1  # of the tables
+# How SQLite and PostgreSQL say that what stands there is none of ours.
+NO_STUDY = re.compile('no such table|no such column|not a database|relation "study" does not exist')
 SIDES: tuple[Literal["left"], Literal["right"]] = ("left", "right")
 
 
@@ -84,7 +90,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Progress:
-    """How far a rater is. ``checks``: attention checks answered; ``passed``: those where the whole response won."""
+    """How far a rater is. ``checks``: attention checks, skipped ones left out; ``passed``: the whole response won."""
 
     rater: Rater
     assigned: int
@@ -146,10 +152,15 @@ def create_study(
         )
     tasks = design_tasks(systems, comparisons, settings, secrets.SystemRandom())
     if "://" in place:
-        return _fill(place, systems, tasks, raters, settings, url)
-    with replacing(place) as temporary:
+        with told(place):
+            return _fill(place, systems, tasks, raters, settings, url)
+    with told(place), replacing(place) as temporary:
         temporary.touch(0o600)
-        tokens = _fill(str(temporary), systems, tasks, raters, settings, url)
+        try:
+            tokens = _fill(str(temporary), systems, tasks, raters, settings, url)
+        finally:
+            for file in leftovers(str(temporary)):
+                Path(file).unlink(missing_ok=True)
     return tokens
 
 
@@ -216,22 +227,29 @@ def open_study(place: str) -> Iterator[Study]:
         raise UserError(f"{name_of(place)}: holds no study: make one with `rrhf arena create`")
     database = Database(place)
     try:
-        try:
-            with database.reading() as connection:
-                head = connection.execute(sa.select(STUDY)).mappings().one()
-        except (sa.exc.DatabaseError, sa.exc.NoResultFound) as error:
-            raise UserError(f"{name_of(place)}: holds no study: make one with `rrhf arena create`") from error
-        if head["format"] != FORMAT:
-            raise UserError(f"{name_of(place)}: made by another version of rrhf (format {head['format']})")
-        with database.reading() as connection:
-            tasks = _tasks(connection)
-            texts = {row.id: Texts(row.query, {}) for row in connection.execute(sa.select(QUERY))}
-            for row in connection.execute(sa.select(RESPONSE)):
-                texts[row.query].responses[row.system] = row.text
-        settings = StudySettings(**head["settings"])
-        yield Study(place, database, settings, head["systems"], head["url"], head["key"], tasks, texts)
+        with told(place):
+            yield from _opened(place, database)
     finally:
         database.close()
+
+
+def _opened(place: str, database: Database) -> Iterator[Study]:
+    try:
+        with database.reading() as connection:
+            head = connection.execute(sa.select(STUDY)).mappings().one()
+    except (sa.exc.DatabaseError, sa.exc.NoResultFound) as error:
+        if isinstance(error, sa.exc.DBAPIError) and not NO_STUDY.search(str(error.orig)):
+            raise
+        raise UserError(f"{name_of(place)}: holds no study: make one with `rrhf arena create`") from error
+    if head["format"] != FORMAT:
+        raise UserError(f"{name_of(place)}: made by another version of rrhf (format {head['format']})")
+    with database.reading() as connection:
+        tasks = _tasks(connection)
+        texts = {row.id: Texts(row.query, {}) for row in connection.execute(sa.select(QUERY))}
+        for row in connection.execute(sa.select(RESPONSE)):
+            texts[row.query].responses[row.system] = row.text
+    settings = StudySettings(**head["settings"])
+    yield Study(place, database, settings, head["systems"], head["url"], head["key"], tasks, texts)
 
 
 def _tasks(connection: sa.Connection) -> dict[str, Task]:
@@ -407,7 +425,17 @@ def votes(study: Study) -> list[Vote]:
 def rankings(study: Study) -> list[Ranking]:
     """Every rater's last order of every query's responses, skipped ones left out."""
     rows = _answers(study) if study.settings.mode == "ranking" else []
-    return [Ranking(row.name, study.tasks[row.task].query, row.ranks, row.at) for row in rows if row.ranks]
+    return [Ranking(row.name, study.tasks[row.task].query, row.ranks, row.at, row.why) for row in rows if row.ranks]
+
+
+def said(study: Study) -> list[dict[str, Any]]:
+    """Every vote or ranking as it was given, with its remark; of a ranking that was skipped ``ranks`` is None."""
+    if study.settings.mode == "pairs":
+        return [asdict(vote) for vote in votes(study)]
+    return [
+        {"rater": row.name, "query": study.tasks[row.task].query, "ranks": row.ranks, "at": row.at, "why": row.why}
+        for row in _answers(study)
+    ]
 
 
 def texts(study: Study) -> dict[str, Texts]:
@@ -424,17 +452,16 @@ def progress(study: Study) -> list[Progress]:
     with study.database.reading() as connection:
         sizes = {rater: int(count) for rater, count in connection.execute(counted)}
         raters = list(connection.execute(sa.select(RATER).order_by(RATER.c.id)))
-    told = votes(study)
+    votes_of_all = votes(study)
     found = []
     for row in raters:
         mine = answers.get(row.name, [])
-        checks = [vote for vote in told if vote.rater == row.name and vote.spoilt]
+        checks = check_counts([vote for vote in votes_of_all if vote.rater == row.name])
         found.append(
             Progress(
                 Rater(row.id, row.name, row.secret is not None), sizes.get(row.id, 0), len(mine),
-                sum(said.choice == "skip" for said in mine), len(checks),
-                sum(vote.choice in SIDES and vote.choice != vote.spoilt for vote in checks),
-                max((said.at for said in mine), default=None),
+                sum(answer.choice == "skip" for answer in mine), checks["n"], checks["passed"],
+                max((answer.at for answer in mine), default=None),
             )
         )  # fmt: skip
     return found

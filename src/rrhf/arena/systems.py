@@ -26,6 +26,9 @@ class Systems:
 def read_systems(data: Sequence[str]) -> Systems:
     """Read ``FILE`` or ``NAME=FILE``; records of several files belong together by their id, or else by their query.
 
+    Of records with the same query in one file each is a query of the study; the first of them belongs to the first in
+    another file, and so on.
+
     A file with one response a record is one system, by the name given or the file's. A file with several is as many
     systems, by the tags of their sources; a name that is given says nothing there.
 
@@ -33,17 +36,22 @@ def read_systems(data: Sequence[str]) -> Systems:
         UserError: a file cannot be read, a name stands twice, or there are fewer than two systems.
     """
     systems = Systems()
-    ids: dict[str, str] = {}  # of the query's content → the id in the study
+    ids: dict[str, list[str]] = {}  # of the query's content → the ids in the study
     for argument in data:
         name, path = _named(argument)
+        here: set[str] = set()
         for record in read_records(path, require="responses"):
-            query = record.id if record.id in systems.queries else ids.get(content_id(record.query), record.id)
+            same = ids.setdefault(content_id(record.query), [])
+            free = [known for known in same if known not in here]
+            query = record.id if record.id in systems.queries or not free else free[0]
             if content_id(systems.queries.setdefault(query, record.query)) != content_id(record.query):
                 raise UserError(
                     f"{path}: record {record.id!r} has another query than the record of that id before: "
                     "the files must be answers to the same queries"
                 )
-            ids[content_id(record.query)] = query
+            here.add(query)
+            if query not in same:
+                same.append(query)
             for system, text in _responses(record, name, path).items():
                 texts = systems.responses.setdefault(system, {})
                 if query in texts:
@@ -70,11 +78,14 @@ def _cure(record: Record) -> str:
     )
 
 
-def _check_names(path: Path, *names: str) -> None:
-    """Raises UserError: a name has characters that no database keeps."""
-    for name in names:
-        if "\0" in name or name != name.encode("utf-8", "replace").decode():
-            raise UserError(f"{path}: {name!r}: an id or a system's name has U+0000 or half a surrogate: mend it")
+def _check_names(path: Path, record_id: str, system: str) -> None:
+    """Raises UserError: the id has characters that no database keeps, or the system's name such that no line shows."""
+    if "\0" in record_id or record_id != record_id.encode("utf-8", "replace").decode():
+        raise UserError(f"{path}: {record_id!r}: an id has U+0000 or half a surrogate: mend it")
+    if not system.isprintable():
+        raise UserError(
+            f"{path}: {system!r}: a system's name has a line break, or another character that no line shows: mend it"
+        )
 
 
 def _named(argument: str) -> tuple[str, Path]:

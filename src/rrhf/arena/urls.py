@@ -28,8 +28,9 @@ def site(url: str) -> str:
 
 
 def host_of(url: str) -> str:
-    """The host's name alone, without brackets and port."""
-    return urlsplit(url).hostname or ""
+    """The host's name alone, without its port; an address of IPv6 in brackets, as requests name it."""
+    host = urlsplit(url).hostname or ""
+    return f"[{host}]" if ":" in host else host
 
 
 def is_loopback(host: str) -> bool:

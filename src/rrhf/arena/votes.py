@@ -41,7 +41,7 @@ class Ranking:
     """One rater's order of k responses to one query.
 
     Attributes:
-        rater, query, at: as in ``Vote``.
+        rater, query, at, why: as in ``Vote``.
         ranks: system → place, 1 the best; equal places are ties.
     """
 
@@ -49,3 +49,4 @@ class Ranking:
     query: str
     ranks: dict[str, int]
     at: float
+    why: str = ""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 import jinja2
+import sqlalchemy as sa
 from starlette.concurrency import run_in_threadpool
 from starlette.datastructures import MutableHeaders
 from starlette.exceptions import HTTPException
@@ -17,8 +19,11 @@ from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from rrhf.arena.access import OWNER, form_mark, mark_fits
+from rrhf.arena.database import name_of
 from rrhf.arena.limits import Limiter
 from rrhf.arena.store import Rater, Study, find_rater, is_owner
+
+log = logging.getLogger("rrhf")
 
 PAGES = Path(__file__).parent / "pages"
 LARGEST_FORM = 64 * 1024  # bytes
@@ -116,6 +121,14 @@ class Door:
             raise HTTPException(429, "That was too fast. Nothing is lost: wait a minute, then reload this page.")
         return Visitor(rater, form_mark(self.study.key, token))
 
+    def _is_ours(self, origin: str, request: Request) -> bool:
+        """Whether a form's origin is a page of this study: at the host that was asked, or, behind a proxy that asks
+        for itself, at the study's own address."""
+        try:
+            return urlsplit(origin).netloc in (request.headers.get("host"), urlsplit(self.study.url).netloc)
+        except ValueError:
+            return False
+
     async def form(self, request: Request, kind: str) -> tuple[Visitor, dict[str, str]]:
         """The visitor and the fields of a form that was sent from a page of this visitor's.
 
@@ -124,7 +137,7 @@ class Door:
         """
         visitor = await run_in_threadpool(self.visitor, request, kind)
         origin = request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+        if origin is not None and not self._is_ours(origin, request):
             raise HTTPException(403, FOREIGN)
         body = b""
         async for chunk in request.stream():
@@ -145,6 +158,10 @@ NO_LINK = (
     "This page opens by a personal link. Open the one that you were sent; if it no longer works, it was replaced or "
     "revoked, and whoever runs the study can send you a new one."
 )
+NO_STORE = (
+    "The study cannot be read or written right now, so this was not stored. What was stored before is kept. Go back "
+    "and send it again in a while, or tell whoever runs the study."
+)
 FOREIGN = "This form was not sent from your own page of this study. Open your personal link again, then answer."
 
 
@@ -164,6 +181,9 @@ def fault_page(study: Study) -> Callable[[Request, Exception], Response]:
         if isinstance(error, HTTPException):
             told = {404: "There is no such page.", 405: "There is no such page."}
             return page("fault.html.j2", study, error.status_code, text=told.get(error.status_code, error.detail))
+        if isinstance(error, sa.exc.DBAPIError):
+            log.error(f"{name_of(study.place)}: {error.orig}: see that its disk has room and its server runs")
+            return page("fault.html.j2", study, 503, text=NO_STORE)
         return page("fault.html.j2", study, 500, text="A fault of ours. Answers that were stored are kept.")
 
     return handler

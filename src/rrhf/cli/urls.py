@@ -237,6 +237,8 @@ class _Output:
         may = self.folder or self.overwrite or self.kind is GROWN
         if not may and (self.store.exists() or listed.exists()):
             raise UserError(f"{self.store} exists already: give --overwrite to replace it, or another place")
+        if not self.folder and self.place.is_file() and not self.marker.exists():
+            self.place.unlink()  # of a command that failed behind it; what it goes on by are parts and journals
         self.store.check_writable(self.staging)
         print(
             f"rrhf {self.command}: works in {self.place}; what is finished goes to {self.store}",

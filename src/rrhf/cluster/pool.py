@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("rrhf")
 
-IDLE_PASSES = 3  # passes in a row of which nothing comes
+IDLE_PASSES = 3  # passes in a row that the cluster broke off before anything came
 
 
 def open_pool(settings: ClusterSettings, device: str = "auto") -> RayPool | None:
@@ -62,11 +62,10 @@ class RayPool:
                     yield from ladder.missed(units)
                 else:
                     log.warning(f"{step}: the cluster lost work, which is done again: {_short(one.error)}")
-                idle = 0 if came else idle + 1
-                if idle == IDLE_PASSES and ladder.next_pass():
-                    died = "every process died at its work: what it died of stands above"
-                    why = _short(one.error) if one.error else died
-                    raise UserError(f"{step}: nothing came of {idle} tries on the cluster: {why}")
+                # A pass that ended by itself goes down the ladder, which ends; the failures that it may count are few.
+                idle = 0 if came or one.error is None else idle + 1
+                if one.error is not None and idle == IDLE_PASSES and ladder.next_pass():
+                    raise UserError(f"{step}: nothing came of {idle} tries on the cluster: {_short(one.error)}")
 
 
 UNITS = ("parts", "records by themselves", "responses or records in a process each")

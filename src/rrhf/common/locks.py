@@ -71,6 +71,16 @@ def wait_until_free(folder: Path, seconds: float) -> None:
 
 
 @contextlib.contextmanager
+def one_at_a_time(folder: Path) -> Iterator[None]:
+    """Wait until no other process, or thread, is in ``folder``, which is made; the others wait for this one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / LOCK).open("a+", encoding="utf-8") as file:
+        with contextlib.suppress(OSError):  # a file system without locks
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+@contextlib.contextmanager
 def only_process(folder: Path, refusal: str) -> Iterator[None]:
     """Keep other processes out of ``folder``, which is made, for as long as this lasts.
 

@@ -24,6 +24,7 @@ from typing import Any, TypeVar
 
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.files import cache_folder, checksum_of_file, read_object, replacing, write_text
+from rrhf.common.locks import one_at_a_time
 
 log = logging.getLogger("rrhf")
 
@@ -36,6 +37,7 @@ BLOCK = 1 << 22
 COPIED = 1 << 26  # bytes; smaller files are copied before they are sent
 WHOLE_PUTS = {"s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "oss", "oci"}  # seen when they are whole
 CREDENTIALS = "Credential|NoAuth|Unauthorized|InvalidAccessKey|SignatureDoesNotMatch|ProfileNotFound|Authentication"
+FORBIDDEN = (401, 403)  # what many a server answers of a file that is not there
 SECRETS = ("AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_ACCESS_KEY_ID")
 OURS = (TypeError, AttributeError, NameError, AssertionError, IndexError, MemoryError)
 
@@ -79,9 +81,14 @@ def fetched(name: str | Path, skip: Collection[str] = ()) -> Path:
         return Path(store.path)
     place = _cached(store)
     stands_for(place / store.name, store.url)
+    with one_at_a_time(place):
+        return _fetched(store, place, skip)
+
+
+def _fetched(store: Store, place: Path, skip: Collection[str]) -> Path:
     info = store.info()
     if info["type"] != "directory":
-        sums = _sums(store.beside(f"{store.name}.sha256"))
+        sums = _sums(store.beside(f"{store.name}.sha256"), needed=False)
         _bring({store.name: info}, sums, place, lambda _: store)
         return place / store.name
     found, there = place / store.name, store.files()
@@ -91,7 +98,7 @@ def fetched(name: str | Path, skip: Collection[str] = ()) -> Path:
     for here in list(found.rglob("*")):
         if here.is_file() and here.relative_to(found).as_posix() not in there:
             here.unlink()  # it is no more there
-    _bring(files, _sums(store.inside(SUMS)), found, store.inside)
+    _bring(files, _sums(store.inside(SUMS), needed=False), found, store.inside)
     _link(found)
     return found
 
@@ -161,13 +168,20 @@ def inside(folder: Path, name: str) -> Path:
     return folder.joinpath(*parts)
 
 
-def _sums(store: Store) -> dict[str, str]:
-    """The checksums in a list of them, by name; empty where there is none."""
-    text = store.read_text()
+def _sums(store: Store, needed: bool = True) -> dict[str, str]:
+    """The checksums in a list of them, by name; empty where there is none.
+
+    Unless it is ``needed`` a place that says another thing of it than "not found" has none: presigned URLs do, public
+    buckets, and sites with a page for everything.
+    """
+    text = store.read_text(needed)
     found = {}
     for line in (text or "").splitlines():
         digest, _, name = line.partition("  ")
         if not re.fullmatch("[0-9a-f]{64}", digest) or not name:
+            if not needed:
+                log.warning(f"{store}: not a list of checksums as sha256sum writes it: it is not looked at")
+                return {}
             raise UserError(f"{store}: not a list of checksums as sha256sum writes it: remove it")
         found[name] = digest
     return found
@@ -347,13 +361,17 @@ class Store:
         start = self.path.strip("/")
         return {path.strip("/").removeprefix(start).strip("/"): dict(info) for path, info in sorted(found.items())}
 
-    def read_text(self) -> str | None:
-        """Its text; None where there is no such file."""
+    def read_text(self, needed: bool = True) -> str | None:
+        """Its text; None where there is no such file, and, unless it is ``needed``, where it may not be read."""
 
         def read() -> str | None:
             try:
-                return str(self._fresh().cat_file(self.path).decode("utf-8"))
+                return str(self._fresh().cat_file(self.path).decode("utf-8", "strict" if needed else "replace"))
             except FileNotFoundError:
+                return None
+            except Exception as error:
+                if needed or not (isinstance(error, PermissionError) or getattr(error, "status", None) in FORBIDDEN):
+                    raise
                 return None
 
         return self._try("read", read)

@@ -142,6 +142,13 @@ def query_text(query: Query) -> str:
     return "\n\n".join(f"{message['role']}: {message['content']}" for message in query)
 
 
+def asked_text(query: Query) -> str:
+    """The whole query as one text, by which records of several files meet: a lone user message is its text."""
+    if not isinstance(query, str) and len(query) == 1 and query[0]["role"] == "user":
+        return query[0]["content"]
+    return query_text(query)
+
+
 # --- one row -----------------------------------------------------------------------------------------------------
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict
 
 from rrhf.cli.parser import PlainParser
 from rrhf.common.errors import UserError
@@ -24,11 +23,11 @@ def main(arguments: list[str], name: str) -> None:
     from rrhf.arena.machines import machine_labels, study_records
     from rrhf.arena.results import study_results
     from rrhf.arena.results_text import format_results, markdown_results
-    from rrhf.arena.store import open_study, progress, rankings, votes
+    from rrhf.arena.store import open_study, progress, rankings, said, votes
     from rrhf.records.files import write_records, write_rows
 
     with open_study(options.study) as study:
-        systems, told, ranked = study.systems, votes(study), rankings(study)
+        systems, told, ranked, whole = study.systems, votes(study), rankings(study), said(study)
         skipped = {person.rater.name: person.skipped for person in progress(study)}
         texts = {query: (one.query, one.responses) for query, one in study.texts.items()}
     strangers = [person for person in options.without if person not in skipped]
@@ -41,12 +40,12 @@ def main(arguments: list[str], name: str) -> None:
     )  # fmt: skip
     print(format_results(results))
     if options.output:
-        whole = {"study": name_of(options.study), "seed": options.seed, **results}
-        write_text(options.output, json.dumps(whole, ensure_ascii=False, indent=2) + "\n")
+        numbers = {"study": name_of(options.study), "seed": options.seed, **results}
+        write_text(options.output, json.dumps(numbers, ensure_ascii=False, indent=2) + "\n")
     if options.markdown:
         write_text(options.markdown, markdown_results(results) + "\n")
     if options.votes:
-        write_rows(options.votes, [*map(asdict, told), *map(asdict, ranked)], options.overwrite)
+        write_rows(options.votes, whole, options.overwrite)
     if options.export:
         from rrhf.arena.export import voted_records
         from rrhf.records.export import exported

@@ -11,7 +11,7 @@ from rrhf.common.errors import UserError
 from rrhf.evaluation.pairwise.comparisons import Question
 from rrhf.records.files import read_records
 from rrhf.records.formats import load_dataset_records
-from rrhf.records.record import Query, Record, query_text
+from rrhf.records.record import Record, asked_text
 
 log = logging.getLogger("rrhf")
 
@@ -32,7 +32,7 @@ def read_questions(path: Path) -> list[Question]:
     """
     questions = []
     for record in load_dataset_records(str(path)):
-        questions.append(Question(record.id, _asked(record.query), str(record.extra.get("category") or "")))
+        questions.append(Question(record.id, asked_text(record.query), str(record.extra.get("category") or "")))
     if not questions:
         raise UserError(f"{path}: there is no question")
     if len({question.id for question in questions}) < len(questions):
@@ -80,7 +80,7 @@ def _first_responses(questions: list[Question], path: Path) -> dict[str, _First]
     for record in read_records(path, require="query"):
         if not record.responses:
             continue
-        asked = _asked(record.query)
+        asked = asked_text(record.query)
         by_id[record.id, asked] = by_query[asked] = _first_of(record)
     found = {q.id: by_id.get((q.id, q.query), by_query.get(q.query)) for q in questions}
     missing = [name for name, first in found.items() if first is None]
@@ -97,13 +97,6 @@ def _first_responses(questions: list[Question], path: Path) -> dict[str, _First]
             f"{path}: {len(silent)} answers are empty, such as that to {silent[0]!r}: they are judged as they are"
         )
     return known
-
-
-def _asked(query: Query) -> str:
-    """The whole query as text, by which questions and answers meet and which a judge reads."""
-    if not isinstance(query, str) and len(query) == 1 and query[0]["role"] == "user":
-        return query[0]["content"]
-    return query_text(query)
 
 
 def _texts(found: dict[str, _First]) -> dict[str, str]:
