@@ -97,6 +97,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--to", "trl"], "--to trl: .*known: .*trl-preference"),
         (["--pairing", "best"], "--pairing best: .*best-worst"),
         (["--weights", "helpfulness"], "write NAME=X"),
+        (["--weights", "helpfulness=1", "helpfulness=2"], "a name stands there twice"),
     ):
         with pytest.raises(UserError, match=message):
             convert(*arguments, "--overwrite", *more)

@@ -28,6 +28,8 @@ def main(arguments: list[str]) -> None:
         options.source, options.format, options.split, options.limit, counts, queries_only=options.queries_only
     )
     if options.weights:
+        if len(dict(options.weights)) < len(options.weights):
+            raise UserError("--weights: a name stands there twice")
         records = (weighted(record, dict(options.weights)) for record in records)
     if options.to is None:
         written = write_records(options.output, progress(records, "convert", unit="records"), options.overwrite)
