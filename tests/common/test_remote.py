@@ -80,6 +80,14 @@ def test_a_place_that_has_no_list_may_say_so_in_its_own_way(
     assert fetched("memory://data/a.txt").read_bytes() == b"one"
 
 
+def test_a_cache_that_cannot_be_written_is_said(place: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    place.pipe("/data/a.txt", b"one")
+    (tmp_path / "file").write_text("no folder")
+    monkeypatch.setenv("RRHF_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError, match="cannot be written: Not a directory"):
+        fetched("memory://data/a.txt")
+
+
 def test_two_processes_may_fetch_one_folder(tmp_path: Path) -> None:
     there = tmp_path / "there"
     there.mkdir()
