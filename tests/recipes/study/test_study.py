@@ -191,6 +191,16 @@ def test_rewards_follow_the_samples_of_rho_and_those_of_pi_are_told_beside(tmp_p
     assert "OP: mean 0.950, maximum 1.150, π 0.0" in found.said
 
 
+def test_a_rival_that_was_not_tuned_resolves_nothing(tmp_path: Path) -> None:
+    """RRHF is ahead of PPO by 0.1 in both; but where PPO ran at one rate, that one was not chosen for it."""
+    one = [line(name, seed) for name in ("start", "RRHF-DP", "PPO") for seed in range(SEEDS)]
+    both = [*one, line("PPO", 0, 1e-4)]
+    for runs, verdict in ((one, OPEN), (both, HOLDS)):
+        found = {claim.letter: finding for claim, finding in judged(Study(runs, tmp_path))}["b"]
+        assert found.verdict == verdict and [test.verdict for test in found.tests] == [HOLDS]
+        assert ("PPO was run at one rate" in found.said) == (verdict == OPEN)
+
+
 def test_sensitivity_is_held_against_ppo_with_its_penalty_too(tmp_path: Path) -> None:
     """PPO alone has 0.3 between its best and its worst rate, with the penalty no more than RRHF-DP."""
     runs = [line(name, seed, rate) for name in ("PPO", "RRHF-DP") for seed in range(SEEDS) for rate in (1e-4, 1e-3)]

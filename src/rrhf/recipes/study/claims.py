@@ -77,6 +77,9 @@ def at_least_ppo(study: Study) -> Finding:
         penalised = study.difference(name, "PPO+KL", "proxy")
         if penalised is not None:
             said += f"; {name} − PPO+KL, proxy: {penalised} ({penalised.seeds} seeds)"
+    if tests and len(study.rates("PPO")) < 2:
+        # A rate that suits RRHF says nothing of a rival that was not tuned: that it trails there resolves nothing.
+        return Finding(tests, f"{said}; PPO was run at one rate, which was not chosen for it", OPEN)
     return Finding(tests, said)
 
 
