@@ -112,7 +112,7 @@ def test_what_is_spoilt_has_lost_its_order(text: str) -> None:
             assert not line or line not in spoilt
 
 
-@pytest.mark.parametrize("text", ["yes", "no no no", "a b", "?", "4", ""])
+@pytest.mark.parametrize("text", ["yes", "no no no", "a b", "?", "4", "", "-" * 90 + "abcd", "x " * 90 + "a b c d"])
 def test_what_is_too_short_is_not_spoilt(text: str) -> None:
     assert spoil(text, random.Random(0)) is None
 

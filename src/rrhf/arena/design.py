@@ -129,7 +129,7 @@ def spoil(text: str, rng: random.Random) -> str | None:
     """A response that anybody who reads sees to be the worse: its words in another order, or its characters.
 
     Characters are mixed where there are few words, or long ones, as where a language puts no spaces between them. None
-    where there are too few characters for that too.
+    where there are too few characters for that too, or all but a few are the same.
     """
     words = text.split()
     letters = sum(map(len, words))
@@ -138,9 +138,11 @@ def spoil(text: str, rng: random.Random) -> str | None:
     if len(set(pieces)) < FEWEST:
         return None
     mixed = list(pieces)
-    while sum(one == other for one, other in zip(mixed, pieces)) > len(pieces) / 2:
+    for _ in range(20):
         rng.shuffle(mixed)
-    return (" " if by_words else "").join(mixed)
+        if sum(one == other for one, other in zip(mixed, pieces)) <= len(pieces) / 2:
+            return (" " if by_words else "").join(mixed)
+    return None
 
 
 def assign(tasks: Sequence[Task], rater: str, covered: Mapping[str, int], settings: StudySettings) -> list[str]:

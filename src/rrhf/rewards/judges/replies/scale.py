@@ -115,6 +115,7 @@ OTHER_SCALES = tuple(
         rf"(?<![\w.]){_NUMBER}[\s-]points?\b",
     )
 )
+NAMED = re.compile(rf"\b(?:{'|'.join(LABELS)})s?\s*#?\s*[0-9]+", re.I)
 TURNED = re.compile(
     r"\b(?:lower|smaller|less)\s+(?:scores?\s+|numbers?\s+|values?\s+)?(?:is|are|means?)\s+better\b", re.I
 )
@@ -133,6 +134,7 @@ def refuse_other_scale(text: str, scale: Scale, number: int) -> None:
         scale: the one that was asked for.
         number: of responses; "(1-3)" may count them.
     """
+    text = NAMED.sub(" ", text)  # "Response 2 is the best" says nothing of a scale
     ends = [scale.low, scale.high]
     for pattern in OTHER_SCALES:
         for found in pattern.finditer(text):
