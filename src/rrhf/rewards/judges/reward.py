@@ -49,6 +49,11 @@ class JudgeScorer:
                 scores[place] = math.fsum(by_aspect.values())
         return scores
 
+    def estimate(self, records: Iterable[Record]) -> dict[str, float | None]:
+        """What all responses of ``records`` would cost; see ``Judge.estimate``."""
+        items = ((record.id, query_text(record.query), record.responses) for record in records if record.responses)
+        return self.judge.estimate(calls_of(items, self.template, self.seed))
+
     def close(self) -> None:
         """Say what happened."""
         if self.judge.counts["calls"]:
@@ -74,9 +79,7 @@ def judge_digest(name: str, context: RewardContext) -> str:
 
 def estimate_judge(name: str, records: Iterable[Record], context: RewardContext) -> dict[str, float | None]:
     """What ``judge:NAME`` would ask for on ``records``; see ``Judge.estimate``. Nothing is asked."""
-    scorer = JudgeScorer(name, context)
-    items = ((record.id, query_text(record.query), record.responses) for record in records if record.responses)
-    return scorer.judge.estimate(calls_of(items, scorer.template, context.seed))
+    return JudgeScorer(name, context).estimate(records)
 
 
 def describe_estimate(rewards: Sequence[str], data: Path, context: RewardContext) -> str:
@@ -85,14 +88,14 @@ def describe_estimate(rewards: Sequence[str], data: Path, context: RewardContext
     for reward in rewards:
         kind, _, name = reward.partition(":")
         if kind == "judge":
-            found = estimate_judge(name, read_records(data, require="responses"), context)
-            template = read_template(fetched(name))
+            scorer = JudgeScorer(name, context)
+            found = scorer.estimate(read_records(data, require="responses"))
             cost = "the file gives no price"
             if found["cost"] is not None:
                 cost = f"${found['cost']:.2f} where each is read at once, ${found['most']:.2f} where all are refused"
-                cost += f" as often as they are asked ({template.tries})"
+                cost += f" as often as they are asked ({scorer.template.tries})"
             kept = f"{found['cached']} of them in the journal"
-            if template.model is None:
+            if scorer.template.model is None:
                 kept = "the journal is not looked at, since the file names no model"
             lines.append(
                 f"{reward}: {found['calls']} calls, {kept}; about {found['prompt_tokens']:,} tokens of prompts, at "
