@@ -58,13 +58,13 @@ class RayPool:
                 for unit, outcome in one:
                     came += 1
                     yield from ladder.took(unit, outcome)
-                if one.error is None:
+                if one.error is None:  # it ended by itself: what is missing goes down the ladder, which ends
                     yield from ladder.missed(units)
-                else:
-                    log.warning(f"{step}: the cluster lost work, which is done again: {_short(one.error)}")
-                # A pass that ended by itself goes down the ladder, which ends; the failures that it may count are few.
-                idle = 0 if came or one.error is None else idle + 1
-                if one.error is not None and idle == IDLE_PASSES and ladder.next_pass():
+                    idle = 0
+                    continue
+                log.warning(f"{step}: the cluster lost work, which is done again: {_short(one.error)}")
+                idle = 0 if came else idle + 1
+                if idle == IDLE_PASSES and ladder.next_pass():
                     raise UserError(f"{step}: nothing came of {idle} tries on the cluster: {_short(one.error)}")
 
 
