@@ -103,7 +103,10 @@ def test_attention_checks_come_on_top() -> None:
 CHINESE = "今天天气很好，我们去公园玩。\n\n明天可能会下雨，记得带伞。"
 
 
-@pytest.mark.parametrize("text", ["Hello there", "Certainly not.", WORDS, CHINESE, CHINESE * 20, "a1b2c3" * 400])
+DAYS = "\n".join(f"第{day}天天气很好，我们去公园玩得很开心。" for day in "一二三四五六七八九十百千万")
+
+
+@pytest.mark.parametrize("text", ["Hello there", "Certainly not.", WORDS, CHINESE, DAYS, "a1b2c3" * 400])
 def test_what_is_spoilt_has_lost_its_order(text: str) -> None:
     for seed in range(20):
         spoilt = spoil(text, random.Random(seed))

@@ -292,8 +292,12 @@ def test_a_full_disk_and_a_damaged_study_are_said(tmp_path: Path, monkeypatch: p
     def full(self: Database) -> None:
         raise sa.exc.OperationalError("BEGIN", {}, Exception("database or disk is full"))
 
+    def half(temporary: str, *_: Any) -> None:  # SQLite does not always take its own files away there
+        Path(f"{temporary}-wal").write_bytes(b"half")
+        full(Database(temporary))
+
     with monkeypatch.context() as patch:
-        patch.setattr(Database, "writing", full)
+        patch.setattr("rrhf.arena.store._fill", half)
         with pytest.raises(
             UserError, match=r"study\.db: the study cannot be read or written \(database or disk is full"
         ):
