@@ -12,7 +12,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    LlamaForSequenceClassification,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+)
 
 from rrhf.common.errors import UserError
 from rrhf.models.devices import native_bfloat16, resolve_device, resolve_dtype
@@ -153,6 +160,20 @@ def test_an_interrupted_save(saved: Path) -> None:
     whole = (saved / "model.safetensors").read_bytes()
     (saved / "model.safetensors").write_bytes(whole[: len(whole) // 2])
     assert "cannot be loaded" in refused(cpu(saved))
+
+
+@pytest.mark.parametrize("lacking", ["head", "layer"])
+def test_weights_that_no_file_has_are_not_drawn_at_random(lacking: str, saved: Path) -> None:
+    """A reward model has no output layer; a config.json may name more layers than were saved."""
+    config = AutoConfig.from_pretrained(saved)
+    if lacking == "head":
+        LlamaForSequenceClassification(config).save_pretrained(saved)
+    else:
+        config.num_hidden_layers += 1
+        config.save_pretrained(saved)
+    said = refused(cpu(saved))
+    names = "lm_head.weight" if lacking == "head" else "model.layers.2.input_layernorm.weight"
+    assert f"{saved}: its files lack weights of a causal language model ({names}" in said
 
 
 def test_a_hub_id_that_cannot_be_had() -> None:
@@ -327,6 +348,18 @@ def test_a_gguf_file_that_is_cut_short(tmp_path: Path, cache: Path) -> None:
     path.write_bytes(whole[: 2 * len(whole) // 3])
     assert f"{path}: transformers cannot read this GGUF file" in refused(cpu(path))
     assert not list(cache.glob("gguf/*"))
+
+
+def test_a_gguf_file_without_one_of_its_tensors(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gguf = pytest.importorskip("gguf")
+    add = gguf.GGUFWriter.add_tensor
+    lost = "blk.1.ffn_up.weight"
+    monkeypatch.setattr(gguf.GGUFWriter, "add_tensor", lambda self, name, *a: name == lost or add(self, name, *a))
+    path, _ = gguf_file(tmp_path)
+    assert f"{path}: its files lack weights of a causal language model (model.layers.1.mlp.up_proj.weight)" in refused(
+        cpu(path)
+    )
+    assert not list((cache / "gguf").iterdir())
 
 
 def scaled_by(kind: str) -> Callable[[Any], None]:

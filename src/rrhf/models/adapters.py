@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import of_extra
 from rrhf.models.devices import resolve_device
-from rrhf.models.folders import no_folder
+from rrhf.models.folders import no_folder, refuse_missing_weights
 from rrhf.models.load import FLEX, ModelSettings, attention_options, load_policy
 from rrhf.models.locate import ADAPTER_CONFIG, locate
 
@@ -188,9 +188,15 @@ def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrained
     options = attention_options(settings, device)
     try:
         tokenizer = AutoTokenizer.from_pretrained(location.source)
-        model = AutoModelForCausalLM.from_pretrained(
-            location.source, quantization_config=quantisation, device_map={"": device}, use_safetensors=True, **options
+        model, found = AutoModelForCausalLM.from_pretrained(
+            location.source,
+            quantization_config=quantisation,
+            device_map={"": device},
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
         )
+        refuse_missing_weights(found, settings.model)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         hint = no_folder(settings.model)
         raise UserError(f"--model {settings.model}: cannot be loaded in 4 bits: {error}{hint}") from error

@@ -1,11 +1,12 @@
-"""Where models lie: names and paths of folders and packages, checked before anything is loaded."""
+"""Where models lie: names and paths of folders and packages, and whether what lies there is a whole model."""
 
 from __future__ import annotations
 
 import difflib
 import importlib.util
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
 from rrhf.common.remote import fetched_model, is_url
@@ -102,6 +103,25 @@ def _similar(name: str, before: str) -> str:
             return ""
         place /= close[0]
     return f"{before}did you mean {str(place)!r}?"
+
+
+def refuse_missing_weights(found: Mapping[str, Any], shown: str) -> None:
+    """Refuse a model of which transformers drew weights at random, each time others, because no file has them.
+
+    Args:
+        found: what ``from_pretrained`` says with ``output_loading_info``.
+        shown: the model's name in messages.
+
+    Raises:
+        UserError: weights are missing.
+    """
+    missing = sorted(found["missing_keys"])
+    if missing:
+        names = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(
+            f"--model {shown}: its files lack weights of a causal language model ({names}), which would be random "
+            "numbers: is it a reward model, an encoder, or a config.json of another model? Give the language model"
+        )
 
 
 def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -21,7 +21,7 @@ from rrhf.common.errors import UserError, nearest
 from rrhf.common.files import cache_folder, claimed_place, read_object, refuse_existing, replacing
 from rrhf.common.imports import of_extra
 from rrhf.common.progress import progress
-from rrhf.models.folders import model_folder, save_policy
+from rrhf.models.folders import model_folder, refuse_missing_weights, save_policy
 
 if TYPE_CHECKING:
     import numpy as np
@@ -367,7 +367,10 @@ def _convert(path: Path, folder: Path) -> None:
 
     try:
         _refuse_scaled_rotation(path)
-        quantised = AutoModelForCausalLM.from_pretrained(path.parent, gguf_file=path.name, dtype=torch.float32)
+        quantised, found = AutoModelForCausalLM.from_pretrained(
+            path.parent, gguf_file=path.name, dtype=torch.float32, output_loading_info=True
+        )
+        refuse_missing_weights(found, str(path))
         tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
         config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
     except ImportError as error:

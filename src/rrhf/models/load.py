@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError
 from rrhf.models.devices import resolve_device, resolve_dtype
-from rrhf.models.folders import no_folder
+from rrhf.models.folders import no_folder, refuse_missing_weights
 from rrhf.models.locate import Location, locate
 
 if TYPE_CHECKING:
@@ -70,7 +70,10 @@ def load_policy(
     try:
         tokenizer = AutoTokenizer.from_pretrained(tokenizer_at or location.source)
         # Only safetensors: nothing is unpickled.
-        model = AutoModelForCausalLM.from_pretrained(location.source, dtype=dtype, use_safetensors=True, **options)
+        model, found = AutoModelForCausalLM.from_pretrained(
+            location.source, dtype=dtype, use_safetensors=True, output_loading_info=True, **options
+        )
+        refuse_missing_weights(found, settings.model)
         model = model.to(device).eval()
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, SafetensorError) as error:
         raise UserError(f"--model {settings.model}: cannot be loaded: {error}{no_folder(settings.model)}") from error
