@@ -25,9 +25,10 @@ from rrhf.common.errors import UserError
 from rrhf.models.devices import native_bfloat16, resolve_device, resolve_dtype
 from rrhf.models.folders import package_folder, resolve_model, save_policy
 from rrhf.models.gguf import gguf_as_folder
-from rrhf.models.load import ModelSettings, attention_options, context_length, load_policy
+from rrhf.models.load import ModelSettings, attention_options, context_length, load_policy, positions_in_table
 from rrhf.models.locate import Location, locate
 from support import tiny
+from support.families import FAMILIES
 from support.models import SMOLLM2, tiny_model
 
 PROBE = torch.tensor([[1, 5, 9, 33, 2, 64]])
@@ -518,6 +519,12 @@ def test_context_lengths() -> None:
     assert context_length(tiny_model("gpt2")) == 512
     assert context_length(tiny_model("gemma3")) == 512
     assert context_length(tiny_model("bloom")) is None  # positions by distance: there is no limit to name
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt-j", "opt", "gpt-neo", "llama", "gemma4", "bloom"])
+def test_positions_that_stand_in_a_table(family: str) -> None:
+    expected = 512 if family in ("gpt2", "gpt-j", "opt", "gpt-neo") else None
+    assert positions_in_table(FAMILIES[family].make()) == expected
 
 
 def test_the_tokenizer_of_a_folder(saved: Path) -> None:

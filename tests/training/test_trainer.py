@@ -650,6 +650,27 @@ def test_nothing_left_to_train_on(tmp_path: Path) -> None:
         trainer_of(tiny_model("llama", VOCABULARY), tmp_path, [])
 
 
+@pytest.mark.parametrize("which", ["train_dataset", "eval_dataset"])
+def test_rows_that_the_model_has_no_positions_for(which: str, tmp_path: Path) -> None:
+    record = Record(query="a" * 300, responses=["b" * 100, "c" * 300], scores=[0.0, 1.0], id="long")
+    datasets = {"train_dataset": toy_records(2), "eval_dataset": toy_records(2), which: [record]}
+
+    def trainer(family: str, **options: Any) -> RRHFTrainer:
+        model = tiny_model(family, len(tiny_tokenizer()))
+        args = config(tmp_path, **options)
+        return RRHFTrainer(model=model, args=args, processing_class=tiny_tokenizer(), **datasets)
+
+    with pytest.raises(UserError, match=r"record 'long': query and response have 601 .* positions for 512: give"):
+        trainer("gpt2", max_length=1024)
+    trainer("gpt2", max_length=512)
+    trainer("llama", max_length=1024)  # computes its positions
+
+
+def test_tokens_that_the_model_has_no_embeddings_of(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"record 'toy-0' has the token .* embeddings of 50: the tokenizer is another"):
+        trainer_of(tiny_model("llama", 50), tmp_path, toy_records(3))
+
+
 def test_only_unranked_records_train_as_supervised_fine_tuning(tmp_path: Path) -> None:
     rows = toy_records(3, seed=1, responses=(1, 1))
     trainer = trainer_of(tiny_model("llama", VOCABULARY), tmp_path, rows, max_steps=1)

@@ -121,6 +121,24 @@ def context_length(model: PreTrainedModel | PreTrainedConfig) -> int | None:
     return None
 
 
+def positions_in_table(model: PreTrainedModel) -> int | None:
+    """How many positions a model has in a table (GPT-2, OPT, GPT-J): there is no further one.
+
+    None where it computes them, as most rotary embeddings do. The table is known by its size, the context's.
+    """
+    from torch import Tensor, nn
+
+    context, tokens = context_length(model), model.get_input_embeddings()
+    if context is None:
+        return None
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and m is not tokens]
+    tables += [buffer for module in model.modules() for buffer in module.buffers(recurse=False)]
+    tables += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    # OPT and its like have two rows more, for padding.
+    found = any(table.dim() == 2 and context <= len(table) <= context + 2 for table in tables)
+    return context if found else None
+
+
 def _positions_unused(model: PreTrainedModel | PreTrainedConfig) -> int:
     """How many rows of its table of positions a model never reads: 512 tokens fit RoBERTa's 514."""
     modules = model.named_modules() if hasattr(model, "named_modules") else ()

@@ -29,7 +29,7 @@ from rrhf.models.batching import SIZES, Forward, plan_forwards, tree_tokens
 from rrhf.models.devices import free_memory
 from rrhf.models.forward import causal_lm
 from rrhf.models.interpolation import interpolated
-from rrhf.models.load import ModelSettings
+from rrhf.models.load import ModelSettings, positions_in_table
 from rrhf.models.out_of_memory import attempt, smaller_forwards
 from rrhf.models.path_check import KeptPath, usable_path
 from rrhf.models.tokenization import EncodedRecord, TextFormat
@@ -116,7 +116,7 @@ class RRHFTrainer(PushesModel):
             train_dataset, args, processing_class, reference_sums, args.ranking_loss == "none", args.select
         )
         held_out = _encoded(eval_dataset, args, processing_class, reference_sums)
-        _refuse_unusable(train, held_out, args.ranking_loss, self.needed)
+        _refuse_unusable(train, held_out, args.ranking_loss, self.needed, model, len(processing_class))
         sizes = [tree_tokens(r) for data in (train, held_out) if data is not None for r in data.records]
         self.path = usable_path(model, longest_row=max(sizes, default=0))
         self.loss_settings = args.loss
@@ -640,12 +640,39 @@ def _refuse_unusable(
     held_out: EncodedRecords | OnlineRecords | None,
     loss: str,
     needed: Collection[str],
+    model: PreTrainedModel,
+    tokens: int,
 ) -> None:
     if train is not None and not train.records:
         raise UserError(f"no record is left to train on: {train.summary()}")
     for data, flag in ((train, "the data"), (held_out, "--eval_data")):
         if data is not None:
             refuse_unmet(loss, needed, data, flag)
+    _refuse_without_rows(causal_lm(model), tokens, [data for data in (train, held_out) if data is not None])
+
+
+def _refuse_without_rows(model: PreTrainedModel, tokens: int, datasets: Iterable[Any]) -> None:
+    """Refuse records with positions or tokens that the model's tables have no row for, before a pass fails on one.
+
+    Args:
+        tokens: that the tokenizer has.
+    """
+    positions, rows = positions_in_table(model), len(model.get_input_embeddings().weight)
+    if positions is None and tokens <= rows:
+        return
+    for record in (record for data in datasets for record in data.records):
+        longest = len(record.query) + max(map(len, record.responses), default=0)
+        if positions is not None and longest > positions:
+            raise UserError(
+                f"record {record.id!r}: query and response have {longest} tokens, and the model positions for "
+                f"{positions}: give --max_length {positions}"
+            )
+        highest = max(max(ids, default=0) for ids in (record.query, *record.responses))
+        if highest >= rows:
+            raise UserError(
+                f"record {record.id!r} has the token {highest}, and the model embeddings of {rows}: the tokenizer is "
+                "another model's, or was extended: give the model's own, or resize the embeddings and save the model"
+            )
 
 
 def _use_one_gpu(args: RRHFConfig) -> None:
