@@ -16,6 +16,7 @@ import pytest
 import torch
 
 from rrhf.common.errors import UserError
+from rrhf.records.record import Record
 from rrhf.training.config import RRHFConfig
 from rrhf.training.memory import moment_bytes, storage_bytes, token_budget
 from rrhf.training.trainer import RRHFTrainer
@@ -121,6 +122,17 @@ def test_a_plan_disturbs_nothing(tmp_path: Path) -> None:
 
 
 MODEL = {"parameters": 1_000_000_000, "width": 2048, "layers": 16}
+
+
+def test_a_model_of_few_positions_is_planned_for(tmp_path: Path) -> None:
+    """The passes that are counted have long queries where the data has; they stay within a small model's table."""
+    import transformers as t
+
+    sizes = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 48}
+    model = t.GPT2LMHeadModel(t.GPT2Config(vocab_size=len(TOKENIZER), **sizes))
+    records = [Record(query="a" * 40, responses=["b", "c"], scores=[0.0, 1.0])] * 2
+    plan = trainer_of(model, TOKENIZER, records, tmp_path, max_length=48).memory_plan()
+    assert plan.activations > 0
 
 
 def test_the_token_budget_of_a_device() -> None:

@@ -27,6 +27,7 @@ from rrhf.common.presentation import text_table
 from rrhf.models.batching import SIZES
 from rrhf.models.devices import free_memory
 from rrhf.models.forward import causal_lm
+from rrhf.models.load import positions_in_table
 from rrhf.models.logprobs import KEPT_BYTES
 from rrhf.models.tokenization import EncodedRecord
 from rrhf.training.config import RRHFConfig
@@ -282,12 +283,13 @@ def _activations(
     device = next(model.parameters()).device
     was_training = model.training
     model.train()
+    positions = positions_in_table(causal_lm(model)) or max(PROBES)
     sizes, kept = [], []
     forked = [device] if device.type == "cuda" else []
     try:
         with torch.random.fork_rng(forked), autocast():
             for size in PROBES:
-                record = _probe(records, size)
+                record = _probe(records, size, positions)
                 sizes.append(SIZES[path](record))
                 kept.append(_kept(model, record, path, device))
     finally:
@@ -302,14 +304,13 @@ def _activations(
     return max(kept[0] - slope * sizes[0], 0.0), slope
 
 
-def _probe(records: Sequence[EncodedRecord], tokens: int) -> EncodedRecord:
-    """A record of about so many tokens, with the data's share of query tokens."""
+def _probe(records: Sequence[EncodedRecord], tokens: int, positions: int) -> EncodedRecord:
+    """A record of about so many tokens, with the data's share of query tokens, in rows within ``positions``."""
     query = sum(len(record.query) for record in records)
     share = query / max(query + sum(len(y) for record in records for y in record.responses), 1)
-    responses = max(1, round(tokens * (1 - share) / PROBE_RESPONSE))
-    return EncodedRecord(
-        "probe", [0] * max(1, round(tokens * share)), [[0] * PROBE_RESPONSE] * responses, [None] * responses
-    )
+    most = max(1, min(round(tokens * share), positions - PROBE_RESPONSE))
+    responses = max(1, round((tokens - most) / PROBE_RESPONSE))
+    return EncodedRecord("probe", [0] * most, [[0] * PROBE_RESPONSE] * responses, [None] * responses)
 
 
 def _kept(model: PreTrainedModel, record: EncodedRecord, path: str, device: torch.device) -> int:
