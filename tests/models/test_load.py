@@ -444,8 +444,9 @@ def test_a_package_without_that_file(package: Path) -> None:
     assert "carries no file 'wieghts'" in message and "weights" in message
 
 
-def test_a_package_that_is_not_there() -> None:
-    assert "no such package is installed" in refused(cpu("package:no_such_package_here/file.gguf"))
+@pytest.mark.parametrize("name", ["no_such_package", "no_such_package.models", ".."])
+def test_a_package_that_is_not_there(name: str) -> None:
+    assert "no such package is installed" in refused(cpu(f"package:{name}/file.gguf"))
     assert resolve_model("some/name") == "some/name"
 
 

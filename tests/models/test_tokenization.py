@@ -109,6 +109,13 @@ def test_what_a_template_refuses_is_the_users_to_mend() -> None:
         text_format(tiny_tokenizer(template=template)).encode_query(CHAT)
 
 
+@pytest.mark.parametrize("given", ['{"tokenize": true}', '{"continue_final_message": true}', '{"tools": 3}'])
+def test_template_arguments_that_cannot_be_taken(given: str) -> None:
+    with pytest.raises(UserError, match="template refuses") as raised:
+        text_format(chat_template_kwargs=given).encode_query([{"role": "user", "content": "a"}])
+    assert f"--chat_template_kwargs {given}" in str(raised.value)
+
+
 def test_a_query_without_tokens() -> None:
     with pytest.raises(UserError, match="no token"):
         text_format().encode_query("")

@@ -99,6 +99,13 @@ def test_a_reference_with_other_tokens_is_refused(model: ModelSettings, data: Pa
             with_reference_sums([file], model, config(tmp_path, reference_model=str(other)), tmp_path)
 
 
+def test_a_reference_without_a_tokenizer(model: ModelSettings, data: Path, tmp_path: Path) -> None:
+    load_policy_or_adapter(model)[0].save_pretrained(tmp_path / "bare")
+    args = config(tmp_path, reference_model=str(tmp_path / "bare"))
+    with pytest.raises(UserError, match=r"--reference_model .*bare: cannot be loaded: .*tokenizer"):
+        with_reference_sums([data], model, args, tmp_path)
+
+
 def test_the_reference_is_gone_before_the_policy_comes(
     model: ModelSettings, data: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

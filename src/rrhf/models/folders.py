@@ -41,7 +41,10 @@ def model_folder(path: str | Path) -> Path:
 
 def package_folder(package: str) -> Path:
     """The folder of an installed package, which is not imported."""
-    spec = importlib.util.find_spec(package)
+    try:
+        spec = importlib.util.find_spec(package)
+    except (ImportError, ValueError):  # of a dotted name whose first part is not there; of dots alone
+        spec = None
     if spec is None or not spec.submodule_search_locations:
         raise UserError(
             f"package:{package}: no such package is installed; `pip install --no-deps` it (see `make setup`)"

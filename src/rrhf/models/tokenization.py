@@ -118,8 +118,9 @@ class TextFormat:
             text: str = self.tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=add_generation_prompt, **options
             )
-        except jinja2.TemplateError as error:
-            raise UserError(f"the model's chat template refuses the messages of a query: {error}") from error
+        except (jinja2.TemplateError, TypeError, ValueError) as error:  # the last two of wrong or unknown arguments
+            given = f", or --chat_template_kwargs {self.settings.chat_template_kwargs}" if options else ""
+            raise UserError(f"the model's chat template refuses the messages of a query{given}: {error}") from error
         return text
 
     def encode_query(self, query: Query) -> list[int]:

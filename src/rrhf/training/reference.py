@@ -29,7 +29,7 @@ from accelerate.utils import gather_object
 from rrhf.common.errors import UserError
 from rrhf.losses import needed_by, ranking_loss
 from rrhf.models.adapters import load_policy_or_adapter
-from rrhf.models.load import ModelSettings
+from rrhf.models.load import ModelSettings, tokenizer_and_config
 from rrhf.models.locate import locate
 from rrhf.models.path_check import usable_path
 from rrhf.records.checksums import checksum_of_file
@@ -130,9 +130,13 @@ def _write(file: Path, place: Path, column: str, model: LogprobModel, dtype: str
 
 def _refuse_other_tokens(reference: str, model: str, data: Iterable[Path]) -> None:
     """Refuse a reference that cuts these texts into other tokens than the policy: it would score other ids."""
-    from transformers import AutoTokenizer
-
-    theirs, ours = (AutoTokenizer.from_pretrained(locate(name).tokenizer) for name in (reference, model))
+    try:
+        theirs, _ = tokenizer_and_config(locate(reference), reference)
+    except UserError as error:
+        raise UserError(
+            f"--reference_model {reference}: {str(error).removeprefix(f'--model {reference}: ')}"
+        ) from error
+    ours, _ = tokenizer_and_config(locate(model), model)
     refuse_other_tokenizer(theirs, ours, reference)
     chats = any(not isinstance(record.query, str) for file in data for record in _records(file))
     if chats and theirs.chat_template != ours.chat_template:
