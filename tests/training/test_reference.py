@@ -99,6 +99,26 @@ def test_a_reference_with_other_tokens_is_refused(model: ModelSettings, data: Pa
             with_reference_sums([file], model, config(tmp_path, reference_model=str(other)), tmp_path)
 
 
+def test_the_sums_are_of_the_tokens_that_were_drawn(model: ModelSettings, tmp_path: Path) -> None:
+    """A text may have another split: training sees what was drawn, and so does the reference."""
+    policy, tokenizer = load_policy_or_adapter(model)
+    args = config(tmp_path)
+    format = TextFormat(tokenizer, args.text)
+    text = max(
+        (t for t in tokenizer.get_vocab() if t.isascii() and t.isalpha()), key=len
+    )  # one token, drawn letter by letter
+    drawn = [*tokenizer.convert_tokens_to_ids(list(text)), tokenizer.eos_token_id]
+    rows = [{"query": "q", "responses": [text, "x"], "scores": [1, 0], "drawn_tokens": [drawn, None]}]
+    tiny.write_rows(tmp_path / "windows.jsonl", rows)
+    found = with_reference_sums([tmp_path / "windows.jsonl"], model, args, tmp_path)
+    assert found is not None
+    (record,) = read_records(found.files[tmp_path / "windows.jsonl"])
+    ids = format.encode_record(record, args.max_length)
+    assert ids.responses[0] == drawn
+    with torch.no_grad():
+        assert record.rewards[found.column] == pytest.approx(record_sums(policy, ids).tolist(), abs=1e-4)
+
+
 def test_a_reference_without_a_tokenizer(model: ModelSettings, data: Path, tmp_path: Path) -> None:
     load_policy_or_adapter(model)[0].save_pretrained(tmp_path / "bare")
     args = config(tmp_path, reference_model=str(tmp_path / "bare"))

@@ -177,19 +177,28 @@ class TextFormat:
         ids: list[int] = self.tokenizer(response, add_special_tokens=False).input_ids
         return [*ids, self.end_token(query)] if finish == "stop" else ids
 
+    def response_ids(self, record: Record, index: int) -> list[int]:
+        """``encode_response`` of a record's response, or the tokens that were drawn.
+
+        They are those that the record has (``DRAWN_TOKENS``), where they are this vocabulary's of that text.
+        """
+        response = record.responses[index]
+        drawn = record.response_columns().get(DRAWN_TOKENS)
+        tokens = None if drawn is None else drawn[index]
+        if tokens and self.decode(tokens).startswith(response):  # a text may end at a stop string
+            return list(tokens)
+        return self.encode_response(record.query, response, record.finish[index])
+
     def encode_record(self, record: Record, max_length: int | None = None) -> EncodedRecord:
         """Encode a record; ``max_length`` bounds query and response together, and cuts the response from the right.
 
         A response the limit cut loses its end token with its tail. Where the query leaves no room, responses are
-        empty: callers skip such records and count them. Responses of which the record has the tokens that were drawn
-        (``DRAWN_TOKENS``) are those, where they are this vocabulary's of that text.
+        empty: callers skip such records and count them. What a response is, ``response_ids`` says.
         """
         query = self.encode_query(record.query)
-        drawn = record.response_columns().get(DRAWN_TOKENS) or [None] * len(record.responses)
         responses = []
-        for response, finish, tokens in zip(record.responses, record.finish, drawn, strict=True):
-            known = tokens and self.decode(tokens).startswith(response)  # a text may end at a stop string
-            ids = list(tokens) if known else self.encode_response(record.query, response, finish)
+        for index in range(len(record.responses)):
+            ids = self.response_ids(record, index)
             if max_length is not None and len(query) + len(ids) > max_length:
                 self.responses_cut += 1
                 ids = ids[: max(0, max_length - len(query))]

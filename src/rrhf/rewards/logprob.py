@@ -153,7 +153,7 @@ class ResponseSums:
 
     def _fitted(self, record: Record, index: int, query: list[int]) -> tuple[list[int], list[int]]:
         """Query and response within ``max_length``, then within the model's context."""
-        response = self.format.encode_response(record.query, record.responses[index], record.finish[index])
+        response = self.format.response_ids(record, index)
         context = context_length(self.model)
         if self.max_length is not None and len(query) + len(response) > self.max_length:
             response = response[: max(self.max_length - len(query), 0)]
