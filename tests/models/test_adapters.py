@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,9 @@ from rrhf.models.adapters import (
     peft_config,
     with_adapter,
 )
+from rrhf.models.folders import _adapter_of_hub
+from rrhf.models.gguf import export_gguf
+from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings, load_policy
 from rrhf.models.locate import Location, locate
 from rrhf.recipes.config import override, parse_config, read_config
@@ -145,6 +150,57 @@ def test_an_adapter_loads_as_its_base_with_it(base: Path, adapter: tuple[Path, A
     assert not torch.allclose(logits(loaded), logits(load_policy_or_adapter(cpu(base))[0]), atol=1e-2)
     assert type(loaded).__name__ == "LlamaForCausalLM" and not loaded.training
     assert tokenizer("The river").input_ids == load_policy_or_adapter(cpu(base))[1]("The river").input_ids
+
+
+def test_a_config_of_its_base_beside_an_adapter_makes_it_no_whole_model(base: Path, adapter: tuple[Path, Any]) -> None:
+    folder, model = adapter
+    shutil.copy(base / "config.json", folder)
+    assert locate(str(folder)).adapter == folder
+    loaded, _ = load_policy_or_adapter(cpu(folder))
+    torch.testing.assert_close(logits(loaded), logits(model))
+
+
+@pytest.fixture
+def on_the_hub(adapter: tuple[Path, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The copy of somebody's adapter in the hub's cache."""
+    commit = "0123456789" * 4
+    repository = tmp_path / "hub" / "models--somebody--lora"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs" / "main").write_text(commit)
+    shutil.copytree(adapter[0], repository / "snapshots" / commit)
+    for place in ("huggingface_hub.constants.HF_HUB_CACHE", "huggingface_hub.file_download.HF_HUB_CACHE"):
+        monkeypatch.setattr(place, str(tmp_path / "hub"), raising=False)
+    _adapter_of_hub.cache_clear()
+    yield repository / "snapshots" / commit
+    _adapter_of_hub.cache_clear()
+
+
+def test_an_adapter_on_the_hub_is_merged_and_trains_on(on_the_hub: Path, base: Path, adapter: tuple[Path, Any]) -> None:
+    """transformers alone would hook it into its base, and freeze all of it."""
+    name = "somebody/lora"
+    assert locate(name) == Location(str(base), str(base), on_the_hub)
+    loaded, _ = load_policy_or_adapter(ModelSettings(name, device="cpu", dtype="float32"))
+    torch.testing.assert_close(logits(loaded), logits(adapter[1]))
+    assert all(p.requires_grad for p in loaded.parameters())
+    assert model_digest(name) == model_digest(str(adapter[0])) != ""
+
+
+def test_an_adapter_names_its_base_as_it_was_named(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the folder in the cache that a GGUF file was converted to."""
+    pytest.importorskip("gguf")
+    export_gguf(base, tmp_path / "base.gguf", "f32")
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(4))
+    tiny.warm(
+        "train", "--model", "base.gguf", "--data", "scored.jsonl", "--output", "alone", "--device", "cpu", "--peft",
+        "lora", "--merge_adapter", "false", "--max_steps", "1", cwd=tmp_path,
+        env={"RRHF_CACHE": str(tmp_path / "cache")},
+    ).done()  # fmt: skip
+    config = json.loads((tmp_path / "alone" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "base.gguf"
+    shutil.rmtree(tmp_path / "cache")
+    monkeypatch.setenv("RRHF_CACHE", str(tmp_path / "cache"))
+    monkeypatch.chdir(tmp_path)
+    load_policy_or_adapter(cpu(Path("alone")))
 
 
 def test_an_adapter_trains_on_as_a_whole_model(adapter: tuple[Path, Any], tmp_path: Path) -> None:

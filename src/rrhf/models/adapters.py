@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, nearest
+from rrhf.common.files import read_object, write_text
 from rrhf.common.imports import of_extra
 from rrhf.models.devices import resolve_device
-from rrhf.models.folders import no_folder, refuse_missing_weights
+from rrhf.models.folders import ADAPTER_CONFIG, no_folder, refuse_missing_weights
 from rrhf.models.load import FLEX, ModelSettings, attention_options, load_policy
-from rrhf.models.locate import ADAPTER_CONFIG, locate
+from rrhf.models.locate import locate
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -153,10 +154,17 @@ def merged(model: Any, settings: ModelSettings, quantised: bool = False) -> PreT
         return model.merge_and_unload()
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(folder)
-        place = Path(folder) / ADAPTER_CONFIG
-        config = {**json.loads(place.read_text(encoding="utf-8")), "base_model_name_or_path": settings.model}
-        place.write_text(json.dumps(config), encoding="utf-8")
+        name_base(Path(folder), settings.model)
         return load_policy_or_adapter(replace(settings, model=folder), training=True)[0]
+
+
+def name_base(folder: Path, name: str) -> None:
+    """Let the adapter in ``folder`` name its base as the user does: PEFT names what transformers loaded it from.
+
+    For a GGUF file, and for one that a package carries, that is a folder in this machine's cache.
+    """
+    place = folder / ADAPTER_CONFIG
+    write_text(place, json.dumps({**read_object(place), "base_model_name_or_path": name}, indent=2) + "\n")
 
 
 def load_quantised(settings: ModelSettings) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,12 +16,15 @@ from rrhf.common.remote import fetched_model, is_url
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 # What belongs to a model and goes to the hub; optimiser states, checkpoints and settings with local paths stay at home.
 MODEL_FILES = [
     "*.safetensors", "*.safetensors.index.json", "config.json", "generation_config.json", "adapter_config.json",
     "tokenizer*", "vocab.*", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*", "*.gguf",
     "README.md",
 ]  # fmt: skip
+WHOLE = ("*.safetensors", "*.safetensors.index.json", "config.json", "*.gguf")  # of a whole model alone
+ADAPTER_FILES = [ADAPTER_WEIGHTS, *(name for name in MODEL_FILES if name not in WHOLE)]
 
 
 def model_folder(path: str | Path) -> Path:
@@ -53,17 +58,38 @@ def package_folder(package: str) -> Path:
 
 
 def resolve_model(name: str) -> str:
-    """Turn ``package:NAME/FILE`` into a path, and a URL into that of its copy here; any other name stays as it is."""
+    """Turn ``package:NAME/FILE`` into a path; a URL, and the hub id of an adapter, into that of its copy here.
+
+    Any other name stays as it is.
+    """
     if is_url(name):
         return str(fetched_model(name))
     if not name.startswith("package:"):
-        return name
+        is_id = re.fullmatch(r"[\w.-]+/[\w.-]+", name) is not None and not Path(name).exists()
+        return _adapter_of_hub(name) or name if is_id else name
     package, _, file = name.removeprefix("package:").partition("/")
     path = package_folder(package) / file
     if not path.exists():
         files = ", ".join(sorted(p.name for p in package_folder(package).iterdir()))
         raise UserError(f"{name}: the package carries no file {file!r}; it has {files}")
     return str(path)
+
+
+@functools.cache
+def _adapter_of_hub(name: str) -> str | None:
+    """The folder of the copy of a repository that holds an adapter; None where it holds none, or cannot be had.
+
+    transformers would load the base model with the adapter hooked into it, and all weights frozen.
+    """
+    from huggingface_hub import snapshot_download
+    from transformers.utils import find_adapter_config_file
+
+    try:
+        if find_adapter_config_file(name) is None:
+            return None
+        return snapshot_download(name, allow_patterns=ADAPTER_FILES)
+    except (OSError, ValueError):  # reported where it is loaded
+        return None
 
 
 def check_folder(name: str) -> None:

@@ -7,10 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rrhf.common.errors import UserError
-from rrhf.models.folders import check_folder, resolve_model
+from rrhf.models.folders import ADAPTER_CONFIG, ADAPTER_WEIGHTS, check_folder, resolve_model
 from rrhf.models.gguf import gguf_as_folder
-
-ADAPTER_CONFIG, ADAPTER_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 
 
 @dataclass(frozen=True)
@@ -58,8 +56,9 @@ def locate(name: str) -> Location:
 
 
 def is_adapter(folder: Path) -> bool:
-    """Whether a folder holds an adapter alone."""
-    return (folder / ADAPTER_CONFIG).exists() and not (folder / "config.json").exists()
+    """Whether a folder holds an adapter alone; some trainers write the base model's config.json beside it."""
+    whole = (folder / "config.json").exists() and any(f.name != ADAPTER_WEIGHTS for f in folder.glob("*.safetensors"))
+    return (folder / ADAPTER_CONFIG).exists() and not whole
 
 
 def base_of_adapter(folder: Path) -> str:

@@ -27,6 +27,7 @@ from rrhf.models.adapters import (
     load_policy_or_adapter,
     load_quantised,
     merged,
+    name_base,
     peft_config,
 )
 from rrhf.models.identity import model_digest
@@ -284,6 +285,8 @@ def _save(
         trainer.save_between(start.state_dict())
     with naming_full_disk(folder):
         trainer.save_model(str(folder))
+        if job.adapter.peft is not None and not job.merges and trainer.is_world_process_zero():
+            name_base(folder, job.model.model)
     records = trainer.train_dataset
     summary = {
         "settings": settings,
