@@ -16,6 +16,7 @@ from rrhf.losses import (
     RANKING_LOSSES,
     Loss,
     LossSettings,
+    RecordTensors,
     grpo_advantages,
     needed_by,
     needs,
@@ -23,6 +24,7 @@ from rrhf.losses import (
     rrhf_loss,
     soft_sort,
 )
+from rrhf.losses.settings import READERS
 
 LOG2_3 = math.log2(3)
 
@@ -299,3 +301,33 @@ def test_bad_settings_are_named() -> None:
         LossSettings(dpo_beta=0.0, dpo_pairs="worst", score_scale=-1.0, clip_range=math.nan, token_kl=-1.0)
     for name in ("dpo_beta 0.0", "dpo_pairs worst", "score_scale", "clip_range", "token_kl"):
         assert f"--{name}" in str(caught.value)
+
+
+class _Touched:
+    """Settings that note which of ``READERS`` are read."""
+
+    def __init__(self, settings: LossSettings) -> None:
+        self.settings, self.names = settings, set[str]()
+
+    def __getattr__(self, name: str) -> object:
+        self.names.add(name)
+        return getattr(self.settings, name)
+
+
+@pytest.mark.parametrize("name", RANKING_LOSSES)
+def test_which_loss_reads_which_setting(name: str) -> None:
+    touched = _Touched(LossSettings(ranking_loss=name, token_kl=0.1))
+    sums, tokens = torch.tensor([-2.0, -4.0, -3.0]), [torch.tensor([-2.0]), torch.tensor([-4.0]), torch.tensor([-3.0])]
+    scores = torch.tensor([1.0, 0.0, 2.0], dtype=torch.float64)
+    lengths, others = torch.tensor([1, 1, 1]), (sums, tokens, torch.tensor(0.0), tokens, tokens)
+    RANKING_LOSSES[name](RecordTensors(sums, lengths, scores, sums, *others), touched)
+    assert touched.names & set(READERS) == {setting for setting, readers in READERS.items() if name in readers}
+
+
+def test_a_setting_that_the_loss_does_not_read_is_told() -> None:
+    (said,) = LossSettings(margin=0.1).unread()
+    assert (
+        said == "--margin 0.1: the ranking loss hinge does not read it, but margin, constant-margin, logistic, simpo do"
+    )
+    assert not LossSettings(ranking_loss="simpo", margin=0.1).unread() and not LossSettings().unread()
+    assert not LossSettings(ranking_loss="simpo").unread() and not LossSettings(ranking_loss="orpo").unread()

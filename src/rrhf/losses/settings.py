@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cache
 from typing import NamedTuple
 
@@ -92,6 +92,17 @@ PRESETS: dict[str, dict[str, float | str]] = {
     "simpo": {"sft_weight": 0.0, "logprob_scale": 2.0, "margin": 1.0},
     "cpo": {"sft_reduction": "mean"},
     "orpo": {"sft_reduction": "mean", "rank_weight": 0.1},
+}
+
+# Which of our losses read a setting that not all of them do.
+READERS: dict[str, tuple[str, ...]] = {
+    "margin": ("margin", "constant-margin", "logistic", "simpo"),
+    "logprob_scale": ("logistic", "simpo", "listmle", "ndcg", "lire"),
+    "score_scale": ("ndcg", "lire", "lambda", "swepo"),
+    "dpo_beta": ("cpo", "dpo", "ipo", "kto", "dpo-listmle", "lambda", "swepo"),
+    "dpo_pairs": ("dpo", "ipo"),
+    "clip_range": ("grpo", "rloo"),
+    "token_kl": ("grpo", "rloo"),
 }
 
 
@@ -198,6 +209,18 @@ class LossSettings:
         for name, value in {**DEFAULTS, **PRESETS.get(self.ranking_loss, {})}.items():
             if getattr(self, name) is None:
                 setattr(self, name, value)
+
+    def unread(self) -> list[str]:
+        """Which settings have another value than by default and are not read by the loss, one sentence each."""
+        if ":" in self.ranking_loss:  # somebody's own may read any
+            return []
+        usual = {**{f.name: f.default for f in fields(LossSettings)}, **DEFAULTS, **PRESETS.get(self.ranking_loss, {})}
+        return [
+            f"--{name} {getattr(self, name)}: the ranking loss {self.ranking_loss} does not read it, but "
+            f"{', '.join(readers)} do"
+            for name, readers in READERS.items()
+            if self.ranking_loss not in readers and getattr(self, name) != usual[name]
+        ]
 
     def faults(self) -> list[str]:
         """What is wrong with the settings, one sentence a fault."""

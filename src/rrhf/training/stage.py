@@ -230,6 +230,8 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     taken = [f"--{name} {value}" for name, value in _preset(config).items()]
     if taken:
         log.info(f"train: {config.ranking_loss} as in its paper: {', '.join(taken)} (docs/losses.md)")
+    for sentence in config.unread():
+        log.warning(f"train: {sentence}")
     warn_of_whole_weights(str(trainer.accelerator.distributed_type))
     if config.interpolation < 1 and job.adapter.peft is not None and not job.adapter.merge_adapter:
         raise UserError(f"--interpolation {config.interpolation}: is of whole weights: give --merge_adapter true")
