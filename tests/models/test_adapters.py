@@ -362,6 +362,14 @@ def test_layers_that_the_model_does_not_have(base: Path, tmp_path: Path) -> None
     assert "--lora_target_modules" in refused.err and "down_proj" in refused.err
 
 
+def test_sizes_with_which_nothing_would_be_trained() -> None:
+    with pytest.raises(UserError) as raised:
+        AdapterSettings("lora", lora_r=0, lora_alpha=0.0, lora_dropout=1.0)
+    assert [line.partition(":")[0] for line in str(raised.value).splitlines()] == [
+        "--lora_r 0", "--lora_alpha 0.0", "--lora_dropout 1.0",
+    ]  # fmt: skip
+
+
 def test_qlora_says_what_it_needs(base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(4))
     refused = tiny.warm(

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import tempfile
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rrhf.common.errors import UserError, nearest
+from rrhf.common.errors import UserError, nearest, too_small
 from rrhf.common.files import read_object, write_text
 from rrhf.common.imports import of_extra
 from rrhf.models.devices import resolve_device
@@ -42,10 +43,15 @@ class AdapterSettings:
     )
 
     def __post_init__(self) -> None:
+        faults = too_small(self, lora_r=1)
         if self.peft is not None and self.peft not in KINDS:
-            raise UserError(f"--peft {self.peft}: {nearest(self.peft, KINDS)}")
-        if self.lora_r < 1:
-            raise UserError(f"--lora_r {self.lora_r}: must be at least 1")
+            faults.append(f"--peft {self.peft}: {nearest(self.peft, KINDS)}")
+        if not (math.isfinite(self.lora_alpha) and self.lora_alpha > 0):
+            faults.append(f"--lora_alpha {self.lora_alpha}: must be a number above 0; with 0 nothing would be trained")
+        if not 0 <= self.lora_dropout < 1:
+            faults.append(f"--lora_dropout {self.lora_dropout}: must be at least 0 and below 1")
+        if faults:
+            raise UserError("\n".join(faults))
 
 
 def peft_config(settings: AdapterSettings) -> Any:
@@ -130,7 +136,7 @@ def load_policy_or_adapter(
         raise UserError(f"the base model that {folder / ADAPTER_CONFIG} names: {error}") from error
     misfit = f"--model {folder}: the adapter does not fit its base model {location.base}"
     try:
-        config.inference_mode = True
+        config.inference_mode, config.base_model_name_or_path = True, None  # PEFT would warn of another name
         adapted = peft.get_peft_model(model, config)
         result = peft.set_peft_model_state_dict(adapted, peft.load_peft_weights(str(folder), device="cpu"))
     except (ValueError, RuntimeError, KeyError) as error:  # other layers, other sizes
