@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from tokenizers.processors import TemplateProcessing
 
 from rrhf.common.errors import UserError
 from rrhf.models.tokenization import TextFormat, TextSettings
@@ -50,6 +51,18 @@ def test_bos_is_not_put_where_the_tokenizer_knows_one_but_does_not_use_it() -> N
     tokenizer = tiny_tokenizer()
     tokenizer.bos_token = "<s>"
     assert BOS not in text_format(tokenizer).encode_query("ab")
+
+
+def test_a_plain_query_has_all_that_the_tokenizer_puts_before_a_text() -> None:
+    """GLM's tokenizers begin a text with [gMASK]<sop>, and name no BOS."""
+    tokenizer = tiny_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["[gMASK]", "<sop>"]})
+    mask, begin = tokenizer.convert_tokens_to_ids(["[gMASK]", "<sop>"])
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=[("[gMASK]", mask), ("<sop>", begin)]
+    )
+    assert text_format(tokenizer).encode_query("hi") == tokenizer("hi").input_ids
+    assert tokenizer("hi").input_ids[:2] == [mask, begin]
 
 
 @pytest.mark.parametrize("template", [CHATML, GEMMA_LIKE])

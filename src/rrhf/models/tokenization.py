@@ -70,6 +70,14 @@ def cut_left(ids: Sequence[int], most: int, bos: int | None) -> list[int]:
     return list(ids[-most:])
 
 
+def _prefix(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a tokenizer puts before a text: its BOS, nothing, or as GLM's two tokens of which none is called BOS."""
+    whole: list[int] = tokenizer("a").input_ids
+    bare: list[int] = tokenizer("a", add_special_tokens=False).input_ids
+    starts = (start for start in range(len(whole)) if bare and whole[start : start + len(bare)] == bare)
+    return whole[: next(starts, int(whole[:1] == [tokenizer.bos_token_id]))]  # a vocabulary may lack "a"
+
+
 class TextFormat:
     """Encode queries and responses for one tokenizer. Query and response are tokenised apart and joined.
 
@@ -81,9 +89,8 @@ class TextFormat:
         self.settings = settings or TextSettings()
         self.queries_cut = 0
         self.responses_cut = 0
-        probe = tokenizer("a").input_ids
         bos = tokenizer.bos_token_id
-        self._plain_prefix = [bos] if bos is not None and probe[:1] == [bos] else []
+        self._plain_prefix = _prefix(tokenizer)
         self._chat_end: int | None = None
         named = (bos, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id)
         added = {number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
