@@ -38,7 +38,7 @@ def plan_forwards(records: Sequence[EncodedRecord], budget: int, path: str = "tr
     """Fill forward passes up to ``budget`` tokens, records of similar size together.
 
     A record above the budget stands alone, cut in slices of responses that each fit (a single response that does not
-    fit is a slice of its own: a response is never cut in two).
+    fit is a slice of its own: a response is never cut in two). With one response it stands alone uncut.
     """
     size = SIZES[path]
     ordered = sorted(records, key=size, reverse=True)  # stable: the order depends on the data alone
@@ -48,7 +48,8 @@ def plan_forwards(records: Sequence[EncodedRecord], budget: int, path: str = "tr
     for record in ordered:
         tokens = size(record)
         if tokens > budget:
-            forwards.append(Forward((record,), tuple(slice_record(record, budget, path))))
+            slices = tuple(slice_record(record, budget, path))
+            forwards.append(Forward((record,), slices if len(slices) > 1 else ()))  # one needs no second pass
             continue
         if path == "padded" and batch:  # every row of a padded pass is as long as the longest
             rows = sum(len(other.responses) for other in batch) + len(record.responses)
