@@ -118,6 +118,8 @@ def test_another_error_is_no_lack_of_memory() -> None:
         in_halves(fails, 4, "sample", "queries", "--batch_size")
     assert not is_out_of_memory(ValueError("out of memory"))
     assert is_out_of_memory(RuntimeError("MPS backend out of memory")) and is_out_of_memory(MemoryError())
+    # what cuBLAS has no memory for, where torch's allocator has had some
+    assert is_out_of_memory(RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"))
 
     def own() -> None:
         raise MemoryError

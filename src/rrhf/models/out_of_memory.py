@@ -33,7 +33,7 @@ def is_out_of_memory(error: BaseException) -> bool:
         error = error.__cause__
     if isinstance(error, (torch.OutOfMemoryError, MemoryError)):
         return True
-    words = ("out of memory", "can't allocate memory")  # of MPS; of CPUs
+    words = ("out of memory", "can't allocate memory", "STATUS_ALLOC_FAILED")  # of MPS; of CPUs; of cuBLAS and cuDNN
     return isinstance(error, RuntimeError) and any(word in str(error) for word in words)
 
 
