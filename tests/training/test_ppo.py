@@ -385,3 +385,11 @@ def test_what_cannot_be_is_refused(place: Path) -> None:
     dropping = tiny.warm(*command("ppo", "no", "--peft", "lora", "--lora_dropout", "0.1"), cwd=place)
     assert dropping.code == 2 and "--lora_dropout 0.1" in dropping.err
     assert not (place / "no").exists()
+
+
+def test_an_adapter_on_an_adapter_is_not_saved_alone(place: Path) -> None:
+    """The folder would name the whole model as its base, without the first adapter."""
+    lora = ("--peft", "lora", "--lora_r", "2", "--max_steps", "2", "--merge_adapter", "false")
+    tiny.warm(*command("ppo", "first", *lora), cwd=place).done()
+    refused = tiny.warm(*command("ppo", "second", *lora, "--model", "first"), cwd=place)
+    assert refused.code == 2 and "first is an adapter itself" in refused.err and not (place / "second").exists()

@@ -68,6 +68,19 @@ def peft_config(settings: AdapterSettings) -> Any:
     )
 
 
+def refuse_lost_base(settings: AdapterSettings, model: str) -> None:
+    """Refuse to save an adapter alone where ``model``, on which it is trained, is an adapter too.
+
+    Raises:
+        UserError: nothing would hold what the new one stands on.
+    """
+    if settings.peft is not None and not settings.merge_adapter and locate(model).adapter is not None:
+        raise UserError(
+            f"--merge_adapter false: {model} is an adapter itself, and its sum with its base, on which the new one "
+            "would stand, is saved nowhere: leave --merge_adapter true"
+        )
+
+
 def with_adapter(model: PreTrainedModel, config: Any) -> Any:
     """``model`` with a new adapter in its layers, which alone is trained.
 

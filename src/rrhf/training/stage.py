@@ -29,10 +29,10 @@ from rrhf.models.adapters import (
     merged,
     name_base,
     peft_config,
+    refuse_lost_base,
 )
 from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
-from rrhf.models.locate import locate
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
@@ -142,14 +142,9 @@ def _settle(
         config.eval_steps = config.eval_steps or config.logging_steps
     if eval_data is None and config.eval_strategy != IntervalStrategy.NO:
         raise UserError(f"--eval_strategy {config.eval_strategy.value}: nothing is held out: give --eval_data")
-    if adapter.peft is not None:
-        if config.learning_rate_by_default:
-            config.learning_rate = ADAPTER_LEARNING_RATE
-        if not adapter.merge_adapter and locate(model.model).adapter is not None:
-            raise UserError(
-                f"--merge_adapter false: {model.model} is an adapter itself, and its sum with its base, on which the "
-                "new one would stand, is saved nowhere: leave --merge_adapter true"
-            )
+    if adapter.peft is not None and config.learning_rate_by_default:
+        config.learning_rate = ADAPTER_LEARNING_RATE
+    refuse_lost_base(adapter, model.model)
     return replace(model, device=str(config.place(model.device)))
 
 

@@ -19,7 +19,14 @@ from rrhf.common.launch import launched_processes
 from rrhf.common.progress import Progress
 from rrhf.common.remote import origin
 from rrhf.common.settings import refuse_other_settings
-from rrhf.models.adapters import AdapterSettings, load_policy_or_adapter, merged, peft_config, with_adapter
+from rrhf.models.adapters import (
+    AdapterSettings,
+    load_policy_or_adapter,
+    merged,
+    peft_config,
+    refuse_lost_base,
+    with_adapter,
+)
 from rrhf.models.devices import resolve_device
 from rrhf.models.folders import save_policy
 from rrhf.models.identity import model_digest
@@ -116,6 +123,7 @@ def _refuse(job: Job) -> None:
         raise UserError(f"--peft qlora: `rrhf baseline {job.name}` trains whole weights or --peft lora")
     if job.adapter.lora_dropout:
         raise UserError(f"--lora_dropout {job.adapter.lora_dropout}: dropout is off here: leave it out")
+    refuse_lost_base(job.adapter, job.model.model)
 
 
 def _remember(job: Job) -> dict[str, Any]:
