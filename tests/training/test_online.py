@@ -269,6 +269,16 @@ def test_a_data_set_that_samples_and_the_setting_belong_together(model: str, tmp
         Online(SAMPLING, [vowels], reward_normalisation=["data"])
 
 
+@pytest.mark.parametrize("loss", [{"ranking_loss": "dpo"}, {"ranking_loss": "grpo", "token_kl": 0.5}])
+def test_a_reference_with_other_tokens_is_refused(loss: dict[str, Any], model: str, tmp_path: Path) -> None:
+    other = tiny.write_model(tmp_path / "other")
+    tiny_tokenizer(eos="<|im_end|>").save_pretrained(other)
+    context = RewardContext(device="cpu", dtype="float32", reference_model=str(other))
+    records = OnlineRecords(tiny.rows(3), Online(SAMPLING, [vowels], context=context))
+    with pytest.raises(UserError, match=r"--reference_model .*other: its tokenizer is not that of the model"):
+        trainer(model, config(tmp_path / "out", **loss), records)
+
+
 @pytest.mark.parametrize(("count", "per_device", "accumulation", "world"), [(10, 2, 2, 1), (9, 1, 4, 2), (4, 3, 1, 1)])
 def test_the_steps_are_those_of_a_data_set_that_is_there(
     count: int, per_device: int, accumulation: int, world: int

@@ -387,6 +387,15 @@ def test_what_cannot_be_is_refused(place: Path) -> None:
     assert not (place / "no").exists()
 
 
+def test_models_of_another_tokenizer_are_refused(place: Path) -> None:
+    """They would be given the policy's ids, which are other texts to them."""
+    tiny.write_model(place / "others")
+    tiny_tokenizer(eos="<|im_end|>").save_pretrained(place / "others")
+    for flag in ("--reference_model", "--value_model"):
+        refused = tiny.warm(*command("ppo", f"no{flag}", flag, "others"), cwd=place)
+        assert refused.code == 2 and f"{flag} others: its tokenizer is not that of the model" in refused.err
+
+
 def test_an_adapter_on_an_adapter_is_not_saved_alone(place: Path) -> None:
     """The folder would name the whole model as its base, without the first adapter."""
     lora = ("--peft", "lora", "--lora_r", "2", "--max_steps", "2", "--merge_adapter", "false")

@@ -29,6 +29,8 @@ from torch.utils.data import DataLoader, Dataset
 from rrhf.common.errors import UserError
 from rrhf.models.batching import SIZES
 from rrhf.models.identity import weights_digest
+from rrhf.models.load import tokenizer_and_config
+from rrhf.models.locate import locate
 from rrhf.models.tokenization import TextFormat
 from rrhf.records.checksums import checksum_of_records
 from rrhf.records.duplicates import merge_duplicates
@@ -50,6 +52,7 @@ from rrhf.training.batching import MicroBatchSampler, Steps, shares
 from rrhf.training.callbacks import StopOnSignal, Stopped
 from rrhf.training.config import RRHFConfig
 from rrhf.training.dataset import EncodedRecords, TrainingRecord
+from rrhf.training.reference import refuse_other_tokenizer
 from rrhf.training.undisturbed import undisturbed
 from rrhf.training.windows import FOLDER, SECONDS, WEIGHTS, Windows
 
@@ -186,6 +189,10 @@ class OnlineRecords(Dataset):
         args, self.trainer = self.args, trainer
         if args.kl_target is not None and not self.online.kl_beta:
             raise UserError(f"--kl_target {args.kl_target}: adapts --kl_beta: give its first value too")
+        named = self.online.context.reference_model
+        if named is not None and {"reference_sums", OF_REFERENCE} & set(trainer.needed):
+            theirs, _ = tokenizer_and_config(locate(named), named)
+            refuse_other_tokenizer(theirs, trainer.processing_class, named, otherwise="")
         self.sampler = Sampler(trainer.model, trainer.processing_class, self.online.sampling, args.text)
         seed = args.data_seed if args.data_seed is not None else args.seed
         self.steps = Steps(

@@ -146,8 +146,16 @@ def _refuse_other_tokens(reference: str, model: str, data: Iterable[Path]) -> No
         )
 
 
-def refuse_other_tokenizer(theirs: PreTrainedTokenizerBase, ours: PreTrainedTokenizerBase, reference: str) -> None:
-    """Refuse a reference whose tokenizer makes other ids of a text than the policy's does.
+def refuse_other_tokenizer(
+    theirs: PreTrainedTokenizerBase,
+    ours: PreTrainedTokenizerBase,
+    name: str,
+    flag: str = "--reference_model",
+    otherwise: str = ", or leave it out: the reference is then the model as it is before training",
+) -> None:
+    """Refuse a reference, or what ``flag`` names, whose tokenizer makes other ids of a text than the policy's does.
+
+    ``otherwise``: what can be done without it, for the message.
 
     Raises:
         UserError: vocabularies, rules or end tokens differ.
@@ -162,9 +170,8 @@ def refuse_other_tokenizer(theirs: PreTrainedTokenizerBase, ours: PreTrainedToke
 
     if kind(theirs) != kind(ours):
         raise UserError(
-            f"--reference_model {reference}: its tokenizer is not that of the model that is trained, so it would score "
-            "other tokens: name a model of the same family, or leave it out: the reference is then the model as it is "
-            "before training"
+            f"{flag} {name}: its tokenizer is not that of the model that is trained, so it would score other tokens: "
+            f"name a model of the same family{otherwise}"
         )
 
 

@@ -42,6 +42,7 @@ from rrhf.training.folder import SETTINGS, begun, claimed, complete, naming_full
 from rrhf.training.ppo import PPO, Models
 from rrhf.training.ppo_checkpoint import load_checkpoint, save_checkpoint, state
 from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
+from rrhf.training.reference import refuse_other_tokenizer
 
 log = logging.getLogger("rrhf")
 
@@ -88,8 +89,8 @@ def train_ppo(job: Job, *, overwrite: bool = False) -> dict[str, Any]:
         The summary that stands in ``training.json``.
 
     Raises:
-        UserError: several processes, the folder is complete already or holds a run with other settings, or a reward
-            cannot score new texts.
+        UserError: several processes, the folder is complete already or holds a run with other settings, a reward
+            cannot score new texts, or the reference or the value model has another tokenizer.
         Stopped: a signal came; everything up to the last rollout is kept.
     """
     _refuse(job)
@@ -166,11 +167,18 @@ def _build(job: Job, rewards: Rewards) -> PPO:
     if adapted:
         policy = with_adapter(policy, peft_config(job.adapter))
 
-    def other(name: str, training: bool = False) -> Any:
-        return load_policy_or_adapter(replace(job.model, model=name), training)[0]
+    def other(name: str, flag: str, otherwise: str, training: bool = False) -> Any:
+        model, theirs = load_policy_or_adapter(replace(job.model, model=name), training)
+        refuse_other_tokenizer(theirs, tokenizer, name, flag, f", or leave it out: {otherwise}")
+        return model
 
-    rho = None if adapted and reference is None else other(reference or job.model.model).requires_grad_(False).eval()
-    models = Models(policy, tokenizer, rho, None if value is None else other(value, training=True))
+    rho = critic = None
+    if not adapted or reference is not None:
+        rho = other(reference or job.model.model, "--reference_model", "it is then the model before training")
+        rho.requires_grad_(False).eval()
+    if value is not None:
+        critic = other(value, "--value_model", "values are then read off the policy", training=True)
+    models = Models(policy, tokenizer, rho, critic)
     ppo = PPO(models, rewards, queries, job.config, job.text, job.nlpo)
     log.info(
         f"{job.name}: {len(queries)} queries, {ppo.total} rollouts of {job.config.rollout_queries} queries with "
