@@ -39,6 +39,16 @@ def test_the_chosen_responses_are_fitted_killed_or_not(model: Path, tmp_path: Pa
     assert weights[0] == weights[1] == weights[2]
 
 
+def test_the_fitted_responses_stand_beside_the_folder_however_it_is_written(model: Path, tmp_path: Path) -> None:
+    """With a slash they stood in it, where --overwrite removed them, and the model, before they were read."""
+    tiny.write_rows(tmp_path / "data.jsonl", tiny.rows(4, scores=False))
+    command = ("baseline", "sft", *flags(model, "fitted/"), "--fit", "human/0", "--max_steps", "1", "--overwrite")
+    for _ in range(2):
+        tiny.warm(*command, cwd=tmp_path).done()
+        assert (tmp_path / "fitted-data.jsonl").exists() and (tmp_path / "fitted/model.safetensors").exists()
+        assert not list((tmp_path / "fitted").glob("*.jsonl"))
+
+
 def test_what_cannot_be_fitted_is_refused(model: Path, tmp_path: Path) -> None:
     tiny.write_rows(tmp_path / "data.jsonl", tiny.rows(3))
     for more, message in (

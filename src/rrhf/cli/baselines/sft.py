@@ -61,5 +61,6 @@ def main(arguments: list[str], name: str) -> int:
     if sft.fit != BEST:
         from rrhf.recipes.baselines.sft import write_responses_of
 
-        data = write_responses_of(sft.fit, data, Path(f"{files.output}-data.jsonl"))
+        beside = Path(f"{Path(files.output)}-data.jsonl")  # not in it where the name ends in a slash
+        data = write_responses_of(sft.fit, data, beside)
     return train.carry_out(data, model, files, adapter, config, watch, cluster=cluster)
