@@ -20,6 +20,7 @@ from rrhf.recipes import offline
 from rrhf.recipes.config import DataSettings, parse_config
 from rrhf.recipes.data import write_queries
 from rrhf.recipes.run_folder import RunFolder
+from rrhf.records.files import read_records
 from support import tiny
 from support.ports import free_port
 from support.tiny import Result, count, die, put
@@ -492,6 +493,22 @@ def test_a_data_source_that_fails_is_named(
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(UserError, match=message):
         write_queries(DataSettings(f"own_data:{name}"), tmp_path / "queries.jsonl", tmp_path / "held_out.jsonl")
+
+
+def test_a_query_that_a_data_source_repeats_can_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As one that a file repeats: it had the id of the first, which the next stage refused."""
+    (tmp_path / "own_rows.py").write_text(
+        "def twice(limit, seed):\n    return [{'query': q} for q in ('h', 'h', 'a', 'b', 'a')]\n\n\n"
+        "def bad(limit, seed):\n    return [{'query': 'h'}, {'text': 'a'}]\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    queries, held_out = tmp_path / "queries.jsonl", tmp_path / "held_out.jsonl"
+    write_queries(DataSettings("own_rows:twice", held_out_limit=2), queries, held_out)
+    for file, texts in ((queries, ["a", "b", "a"]), (held_out, ["h", "h"])):
+        records = list(read_records(file))
+        assert [record.query for record in records] == texts and len({record.id for record in records}) == len(texts)
+    with pytest.raises(UserError, match=r"own_rows:bad, row 2: no query"):
+        write_queries(DataSettings("own_rows:bad", held_out_limit=1), queries, held_out)
 
 
 def test_sections_become_settings_by_name_and_all_faults_come_together(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import json
 import logging
 from collections import Counter
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
@@ -19,6 +20,7 @@ from rrhf.recipes.config import DataSettings
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import write_records
 from rrhf.records.formats import load_dataset_records
+from rrhf.records.ids import Ids
 from rrhf.records.record import Record, record_from_row
 
 log = logging.getLogger("rrhf")
@@ -51,10 +53,15 @@ def _read(source: str, settings: DataSettings, limit: int | None, counts: Counte
 
 
 def _own_records(source: str, what: str, rows: Iterator[Any]) -> Iterator[Record]:
-    """The records of a function of the user's, which may fail at any of them."""
-    end = object()
+    """The records of a function of the user's, which may fail at any of them; those of a query that repeats get ids.
+
+    The file that they are written to could not be read with an id twice.
+    """
+    end, ids, number = object(), Ids(), 0
     while (row := call_own(next, what, rows, end)) is not end:
-        yield row if isinstance(row, Record) else record_from_row(row, source)
+        number += 1
+        record = row if isinstance(row, Record) else record_from_row(row, f"{source}, row {number}")
+        yield replace(record, id=ids.claim(record.id, number))
 
 
 def training_records(settings: DataSettings) -> Iterator[Record]:
