@@ -511,6 +511,15 @@ def test_a_query_that_a_data_source_repeats_can_be_read(tmp_path: Path, monkeypa
         write_queries(DataSettings("own_rows:bad", held_out_limit=1), queries, held_out)
 
 
+def test_queries_that_are_all_held_out_leave_no_file(tmp_path: Path) -> None:
+    """An empty one made of the run one that had begun, whose configuration could not be mended."""
+    data = tiny.write_rows(tmp_path / "data.jsonl", [{"query": "q"}, {"query": "q"}])
+    queries = tmp_path / "queries.jsonl"
+    with pytest.raises(UserError, match=r"every query of .* is held out"):
+        write_queries(DataSettings(str(data), held_out_limit=1), queries, tmp_path / "held_out.jsonl")
+    assert not queries.exists()
+
+
 def test_sections_become_settings_by_name_and_all_faults_come_together(tmp_path: Path) -> None:
     values = {"model": "m", "seed": 5, "sample": {"source": ["m@greedy:1"], "concurrency": 2, "seed": 6},
               "score": {"reward": ["a:b"]}, "train": {"peft": "lora", "bf16": False, "max_query_length": 3},

@@ -122,9 +122,10 @@ def write_queries(settings: DataSettings, queries: Path, held_out_file: Path) ->
     training = (record for record in chain([first], records) if json.dumps(record.query) not in held_out_queries)
     if not settings.provided:
         training = (record.without_responses() for record in training)
-    count = write_records(queries, training, overwrite=True)
-    if not count:
+    kept = next(training, None)
+    if kept is None:  # known before a file is written, which would bind the run to these settings
         raise UserError(f"data: every query of {settings.source} is held out, none is left to train on")
+    count = write_records(queries, chain([kept], training), overwrite=True)
     write_records(held_out_file, held_out, overwrite=True)
     dropped = describe_counts(counts)
     log.info(f"data: {count} queries to train on, {len(held_out)} held out{'; ' + dropped if dropped else ''}")
