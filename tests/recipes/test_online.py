@@ -83,6 +83,23 @@ def test_a_signal_within_a_window_keeps_its_parts(model: Path, tmp_path: Path) -
     ]
 
 
+@pytest.mark.parametrize("without", [0, 4])
+def test_queries_may_lack_the_responses_that_others_bring(without: int, model: Path, tmp_path: Path) -> None:
+    """The first, which had spoken for all, as well as a later one, which was refused."""
+    rows = [row for row in tiny.rows(12) if row["id"] not in ("q9", "q10", "q11")]
+    held_out = tiny.rows(12)[9:]
+    rows[without] = {"id": rows[without]["id"], "query": rows[without]["query"], "topic": "topic 0"}
+    folder = tiny.workplace(tmp_path, config(model), [*held_out, *rows])
+    tiny.warm(*RUN, "train.max_steps=2", "evaluate.ranked_samples=0", cwd=folder).done()
+    provided = {row["id"]: row.get("responses", []) for row in rows}
+    assert {row["id"]: len(row.get("scores", [])) for row in tiny.read_rows(folder / "run/scored.jsonl")} == {
+        name: len(responses) for name, responses in provided.items()
+    }
+    for row in tiny.read_rows(folder / "run/model/windows/0.jsonl"):
+        brought = provided[row["id"].rpartition("@")[0]]
+        assert row["responses"][: len(brought)] == brought and len(row["scores"]) > len(brought)
+
+
 def test_what_a_run_leaves(undisturbed: Path) -> None:
     windows = [tiny.read_rows(undisturbed / f"model/windows/{number}.jsonl") for number in range(3)]
     steps = [row["id"].rpartition("@")[2] for rows in windows for row in rows]

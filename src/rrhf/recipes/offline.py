@@ -26,6 +26,7 @@ from rrhf.recipes.data import data_digests, write_queries
 from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.checksums import checksum_of_file
 from rrhf.records.files import read_records, write_records
+from rrhf.records.record import Require
 from rrhf.report.card import write_card
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.stage import rewards_digests, score_file
@@ -161,13 +162,14 @@ def sample_stage(at: Pass) -> Stage:
 
 
 def score_stage(at: Pass, data: Path | None = None) -> Stage:
-    """``data``: what is scored, where it is not the sampled responses."""
+    """``data``: what is scored, where it is not the sampled responses; some of its queries may have none."""
     config, responses = at.config, data or at.run.responses
+    require: Require = "responses" if data is None else "query"
     return Stage(
         "score",
         at.run.scored,
         lambda: {**_files(responses), **_scored(config, responses)},
-        lambda: _score(at, responses),
+        lambda: _score(at, responses, require),
     )
 
 
@@ -310,11 +312,13 @@ def _scored(config: RunConfig, responses: Path) -> dict[str, str]:
     return {**rewards_digests(config.score, context), **columns}
 
 
-def _score(at: Pass, responses: Path) -> None:
-    config = at.config
+def _score(at: Pass, responses: Path, require: Require) -> None:
+    config, scored = at.config, at.run.scored
     at.policies.release()  # free the sampling weights
     pool = open_pool(config.cluster, config.scoring.device)
-    score_file(responses, at.run.scored, config.score, config.scoring, config.text, config.score_remote, pool=pool)
+    score_file(
+        responses, scored, config.score, config.scoring, config.text, config.score_remote, require=require, pool=pool
+    )
 
 
 def _train(at: Pass, data: Path, online: Online | None) -> None:

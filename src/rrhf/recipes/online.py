@@ -47,7 +47,7 @@ def run_online(run: RunFolder, config: RunConfig, policies: PolicyCache) -> dict
     check_evaluation(whole)
     carry_out([data_stage(whole)], run)
     data, stages = run.queries, []
-    if next(read_records(run.queries)).responses:
+    if any(record.responses for record in read_records(run.queries)):
         unshaped = replace(cut, scoring=replace(cut.scoring, kl_beta=0.0))  # the KL term is that of each window
         data, stages = run.scored, [score_stage(replace(whole, config=unshaped), run.queries)]
     carry_out(stages, run)
