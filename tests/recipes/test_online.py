@@ -125,6 +125,10 @@ def test_what_a_run_leaves(undisturbed: Path) -> None:
         (["sample.source=[http://localhost:1/v1@chat:2]"], "cannot be given those of the policy in training"),
         (["score.reward=[provided]"], "cannot score new texts"),
         (["train.resample_steps=-1"], "--resample_steps -1: must be at least 0"),
+        (
+            ["score.kl_beta=0.1", "train.ranking_loss=dpo", "train.reference_model=other"],
+            "train.reference_model other and score.reference_model ",
+        ),
     ],
 )
 def test_what_cannot_be_sampled_online_is_refused(

@@ -79,7 +79,13 @@ def _online(run: RunFolder, config: RunConfig) -> Online:
         )
     score, scoring = config.score, config.scoring
     context = scoring.context(config.text, config.score_remote, journals=run.model / FOLDER)
-    if scoring.reference_model is None and any("reference" in name for name in loss_needs(config)):
-        context = replace(context, reference_model=config.train.reference_model or config.model.model)
+    if any("reference" in name for name in loss_needs(config)):
+        of_loss, of_kl = config.train.reference_model, scoring.reference_model
+        if of_loss and of_kl and of_loss != of_kl:
+            raise UserError(
+                f"train.reference_model {of_loss} and score.reference_model {of_kl} (where score.kl_beta is given, by "
+                "default the run's model): one ρ is in memory while the policy samples, for both: name the same"
+            )
+        context = replace(context, reference_model=of_kl or of_loss or config.model.model)
     weights = score.reward_weights or None
     return Online(config.sample, score.reward, weights, scoring.reward_normalisation, context, scoring.kl_beta)
