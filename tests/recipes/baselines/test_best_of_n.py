@@ -60,6 +60,18 @@ def test_the_best_is_kept_and_measured_killed_or_not(model: Path, tmp_path: Path
     assert other.code == 2 and "num_responses was 4, is 3" in other.err
 
 
+def test_normalisations_are_of_the_rewards_that_choose(model: Path, tmp_path: Path) -> None:
+    """One each of two was taken for one each of the gold rewards, which ended the command after all samples."""
+    folder = workplace(tmp_path / "normalised")
+    (folder / "more.py").write_text("def words(prompts, completions):\n"
+                                    "    return [float(len(text.split())) for text in completions]\n")  # fmt: skip
+    names = ("tiny_rewards:vowels", "more:words")
+    two = ("--reward", *names, "--reward_normalisation", "query", "none", "--num_responses", "2")
+    tiny.warm(*command(model), *two, cwd=folder).done()
+    result = json.loads((folder / "best/evaluation.json").read_text())
+    assert list(result["best_of_n"]) == ["score", *names, "tiny_rewards:spaces"]
+
+
 def test_a_second_command_in_the_folder_is_refused(model: Path, tmp_path: Path) -> None:
     folder = workplace(tmp_path / "taken")
     with RunFolder(folder / "best").alone():
@@ -74,6 +86,8 @@ def test_what_has_no_best_is_refused(model: Path, tmp_path: Path) -> None:
         (["--policy", "beam"], "beams are no independent samples"),
         (["--num_responses", "1"], "the best of how many"),
         (["--reward", "provided"], "reads scores that records bring"),
+        (["--reward_weights", "1", "2"], "give one finite number each"),
+        (["--reward_normalisation", "query", "none"], "give one, or one each"),
     ):
         result = tiny.warm(*command(model), *flags, cwd=folder)
         assert result.code == 2 and message in result.err and "Traceback" not in result.err

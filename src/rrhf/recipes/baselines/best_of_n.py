@@ -34,7 +34,7 @@ from rrhf.records.record import Record
 from rrhf.report import write_report
 from rrhf.rewards.kind import RewardContext
 from rrhf.rewards.scoring import Rewards
-from rrhf.rewards.stage import RewardSettings, ScoringSettings, rewards_digests, score_file
+from rrhf.rewards.stage import RewardSettings, ScoringSettings, opened_rewards, rewards_digests, score_file
 from rrhf.sampling.settings import SamplingSettings
 
 
@@ -85,6 +85,7 @@ class BestOfN:
             raise UserError("\n".join(faults))
         measured = RewardSettings([*self.rewards.reward, *self.settings.gold_reward])
         refuse_unusable(measured, replace(self.sampling, num_responses=1), self.context)
+        opened_rewards(self.rewards, self.scoring, self.context)  # as many weights and normalisations as rewards
 
     def as_settings(self) -> dict[str, Any]:
         """Everything that the results depend on, for the folder's config.yaml."""
@@ -131,9 +132,12 @@ def _stages(asked: BestOfN, run: RunFolder, policies: PolicyCache) -> list[Stage
         sample_file(prompts, run.responses, asked.model, asked.sampling, asked.text, policies=policies, merge=False)
 
     def score(rewards: RewardSettings, source: Path, output: Path) -> Stage:
+        # The sum of gold rewards chooses nothing, so it is not normalised either.
+        scoring = asked.scoring if output != gold else replace(asked.scoring, reward_normalisation=["none"])
+
         def work() -> None:
             policies.release()
-            score_file(source, output, rewards, asked.scoring, asked.text, asked.remote, require="query")
+            score_file(source, output, rewards, scoring, asked.text, asked.remote, require="query")
 
         inputs = rewards_digests(rewards, asked.context)
         return Stage(output.stem if output == gold else "score", output, lambda: {**files(source), **inputs}, work)
