@@ -175,6 +175,14 @@ def test_responses_that_no_format_reads_are_not_left_behind_unasked(tmp_path: Pa
         list(load_dataset_records(path))
     (record,) = load_dataset_records(path, "prompts")
     assert record.query == user("Add.\n\n1 2")
+    for prompt, name in (
+        ("prompt", "response"), ("question", "output"), ("instruction", "completion"), ("prompt", "responses"),
+    ):  # fmt: skip
+        path = lines(tmp_path / "b.jsonl", {prompt: "Add.", name: "3"})
+        with pytest.raises(UserError, match=f"reads the responses in {name}: give --format pkg.* --format prompts"):
+            list(load_dataset_records(path))
+    (record,) = load_dataset_records(lines(tmp_path / "c.jsonl", {"question": "1 + 2?", "answer": "3"}))
+    assert record.extra == {"answer": "3"}  # what rewards hold responses against
 
 
 def test_dolly(tmp_path: Path) -> None:

@@ -97,7 +97,8 @@ COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
 )
 
 # Responses, or a context, beside a prompt, which ``prompts`` would leave behind: such rows are no queries alone.
-ANSWER = re.compile(r"(output|response|answer|completion)_[0-9a-z]")
+# A column ``answer`` is no response: rewards hold responses against it.
+ANSWER = re.compile(r"(output|response|completion)s?(_[0-9a-z])?|answers?_[0-9a-z]")
 
 
 def guess_format(row: ForeignRow, source: str) -> str:
