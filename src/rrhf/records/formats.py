@@ -71,6 +71,7 @@ FORMATS: dict[str, Format] = {
 # What each format needs. The first whose columns are all there is the guess; where two share theirs the values decide.
 COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
     (frozenset({"query", "responses"}), "rrhf"),
+    *((frozenset({"query", "chosen", "rejected", *ratings}), "ultrafeedback-binarized") for ratings in PAIR_RATINGS),
     (frozenset({"query", "chosen", "rejected"}), "preference"),
     (frozenset({"query"}), "rrhf"),
     (frozenset({"instruction", "outputs"}), "alpacafarm"),

@@ -92,6 +92,14 @@ def test_rated_pairs_keep_their_ratings(name: str, tmp_path: Path) -> None:
     assert record.sources == ["system/gpt-4", "system/llama"]
 
 
+def test_rated_pairs_beside_a_query_keep_their_ratings(tmp_path: Path) -> None:
+    row = {"query": "Sky?", "chosen": "Blue.", "rejected": "Green.", "score_chosen": 4.75, "score_rejected": 2.0}
+    (record,) = read(tmp_path, row)
+    assert (record.query, record.responses, record.scores) == ("Sky?", ["Blue.", "Green."], [4.75, 2.0])
+    (record,) = read(tmp_path, {name: row[name] for name in ("query", "chosen", "rejected")})
+    assert record.scores == [1.0, 0.0]
+
+
 def test_gpt4_llm(tmp_path: Path) -> None:
     answers = [
         {"response": "Paris.", "source": "gpt4", "score": 9.0},
