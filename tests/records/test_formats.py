@@ -288,6 +288,15 @@ def test_dirty_rows_are_dropped_and_counted(tmp_path: Path) -> None:
     }
 
 
+@pytest.mark.parametrize("speaker", [["human"], {"name": "human"}, 1, None])
+def test_a_speaker_that_is_no_text_is_counted(speaker: Any, tmp_path: Path) -> None:
+    talk = [{"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}]
+    rows = [{"conversations": talk}, {"conversations": [{"from": speaker, "value": "a"}, talk[1]]}]
+    counts: Counter[str] = Counter()
+    assert len(list(load_dataset_records(lines(tmp_path / "a.jsonl", *rows), counts=counts))) == 1
+    assert counts == {"`conversations` is no list of turns from human, gpt or system": 1}
+
+
 def test_messages_that_are_no_pair_are_counted(tmp_path: Path) -> None:
     two = [assistant("a"), *user("b")]
     path = lines(

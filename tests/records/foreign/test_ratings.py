@@ -100,6 +100,12 @@ def test_rated_pairs_beside_a_query_keep_their_ratings(tmp_path: Path) -> None:
     assert record.scores == [1.0, 0.0]
 
 
+@pytest.mark.parametrize("huge", [10**400, -(10**400)], ids=["above", "below"])
+def test_numbers_that_no_float_holds_are_no_ratings(huge: int, tmp_path: Path) -> None:
+    (record,) = read(tmp_path, {**PAIRS["zephyr"], "score_chosen": huge})
+    assert record.scores == [None, 2.0]
+
+
 def test_gpt4_llm(tmp_path: Path) -> None:
     answers = [
         {"response": "Paris.", "source": "gpt4", "score": 9.0},

@@ -70,7 +70,7 @@ def sharegpt(row: ForeignRow) -> ForeignRow:
     """
     turns = value_of(row, "conversations")
     if not isinstance(turns, list) or not all(
-        isinstance(turn, dict) and turn.get("from") in SPEAKERS for turn in turns
+        isinstance(turn, dict) and isinstance(turn.get("from"), str) and turn["from"] in SPEAKERS for turn in turns
     ):
         raise SkipRowError("`conversations` is no list of turns from human, gpt or system")
     messages = [{"role": SPEAKERS[turn["from"]], "content": text_of(turn, "value")} for turn in turns]

@@ -91,7 +91,7 @@ def number_of(value: Any) -> float | None:
     """A rating as a number, also where it is written as text; None for "N/A" and whatever else is none."""
     try:
         number = float(value) if isinstance(value, (int, float, str)) and not isinstance(value, bool) else math.nan
-    except ValueError:
+    except (ValueError, OverflowError):  # no number, or a whole one of hundreds of digits
         return None
     return number if math.isfinite(number) else None
 
