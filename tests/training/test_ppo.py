@@ -24,7 +24,7 @@ from rrhf.records.record import Record
 from rrhf.rewards.scoring import Rewards
 from rrhf.training import ppo_terms as terms
 from rrhf.training.ppo import PPO, Models
-from rrhf.training.ppo_settings import NLPOSettings, PPOConfig
+from rrhf.training.ppo_settings import SCHEDULES, NLPOSettings, PPOConfig
 from support import tiny
 from support.models import tiny_model, tiny_tokenizer
 
@@ -373,6 +373,19 @@ def test_what_cannot_be_is_refused(place: Path) -> None:
         PPOConfig(clip_range=0.0, gamma=1.5, rollout_queries=0, kl_beta=0.0, kl_target=6.0)
     for fault in ("--clip_range 0.0", "--gamma 1.5", "--rollout_queries 0", "--kl_target 6.0 scales"):
         assert fault in str(found.value)
+    with pytest.raises(UserError) as found:
+        PPOConfig(lr_scheduler_type="cosin", max_steps=0, num_train_epochs=math.inf)
+    for fault in (
+        "--lr_scheduler_type cosin: did you mean 'cosine'?",
+        "--max_steps 0: nothing",
+        "_epochs inf: must be",
+    ):
+        assert fault in str(found.value)
+    for schedule in ("reduce_lr_on_plateau", "warmup_stable_decay"):  # they need more than a number of steps
+        with pytest.raises(UserError, match=f"--lr_scheduler_type {schedule}"):
+            PPOConfig(lr_scheduler_type=schedule)
+    for schedule in SCHEDULES:
+        assert ppo_of(replace(SMALL, lr_scheduler_type=schedule)).schedule.get_last_lr()
     with pytest.raises(UserError, match=r"--nlpo_top_p 0[\s\S]*--nlpo_refresh_steps 0"):
         NLPOSettings(nlpo_top_p=0, nlpo_refresh_steps=0)
     provided = tiny.warm(*command("ppo", "no", "--reward", "provided"), cwd=place)

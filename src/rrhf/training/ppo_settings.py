@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
-from rrhf.common.errors import UserError, too_small
+from rrhf.common.errors import UserError, nearest, too_small
+
+# Those of transformers that need no more than a warm-up and a number of steps.
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "cosine_with_restarts",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+)
 
 
 @dataclass(frozen=True)
@@ -13,7 +25,7 @@ class PPOConfig:
 
     learning_rate: float = field(default=1e-5, metadata={"help": "peak learning rate"})
     lr_scheduler_type: str = field(
-        default="linear", metadata={"help": "how the learning rate falls: linear, cosine, constant, …"}
+        default="linear", metadata={"help": f"how the learning rate falls: {', '.join(SCHEDULES)}"}
     )
     warmup_steps: float = field(default=0.0, metadata={"help": "steps of warm-up, or below 1 their share of all steps"})
     weight_decay: float = field(default=0.0, metadata={"help": "pull of the weights towards 0"})
@@ -72,6 +84,12 @@ class PPOConfig:
             self, rollout_queries=1, num_responses=1, max_new_tokens=1, batch_size=1, ppo_epochs=1,
             per_device_train_batch_size=1, max_tokens_per_forward=1, save_steps=1, save_total_limit=1,
         )  # fmt: skip
+        if self.lr_scheduler_type not in SCHEDULES:
+            faults.append(f"--lr_scheduler_type {self.lr_scheduler_type}: {nearest(self.lr_scheduler_type, SCHEDULES)}")
+        if self.max_steps == 0:
+            faults.append("--max_steps 0: nothing would be trained: leave it out, or give a number above 0")
+        if self.num_train_epochs == math.inf:
+            faults.append(f"--num_train_epochs {self.num_train_epochs}: must be a finite number")
         above = ("learning_rate", "clip_range", "value_clip_range", "max_grad_norm", "kl_target", "num_train_epochs")
         faults += [
             f"--{name} {getattr(self, name)}: must be above 0"
