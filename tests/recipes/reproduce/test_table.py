@@ -21,7 +21,14 @@ from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, 
 from rrhf.recipes.reproduce.check import compared, read_result
 from rrhf.recipes.reproduce.comparable import require_comparable
 from rrhf.recipes.reproduce.item import plan
-from rrhf.recipes.reproduce.measure import drawn_from_all, looping, prompt_rewards, response_tokens, training_history
+from rrhf.recipes.reproduce.measure import (
+    drawn_from_all,
+    looping,
+    prompt_rewards,
+    response_tokens,
+    sources_of,
+    training_history,
+)
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.result import models_resident, reward_digests, steps_of, trained_at
 from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, rows_of
@@ -245,14 +252,21 @@ def test_a_model_is_told_by_its_weights_and_a_function_by_nothing(tmp_path: Path
     assert digests()[1] not in ("", of_model)
 
 
-def test_numbers_beside_the_evaluation(tmp_path: Path) -> None:
+def test_which_texts_are_of_the_whole_policy() -> None:
     assert drawn_from_all(SamplingSettings(policy="top-p", top_p=1.0))
     for other in ({"policy": "top-k", "top_k": 50}, {"policy": "top-p", "temperature": 0.8}, {"policy": "greedy"}):
         assert not drawn_from_all(SamplingSettings(**other))
-    row = {"query": "q", "responses": ["ab", "c", "def"], "sources": ["human/x", "top-p/0", "top-p/1"]}
-    file = tiny.write_rows(tmp_path / "r.jsonl", [row])
-    found = response_tokens(file, lambda texts: sum(map(len, texts)))
-    assert found == {"responses": 3, "tokens": 6, "sampled": 2, "sampled_tokens": 4}
+
+
+def test_responses_that_the_data_bring_are_not_sampled_whatever_their_source_is_called(tmp_path: Path) -> None:
+    """Those of other systems, as Wombat's, and of a file that names none were counted as samples."""
+    own = {"query": "q", "responses": ["ab", "x"], "sources": ["system/gpt|provided/1", "provided/0"]}
+    brought = sources_of(tiny.write_rows(tmp_path / "queries.jsonl", [own]))
+    assert brought == {"system/gpt", "provided"}
+    tags = ["system/gpt|top-p/2", "top-p/0", "top-p/1", "provided/3"]
+    row = {"query": "q", "responses": ["ab", "c", "def", "g"], "sources": tags}
+    found = response_tokens(tiny.write_rows(tmp_path / "r.jsonl", [row]), lambda texts: sum(map(len, texts)), brought)
+    assert found == {"responses": 4, "tokens": 7, "sampled": 2, "sampled_tokens": 4}
 
 
 def test_a_history_has_both_losses_and_what_was_watched(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -20,6 +20,7 @@ from rrhf.models.tokenization import TextSettings
 from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.records.files import read_records
 from rrhf.records.record import Record
+from rrhf.records.sources import source_names
 from rrhf.rewards.kl import log_ratios
 from rrhf.sampling.settings import SamplingSettings
 
@@ -100,12 +101,17 @@ def token_counter(model: ModelSettings) -> Any:
     return count
 
 
-def response_tokens(file: Path, count: Any) -> dict[str, int]:
-    """Responses and their tokens in a file of records; ``sampled`` are those that the data did not bring."""
+def sources_of(file: Path) -> set[str]:
+    """The sources of a file's responses."""
+    return {name for record in read_records(file) for tag in record.sources for name in source_names(tag)}
+
+
+def response_tokens(file: Path, count: Any, brought: Collection[str]) -> dict[str, int]:
+    """Responses and their tokens in a file of records; ``sampled`` are those of other sources than the data's."""
     total = {"responses": 0, "tokens": 0, "sampled": 0, "sampled_tokens": 0}
     for record in read_records(file):
-        tags = record.sources or ["?"] * len(record.responses)
-        ours = [text for text, tag in zip(record.responses, tags) if not tag.startswith("human/")]
+        pairs = zip(record.responses, record.sources)
+        ours = [text for text, tag in pairs if not any(name in brought for name in source_names(tag))]
         total["responses"] += len(record.responses)
         total["tokens"] += count(record.responses)
         total["sampled"] += len(ours)

@@ -222,7 +222,8 @@ def _tokens(work: Work) -> dict[str, int]:
         files = [folder.scored for folder in folders]
         queries = sum(1 for _ in read_records(work.place.prompts.queries))
         passes = work.scale.steps / arm.rounds * queries_a_step(work.scale.config["train"]) / queries
-    each = [measure.response_tokens(file, count) for file in files]
+    brought = measure.sources_of(work.place.prompts.queries)
+    each = [measure.response_tokens(file, count, brought) for file in files]
     trained = 0.0 if arm.kind == BEST_OF else passes * sum(file["tokens"] for file in each)
     return {
         "samples": sum(file["sampled"] for file in each),
