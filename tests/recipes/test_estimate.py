@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from rrhf.cli.main import main
-from rrhf.models.load import ModelSettings
+from rrhf.models.load import ModelSettings, tokenizer_and_config
+from rrhf.models.locate import locate
 from rrhf.recipes import estimate
 from rrhf.recipes.config import merge, parse_config
 from rrhf.recipes.estimate import RECORD_SECONDS, estimate_run
@@ -27,7 +28,10 @@ def place(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[
 
 
 def stages(config: dict[str, Any], monkeypatch: pytest.MonkeyPatch, **changes: Any) -> dict[str, estimate.Stage]:
-    monkeypatch.setattr(estimate, "measure_machine", lambda *given: Speed(36.0, 72.0, 3.6))
+    """6 s a token of a query's sampled responses, so that a query of responses of 6 tokens takes 36."""
+    monkeypatch.setattr(
+        estimate, "measure_machine", lambda model, shape, sampling: Speed(6.0 * shape.response, 72.0, 3.6)
+    )
     found = estimate_run(parse_config(merge(config, changes), Path("model")))
     return {stage.name: stage for stage in found.stages}
 
@@ -42,6 +46,7 @@ def test_stages_by_hand(place: dict[str, Any], monkeypatch: pytest.MonkeyPatch) 
     assert found["score"].hours == pytest.approx(rows) and "functions' own time" in found["score"].note
     longer = stages(place, monkeypatch, sample={"max_new_tokens": 16})["sample"]
     assert longer.tokens - sampled.tokens == pytest.approx(20 * 3 * 10)  # 3 responses of up to 10 tokens more
+    assert longer.hours == pytest.approx(rows + 20 * 96 / 3600)  # however long those are that the data bring
     twice = stages(place, monkeypatch, iterations=2)
     assert all(twice[name].hours == pytest.approx(2 * found[name].hours) for name in ("sample", "score", "train"))
     assert twice["evaluate"] == found["evaluate"]
@@ -76,6 +81,13 @@ def test_a_model_that_does_not_fit_is_reckoned_by_operations(
     found = estimate_run(parse_config(place, Path("model")))
     assert "not measured here" in found.table() and estimate.ELSEWHERE in found.table()
     assert all(stage.hours > 0 for stage in found.stages)
+    _, described = tokenizer_and_config(locate(place["model"]), place["model"])
+    a_token = 2 * estimate.count_parameters(described) / estimate.SAMPLED_RATE
+    for provided in (False, True):  # what the data bring is not decoded
+        config = parse_config(merge(place, {"data": {"provided": provided}}), Path("model"))
+        sampled = estimate_run(config).stages[1]
+        seconds = sampled.hours * 3600 / 20 - RECORD_SECONDS
+        assert 18 < seconds / a_token <= sampled.tokens / 20
 
 
 def test_a_dry_run_writes_nothing(place: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> None:

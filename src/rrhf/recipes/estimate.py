@@ -113,7 +113,7 @@ def estimate_run(config: RunConfig) -> Estimate:
     mean = (texts.provided * texts.response + drawn * most) / max(kept, 1)
     shape = Shape(max(round(texts.query), 1), max(round(mean), 1), max(round(kept), 1))
     sampling = config.sample or config.evaluate_sampling
-    speed, rate = _speed(config, parameters, shape, replace(sampling, max_new_tokens=max(most, 1)))
+    speed, rate = _speed(config, parameters, shape, replace(sampling, max_new_tokens=max(most, 1)), drawn)
     stages = _stages(config, texts, parameters, speed, shape.response, drawn, local, requests, most)
     counted = (
         f"counted: {texts.records:,} records with {texts.provided:.3g} responses; of the first {SAMPLED} the mean: "
@@ -167,8 +167,10 @@ def _drawn(config: RunConfig) -> tuple[int, int, int]:
     return drawn, drawn - asked, asked
 
 
-def _speed(config: RunConfig, parameters: int, shape: Shape, sampling: SamplingSettings) -> tuple[Speed, str]:
-    """Seconds of the work, and in words what they rest on."""
+def _speed(
+    config: RunConfig, parameters: int, shape: Shape, sampling: SamplingSettings, drawn: int
+) -> tuple[Speed, str]:
+    """Seconds of the work, of which ``drawn`` responses a query are sampled, and in words what they rest on."""
     device = resolve_device(config.model.device)
     dtype = resolve_dtype(config.model.dtype, device, training=True)
     shaped = f"queries of {shape.query} tokens, {shape.responses} responses of {shape.response}"
@@ -181,7 +183,7 @@ def _speed(config: RunConfig, parameters: int, shape: Shape, sampling: SamplingS
             f"{speed.sampled:.3g} s a query sampled, {speed.trained:.3g} s a record trained, "
             f"{speed.optimised:.3g} s an optimiser step"
         )
-    decoded, read = shape.responses * shape.response, shape.query + shape.responses * shape.response
+    decoded, read = max(drawn, 1) * shape.response, shape.query + shape.responses * shape.response
     speed = Speed(
         2 * parameters * (shape.query + decoded) / SAMPLED_RATE,
         6 * parameters * read / TRAINED_RATE,
@@ -228,7 +230,8 @@ def _stages(
     tokens = texts.query + texts.provided * texts.response + drawn * most
     line = texts.line + drawn * (most * texts.token + 40)
     files = RECORD_SECONDS / 3600
-    own = speed.sampled / 3600 * (local / drawn if drawn else 0.0)
+    # Sampled responses are as long as they may get; ``speed`` is of the mean of all that are trained on.
+    own = speed.sampled * most / response / 3600 * (local / drawn if drawn else 0.0)
     weights = parameters * resolve_dtype(config.model.dtype, resolve_device(config.model.device)).itemsize
     scored = _scored(config, sampled * rounds, kept, tokens, line, speed)
     stages = [
