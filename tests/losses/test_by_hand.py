@@ -17,6 +17,7 @@ from rrhf.losses import (
     Loss,
     LossSettings,
     RecordTensors,
+    beside_the_mean,
     grpo_advantages,
     needed_by,
     needs,
@@ -80,6 +81,13 @@ def test_hand_kto() -> None:
     # 1 − σ(1 − 1/2) and 1 − σ(1/2 − 0); their mean is σ(−1/2)
     expected = 1 / (1 + math.exp(0.5))
     assert rank(*RECORD, ranking_loss="kto", dpo_beta=1.0, batch_kl=0.5) == pytest.approx(expected)
+
+
+def test_a_score_at_a_mean_of_nothing_but_rounding_is_at_it() -> None:
+    # their mean is 0; summed as doubles it is 4e-18, of which no score is a share
+    scores = torch.tensor([0.1, 0.2, -0.3, 0.0], dtype=torch.float64)
+    assert scores.mean() != 0
+    assert beside_the_mean(scores).tolist() == [1, 1, -1, 0]
 
 
 def test_hand_dpo_listmle() -> None:

@@ -80,7 +80,8 @@ def mean_score(scores: Scores) -> float:
 def side(score: float | None, scores: Scores) -> int:
     """1 above the mean of the scores, −1 below it, 0 at it."""
     mean = mean_score(scores)
-    if score is None or math.isclose(score, mean, rel_tol=1e-9):
+    largest = max((abs(other) for other in scores if other is not None), default=0.0)
+    if score is None or abs(score - mean) <= 1e-9 * largest:
         return 0
     return 1 if score > mean else -1
 

@@ -148,7 +148,10 @@ def best_response(scores: Tensor) -> int | None:
 
 
 def beside_the_mean(scores: Tensor) -> Tensor:
-    """1 for scores above the mean of the record's scores, −1 below, 0 at it (``SCORE_TOLERANCE``) and where unscored.
+    """1 for scores above the mean of the record's scores, −1 below, 0 at it and where unscored.
+
+    At the mean is what is nearer to it than ``SCORE_TOLERANCE`` of the largest score: a mean of 0 by cancellation (0.1,
+    0.2, −0.3, 0) is off by more than a share of itself.
 
     Args:
         scores: Tensor of shape (k,), NaN where unscored.
@@ -156,9 +159,12 @@ def beside_the_mean(scores: Tensor) -> Tensor:
     Returns:
         Tensor of shape (k,), the type of ``scores``.
     """
-    mean = scores.nanmean() if len(scores) else scores.sum()
-    at = torch.isclose(scores, mean, SCORE_TOLERANCE, 0) | torch.isclose(mean, scores, SCORE_TOLERANCE, 0)
-    return torch.sign(scores - mean).masked_fill(at | ~scored(scores), 0)
+    known = scored(scores)
+    if not known.any():
+        return torch.zeros_like(scores)
+    mean = scores[known].mean()
+    at = (scores - mean).abs() <= SCORE_TOLERANCE * scores[known].abs().max()
+    return torch.sign(scores - mean).masked_fill(at | ~known, 0)
 
 
 def relevance(scores: Tensor, scale: float) -> Tensor:
