@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import yaml
+from transformers import AutoTokenizer
 
 from rrhf.cli import reproduce
 from rrhf.common.errors import UserError
 from rrhf.common.files import json_lines
 from rrhf.losses import RANKING_LOSSES
+from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import parse_config
 from rrhf.recipes.reproduce import run, work
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
@@ -27,6 +29,7 @@ from rrhf.recipes.reproduce.measure import (
     prompt_rewards,
     response_tokens,
     sources_of,
+    token_counter,
     training_history,
 )
 from rrhf.recipes.reproduce.place import Item, Place
@@ -267,6 +270,17 @@ def test_responses_that_the_data_bring_are_not_sampled_whatever_their_source_is_
     row = {"query": "q", "responses": ["ab", "c", "def", "g"], "sources": tags}
     found = response_tokens(tiny.write_rows(tmp_path / "r.jsonl", [row]), lambda texts: sum(map(len, texts)), brought)
     assert found == {"responses": 4, "tokens": 7, "sampled": 2, "sampled_tokens": 4}
+
+
+def test_tokens_are_counted_by_an_adapters_own_tokenizer(tmp_path: Path) -> None:
+    base, folder = tiny.write_model(tmp_path / "base"), tmp_path / "adapter"
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    plain = token_counter(ModelSettings(str(base)))(["river bank"])
+    tokenizer.add_tokens(["river bank"])
+    tokenizer.save_pretrained(folder)
+    (folder / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": str(base)}))
+    (folder / "adapter_model.safetensors").touch()
+    assert token_counter(ModelSettings(str(folder)))(["river bank"]) == 1 < plain
 
 
 def test_a_history_has_both_losses_and_what_was_watched(tmp_path: Path) -> None:

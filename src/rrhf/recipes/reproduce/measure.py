@@ -15,7 +15,8 @@ from rrhf.evaluation.generations import draw_to_file
 from rrhf.evaluation.metrics import distinct_n, paired_bootstrap
 from rrhf.evaluation.perplexity import nll_under
 from rrhf.models.cache import PolicyCache
-from rrhf.models.load import ModelSettings
+from rrhf.models.load import ModelSettings, tokenizer_and_config
+from rrhf.models.locate import locate
 from rrhf.models.tokenization import TextSettings
 from rrhf.recipes.reproduce.scale import REWARDS
 from rrhf.records.files import read_records
@@ -89,11 +90,7 @@ def from_all(sampling: SamplingSettings) -> SamplingSettings:
 
 def token_counter(model: ModelSettings) -> Any:
     """The number of tokens of texts, under a model's tokenizer."""
-    from transformers import AutoTokenizer
-
-    from rrhf.models.locate import locate
-
-    tokenizer = AutoTokenizer.from_pretrained(locate(model.model).source)
+    tokenizer, _ = tokenizer_and_config(locate(model.model), model.model)
 
     def count(texts: Sequence[str]) -> int:
         return sum(map(len, tokenizer(list(texts), add_special_tokens=False).input_ids)) if texts else 0
