@@ -578,3 +578,14 @@ def test_flags_take_hyphens_too(refused: Callable[..., str], model: Path) -> Non
     tiny.write_rows(Path("data.jsonl"), tiny.rows(3, responses=0))
     refused(*sample(model, "--num-responses", 2, "--batch-size", 2), code=0)
     assert [len(row["responses"]) for row in tiny.read_rows(Path("out.jsonl"))] == [2, 2, 2]
+
+
+def test_a_training_says_what_its_loss_takes_and_what_it_does_not_read(tmp_path: Path) -> None:
+    tiny.write_model(tmp_path / "model")
+    tiny.write_rows(tmp_path / "scored.jsonl", tiny.rows(4))
+    planned = tiny.warm(
+        "train", "--model", "model", "--data", "scored.jsonl", "--output", "out", "--device", "cpu", "--dry_run",
+        "--ranking_loss", "simpo", "--dpo_beta", "0.5", cwd=tmp_path,
+    ).done()  # fmt: skip
+    assert "simpo as in its paper: " in planned.err and "--margin 1.0" in planned.err
+    assert "--dpo_beta 0.5: the ranking loss simpo does not read it" in planned.err
