@@ -1,14 +1,20 @@
 """Replies of judges with their verdicts, from ``tests/rewards/judges/replies/*.txt``, each written by hand.
 
 A reply begins behind a line ``=== what it is | how many responses | scores``, with the scores of each response in the
-order of the aspects, responses parted by slashes, or ``refused``.
+order of the aspects, responses parted by slashes, or ``refused``. ``judging`` is a judge on loopback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
+
+import yaml
+
+from support import misbehaving as bad
 
 FOLDER = Path(__file__).parent.parent / "rewards" / "judges" / "replies"
 ASPECTS = ("Relevance", "Correctness", "Coherence", "Safety")
@@ -46,3 +52,27 @@ def read_or_refused(text: str, number: int) -> None:
     assert len(found) == number
     for scores in found:
         assert list(scores) == ["accuracy", "coherence"] and all(1 <= score <= 5 for score in scores.values())
+
+
+@contextlib.contextmanager
+def judging(folder: Path, **values: Any) -> Iterator[bad.Misbehaving]:
+    """A judge on loopback that likes long responses, with its file in ``folder``, ``judge.yaml``."""
+
+    def scores(handler: bad.Handler, body: dict[str, Any]) -> None:
+        texts = re.findall(r"Response \d+:\n<<begin .*>>\n([\s\S]*?)\n<<end", body["messages"][-1]["content"])
+        lines = [
+            f"Response {place}: " + ", ".join(f"{name}: {min(5, 1 + len(text) // 8)}" for name in ASPECTS)
+            for place, text in enumerate(texts, 1)
+        ]
+        handler.send_json(bad.answer(body, ["\n".join(lines)]))
+
+    with bad.misbehaving() as server:
+        server.default = scores
+        settings = {"url": server.url, "model": "m", "json": "never", **values}
+        (folder / "judge.yaml").write_text(yaml.safe_dump(settings), encoding="utf-8")
+        yield server
+
+
+def prompts_to(server: bad.Misbehaving) -> list[str]:
+    """What a judge was asked so far, without the checks."""
+    return [post["messages"][-1]["content"] for post in server.posts if post["max_tokens"] > 1]

@@ -26,6 +26,7 @@ from rrhf.training import ppo_terms as terms
 from rrhf.training.ppo import PPO, Models
 from rrhf.training.ppo_settings import SCHEDULES, NLPOSettings, PPOConfig
 from support import tiny
+from support.judge_replies import judging, prompts_to
 from support.models import tiny_model, tiny_tokenizer
 
 TOKENIZER = tiny_tokenizer()
@@ -366,6 +367,18 @@ def test_a_signal_stops_after_the_rollout_and_another_run_is_refused(place: Path
     masked = tiny.warm(*command("nlpo", "stopped"), cwd=place)
     assert masked.code == 2 and "baseline was 'ppo', is 'nlpo'" in masked.err
     tiny.warm(*command("ppo", "stopped", "--save_steps", "9"), cwd=place).done()
+
+
+def test_a_judge_has_a_budget_and_is_paid_once(place: Path) -> None:
+    """Samples depend on the seed and the rollout: what is done again after a stop is in the judge's journal."""
+    pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
+    judged = ("--reward", "judge:judge.yaml", "--max_steps", "8", "--save_steps", "100")
+    with judging(place) as server:
+        stopped = tiny.warm(*command("ppo", "judged", *judged, "--max_requests", "6"), cwd=place)
+        assert stopped.code == 2 and "the budget's 6 requests are spent" in stopped.err
+        assert len(prompts_to(server)) == 5  # and a check: it ends in the second rollout, of which nothing is saved
+        tiny.warm(*command("ppo", "judged", *judged, "--max_requests", "9"), cwd=place).done()
+        assert len(prompts_to(server)) == len(set(prompts_to(server))) == 8
 
 
 def test_what_cannot_be_is_refused(place: Path) -> None:

@@ -171,7 +171,8 @@ def test_ppo_reads_queries_as_short_as_the_other_arms_and_says_which_steps_it_to
 ) -> None:
     """Of HH's queries the training sees the last 112 tokens; and 7 steps are rounded up to rollouts of 2 x 4."""
     model = tiny.write_model(tmp_path / "model")
-    scale = read_scale("hh", "small", [*REWARDS, f"model={model}", "data.source=none.jsonl", "train.max_steps=7"])
+    scale = read_scale("hh", "small", [*REWARDS, f"model={model}", "data.source=none.jsonl", "train.max_steps=7",
+                                    "score.max_requests=9"])  # fmt: skip
     work = plan(Place(tmp_path / "place"), scale, Item(arm_named("hh", "PPO"), 0, 1e-4))
     jobs = []
 
@@ -183,6 +184,7 @@ def test_ppo_reads_queries_as_short_as_the_other_arms_and_says_which_steps_it_to
     with pytest.raises(UserError, match="enough"):
         run.KINDS[PPO](work)
     assert jobs[0].text.max_query_length == work.config.train.max_query_length == 112
+    assert jobs[0].remote.max_requests == 9
     took = jobs[0].config.rollouts(1000) * jobs[0].config.steps_per_rollout
     assert took == 8 and steps_of(work.item.arm, scale, {"steps": took}) == 8
     assert steps_of(arm_named("hh", "RRHF-DP"), scale, {}) == 7 and steps_of(arm_named("hh", "IP-3"), scale, {}) == 6

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from rrhf.cli.train import refuse_idle_adapter
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.flag_help import Groups, flags_of, format_help, help_wanted
 from rrhf.common.flags import Flags
 from rrhf.common.logging import set_up_logging
@@ -35,6 +36,7 @@ def short_help(name: str) -> Groups:
         "training": flags_of(PPOConfig),
         "text": flags_of(TextSettings),
         "adapter": flags_of(AdapterSettings),
+        "judges, and what they may cost": flags_of(EndpointLimits),
     }
     return {**groups, "mask": flags_of(NLPOSettings)} if name.endswith("nlpo") else groups
 
@@ -45,15 +47,16 @@ def main(arguments: list[str], name: str) -> int:
         raise SystemExit(0)
     refuse_idle_adapter(arguments)
     masked = name.endswith("nlpo")
-    settings = [ModelSettings, Files, NewTextRewardSettings, PPOConfig, TextSettings, AdapterSettings]
-    model, files, reward, config, text, adapter, *nlpo = Flags(
+    settings = [ModelSettings, Files, NewTextRewardSettings, PPOConfig, TextSettings, AdapterSettings, EndpointLimits]
+    model, files, reward, config, text, adapter, remote, *nlpo = Flags(
         settings + ([NLPOSettings] if masked else []), name
     ).parse(arguments)
     set_up_logging()
     from rrhf.recipes.baselines.ppo import Job, train_ppo
     from rrhf.training.callbacks import Stopped
 
-    job = Job(Path(files.data), Path(files.output), model, reward, config, text, adapter, *nlpo)
+    mask = nlpo[0] if nlpo else None
+    job = Job(Path(files.data), Path(files.output), model, reward, config, text, adapter, mask, remote)
     try:
         train_ppo(job, overwrite=files.overwrite)
     except Stopped as stopped:

@@ -8,10 +8,11 @@ import resource
 import shutil
 import sys
 import time
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.environment import environment
 from rrhf.common.errors import UserError
 from rrhf.common.files import read_object, write_text
@@ -52,7 +53,7 @@ NAMED = {"model", "reference_model", "value_model", "data"}  # where the content
 
 @dataclass(frozen=True)
 class Job:
-    """What is asked for; ``nlpo`` makes NLPO of it."""
+    """What is asked for; ``nlpo`` makes NLPO of it. ``remote``: how judges are asked, and what they may cost."""
 
     data: Path
     folder: Path
@@ -62,6 +63,7 @@ class Job:
     text: TextSettings
     adapter: AdapterSettings
     nlpo: NLPOSettings | None = None
+    remote: EndpointLimits = field(default_factory=EndpointLimits)
 
     @property
     def name(self) -> str:
@@ -75,6 +77,7 @@ class Job:
             max_tokens_per_forward=self.config.max_tokens_per_forward,
             text=self.text,
             reference_model=self.config.reference_model,
+            remote=self.remote,
             seed=self.config.seed,
         )
 

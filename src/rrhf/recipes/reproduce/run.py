@@ -94,8 +94,9 @@ def _ppo(work: Work) -> None:
     assert rate is not None
     nlpo = NLPOSettings() if arm.kind == NLPO else None
     ppo = PPOConfig(**work.scale.ppo_settings(arm, work.item.seed, rate))
-    job = Job(work.place.prompts.queries, whole.run.model, work.config.model, work.config.score, ppo,
-              work.config.train.text, work.config.adapter, nlpo)  # queries cut as other arms train on them  # fmt: skip
+    config = work.config  # whose queries are cut as other arms train on them
+    job = Job(work.place.prompts.queries, whole.run.model, config.model, config.score, ppo, config.train.text,
+              config.adapter, nlpo, config.score_remote)  # fmt: skip
     if not is_trained(whole.run.model):
         with whole.run.timed("train"):
             train_ppo(job)
