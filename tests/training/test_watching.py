@@ -20,15 +20,25 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
+from rrhf.cli.main import main
+from rrhf.cluster import training
+from rrhf.common.endpoint import BudgetReached
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.evaluation.perplexity import nll_under
+from rrhf.models.cache import PolicyCache
+from rrhf.models.load import ModelSettings
+from rrhf.recipes import offline
+from rrhf.recipes.config import parse_config
+from rrhf.recipes.run_folder import RunFolder
 from rrhf.records.record import Record
 from rrhf.report import write_report
 from rrhf.training.alarms import RULES, Measurement, alarms, measurements, pearson
 from rrhf.training.config import RRHFConfig
 from rrhf.training.trainer import RRHFTrainer
 from rrhf.training.watch_settings import WatchSettings
-from rrhf.training.watching import Watch, undisturbed
+from rrhf.training.watching import Watch, undisturbed, watch_training
+from support.judge_replies import judging, prompts_to
 from support.models import tiny_model, tiny_tokenizer, toy_records
 from support.tiny import config as run_config
 from support.tiny import warm, workplace, write_model, write_rows
@@ -460,6 +470,49 @@ def test_what_cannot_be_watched_is_refused(tmp_path: Path) -> None:
         Watch(trainer, PROMPTS, ["provided:x"], settings)
     with pytest.raises(UserError, match="no_such"):
         Watch(trainer, PROMPTS, ["no_such_module:f"], settings)
+
+
+def test_a_judge_that_watches_is_asked_as_the_evaluation_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
+    monkeypatch.setenv("WATCHING", "a-key-of-its-own")
+    write_rows(tmp_path / "data.jsonl", [{"query": letter} for letter in LETTERS])
+    with judging(tmp_path) as server:
+        settings = WatchSettings(
+            watch_steps=2, watch_data=str(tmp_path / "data.jsonl"), watch_reward=[f"judge:{tmp_path / 'judge.yaml'}"],
+            watch_prompts=5, watch_perplexity_model="none",
+        )  # fmt: skip
+        limits = EndpointLimits(max_requests=4, api_key_env="WATCHING")
+        watch = watch_training(trainer_of(phrase_model(), tmp_path), settings, ModelSettings("start"), limits)
+        assert watch is not None
+        with pytest.raises(BudgetReached, match="the budget's 4 requests are spent"):
+            watch.measure(0)
+        assert len(prompts_to(server)) == 3  # and a check
+        assert {headers["authorization"] for headers in server.headers} == {"Bearer a-key-of-its-own"}
+
+
+def test_a_run_and_a_command_say_how_judges_that_watch_are_asked(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setattr(training, "train_model", lambda *arguments, **options: given.update(options))
+    run = RunFolder(tmp_path / "run")
+    settings = run_config(tmp_path / "model")
+    settings["evaluate"] |= {"max_requests": 7, "timeout": 9}
+    config = parse_config(settings, run.model)
+    offline._train(offline.Pass(run, config, config.model, PolicyCache()), run.scored, None)
+    assert (given["watch_remote"].max_requests, given["watch_remote"].timeout) == (7, 9)
+
+    train = ["train", "--model", "m", "--data", "d", "--output", str(tmp_path / "out"), "--bf16", "false"]
+    limits = ["--max_requests", "8", "--api_key_env", "WATCHING"]
+    assert main([*train, *limits]) == 2
+    assert "give --resample_steps or --watch_steps too" in capsys.readouterr().err
+    for command in (train, ["baseline", "sft", *train[1:]]):
+        assert main([*command, *limits, "--watch_steps", "2"]) == 0
+        assert (given["watch_remote"].max_requests, given["watch_remote"].api_key_env) == (8, "WATCHING")
+    assert main(["baseline", "sft", *train[1:], *limits]) == 2
+    assert "judges that are asked while training: give --watch_steps too" in capsys.readouterr().err
 
 
 def test_sharded_weights_are_not_watched(tmp_path: Path) -> None:

@@ -34,12 +34,7 @@ if TYPE_CHECKING:
     from rrhf.training.config import RRHFConfig
     from rrhf.training.online import Online
 
-ONLINE = (
-    SamplingSettings,
-    NewTextRewardSettings,
-    ScoringSettings,
-    EndpointLimits,
-)  # what --resample_steps needs beside training's own
+ONLINE = (SamplingSettings, NewTextRewardSettings, ScoringSettings)  # what --resample_steps needs beside training's own
 REWARD = "reward"
 
 
@@ -102,6 +97,7 @@ def short_help() -> Groups:
         "training": [*without(own, (*TEXT, *SETTLED)), *COMMON],
         "with --resample_steps, how responses are sampled and scored": online_help(),
         "watching the training": flags_of(WatchSettings),
+        "judges, and what they may cost": flags_of(EndpointLimits),
         "on a cluster": flags_of(ClusterSettings),
     }
 
@@ -129,7 +125,7 @@ def flags(online: bool = True) -> Flags:
 
     # A flag of several has the help and the default of the last.
     kinds = [Files, AdapterSettings, *(ONLINE if online else ()), ModelSettings, RRHFConfig, WatchSettings,
-             ClusterSettings]  # fmt: skip
+             EndpointLimits, ClusterSettings]  # fmt: skip
     return Flags(kinds, "train")
 
 
@@ -142,27 +138,28 @@ def main(arguments: list[str]) -> int:
     refuse_idle(arguments, sampled, "responses that are sampled while training", "resample_steps")
     refuse_idle_adapter(arguments)
     refuse_idle_evaluation(arguments)
+    refuse_idle_limits(arguments, "resample_steps", "watch_steps")
     if not given(arguments, ["resample_steps"]):
-        files, adapter, model, config, watch, cluster = flags(online=False).parse(with_output(arguments))
+        files, adapter, model, config, watch, remote, cluster = flags(online=False).parse(with_output(arguments))
         set_up_logging()
-        return carry_out(Path(files.data), model, files, adapter, config, watch, cluster=cluster)
+        return carry_out(Path(files.data), model, files, adapter, config, watch, cluster=cluster, remote=remote)
     from rrhf.training.online import Online
     from rrhf.training.windows import FOLDER
 
     parsed = flags().parse(with_output(arguments))
-    files, adapter, sampling, rewards, scoring, remote, model, config, watch, cluster = parsed
+    files, adapter, sampling, rewards, scoring, model, config, watch, remote, cluster = parsed
     set_up_logging()
     context = scoring.context(config.text, remote, journals=Path(files.output) / FOLDER)
     online = Online(sampling, rewards.reward, rewards.reward_weights or None, scoring.reward_normalisation, context,
                     scoring.kl_beta)  # fmt: skip
     asked = online if config.resample_steps else None
-    return carry_out(Path(files.data), model, files, adapter, config, watch, asked, cluster)
+    return carry_out(Path(files.data), model, files, adapter, config, watch, asked, cluster, remote)
 
 
-def refuse_idle(arguments: Sequence[str], names: Sequence[str], what: str, needed: str) -> None:
-    """Refuse flags of ``names`` where ``needed`` is not given, without which they do nothing."""
-    if not given(arguments, [needed]) and (idle := given(arguments, names)):
-        raise UserError(f"--{idle[0]} is for {what}: give --{needed} too")
+def refuse_idle(arguments: Sequence[str], names: Sequence[str], what: str, *needed: str) -> None:
+    """Refuse flags of ``names`` where none of ``needed`` is given, without which they do nothing."""
+    if not given(arguments, needed) and (idle := given(arguments, names)):
+        raise UserError(f"--{idle[0]} is for {what}: give --{' or --'.join(needed)} too")
 
 
 def refuse_idle_adapter(arguments: Sequence[str]) -> None:
@@ -173,6 +170,12 @@ def refuse_idle_adapter(arguments: Sequence[str]) -> None:
 def refuse_idle_evaluation(arguments: Sequence[str]) -> None:
     """Refuse to say how often what is not there is measured."""
     refuse_idle(arguments, ["eval_steps"], "held-out records", "eval_data")
+
+
+def refuse_idle_limits(arguments: Sequence[str], *askers: str) -> None:
+    """Refuse to say how judges are asked where none of ``askers`` is given, which ask them."""
+    refuse_idle(arguments, [flag.name for flag in flags_of(EndpointLimits)], "judges that are asked while training",
+                *askers)  # fmt: skip
 
 
 def given(arguments: Sequence[str], names: Sequence[str]) -> list[str]:
@@ -190,6 +193,7 @@ def carry_out(
     watch: WatchSettings,
     online: Online | None = None,
     cluster: ClusterSettings | None = None,
+    remote: EndpointLimits | None = None,
 ) -> int:
     """Train on ``data``, which need not be ``files.data``; the exit code."""
     from rrhf.cluster.training import training_on
@@ -213,6 +217,7 @@ def carry_out(
             eval_data=eval_data,
             overwrite=files.overwrite,
             watch=watch,
+            watch_remote=remote,
             online=online,
             saved=card_of_training,
         )

@@ -20,6 +20,7 @@ from typing import Any
 
 from rrhf.cluster.connection import Share, connected, share
 from rrhf.cluster.settings import ClusterSettings
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.common.locks import LOCK, hold, only_process, wait_until_free
@@ -56,6 +57,7 @@ class _Job:
     online: Online | None
     saved: Saved | None
     overwrite: bool
+    watch_remote: EndpointLimits | None = None
 
 
 def training_on(settings: ClusterSettings | None) -> Callable[..., dict[str, Any]]:
@@ -73,6 +75,7 @@ def train_on_cluster(
     eval_data: Path | None = None,
     overwrite: bool = False,
     watch: WatchSettings | None = None,
+    watch_remote: EndpointLimits | None = None,
     saved: Saved | None = None,
     online: Online | None = None,
 ) -> dict[str, Any]:
@@ -94,8 +97,9 @@ def train_on_cluster(
                 scratch = held.enter_context(_scratch(folder))
             given = {**config.as_given(), "output_dir": config.output_dir}
             job = _Job(
-                str(Path.cwd()), scratch, data, eval_data, model, given, adapter, watch, online, saved, overwrite
-            )
+                str(Path.cwd()), scratch, data, eval_data, model, given, adapter, watch, online, saved, overwrite,
+                watch_remote,
+            )  # fmt: skip
             log.info(f"train: on the cluster, {mine}")
             _fit(settings, job, mine)
             if (scratch / REFUSED).exists():
@@ -221,6 +225,7 @@ def _as_here(job: _Job) -> None:
         eval_data=job.eval_data,
         overwrite=job.overwrite and not is_trained(job.scratch.parent),
         watch=job.watch,
+        watch_remote=job.watch_remote,
         saved=job.saved,
         online=job.online,
     )

@@ -329,7 +329,10 @@ def _train(at: Pass, data: Path, online: Online | None) -> None:
     at.policies.release()  # free the sampling weights
     watch = config.watch.filled(at.run.held_out, config.evaluate_rewards.reward)
     train = training_on(config.cluster)
-    train(data, config.model, config.train, config.adapter, watch=watch, saved=card_of_training, online=online)
+    train(
+        data, config.model, config.train, config.adapter, watch=watch, watch_remote=config.evaluate_remote,
+        saved=card_of_training, online=online,
+    )  # fmt: skip
 
 
 def loss_needs(config: RunConfig) -> frozenset[str]:

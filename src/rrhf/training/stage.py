@@ -7,13 +7,14 @@ import logging
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from transformers import IntervalStrategy, PrinterCallback, ProgressCallback, TrainerCallback
 
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.environment import environment
 from rrhf.common.errors import UserError
 from rrhf.common.files import read_object, write_text
@@ -76,15 +77,16 @@ def train_model(
     overwrite: bool = False,
     callbacks: list[TrainerCallback] | None = None,
     watch: WatchSettings | None = None,
+    watch_remote: EndpointLimits | None = None,
     saved: Saved | None = None,
     online: Online | None = None,
 ) -> dict[str, Any]:
     """Train ``model`` on the scored records of ``data`` and write it to ``config.output_dir``.
 
     With ``online`` (OP-k) the data need only have queries: their responses are sampled while the policy trains.
-    A folder that holds checkpoints of the same settings is continued, also with ``overwrite``. ``saved`` is called when
-    the weights are written and before the folder counts as complete, so that what it writes there is not missing from a
-    complete one.
+    A folder that holds checkpoints of the same settings is continued, also with ``overwrite``. ``watch_remote``: how
+    servers are asked about what is watched, and what they may cost. ``saved`` is called when the weights are written
+    and before the folder counts as complete, so that what it writes there is not missing from a complete one.
 
     Returns:
         The summary that stands in ``training.json``.
@@ -96,7 +98,10 @@ def train_model(
     """
     folder = Path(str(config.output_dir))
     model = _settle(model, config, adapter, eval_data)
-    job = Job(folder, data, eval_data, model, config, adapter, watch or WatchSettings(), callbacks or [], online)
+    job = Job(
+        folder, data, eval_data, model, config, adapter, watch or WatchSettings(), callbacks or [], online,
+        watch_remote=watch_remote or EndpointLimits(),
+    )  # fmt: skip
     with claimed(folder, config):
         with config.main_process_first(local=False):
             settings = begun(folder, config, overwrite, lambda: _remember_settings(job))
@@ -162,6 +167,7 @@ class Job:
     callbacks: Sequence[TrainerCallback]
     online: Online | None
     reference: Reference | None = None
+    watch_remote: EndpointLimits = field(default_factory=EndpointLimits)
 
     @property
     def merges(self) -> bool:
@@ -235,7 +241,7 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     for replaced in (ProgressCallback, PrinterCallback):  # by ShowProgress
         trainer.remove_callback(replaced)
     trainer.add_callback(ShowProgress)
-    watch = watch_training(trainer, job.watch, job.model)
+    watch = watch_training(trainer, job.watch, job.model, job.watch_remote)
     if watch is not None:
         trainer.add_callback(watch)
     trainer.add_callback(Seal())

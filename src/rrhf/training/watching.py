@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from transformers import TrainerCallback
 
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.evaluation.evaluate import draw_texts
@@ -236,8 +237,12 @@ def _no_perplexity(records: Sequence[Record], texts: Sequence[Text]) -> Likeliho
     return Likelihood(0.0, 0)  # no tokens: evaluate_texts then gives none
 
 
-def watch_training(trainer: RRHFTrainer, settings: WatchSettings, model: ModelSettings) -> Watch | None:
+def watch_training(
+    trainer: RRHFTrainer, settings: WatchSettings, model: ModelSettings, remote: EndpointLimits | None = None
+) -> Watch | None:
     """The ``Watch`` that ``settings`` ask for, with its prompts read and the frozen model loaded; None without one.
+
+    ``remote``: how the servers of its rewards are asked, and what they may cost.
 
     Without an adapter the starting weights are loaded a second time, in the type that sampling uses (bfloat16 where
     the device has it): a quarter to an eighth of what fp32 weights, gradients and optimiser take.
@@ -260,6 +265,7 @@ def watch_training(trainer: RRHFTrainer, settings: WatchSettings, model: ModelSe
         device=str(trainer.args.device),
         dtype=model.dtype,
         text=trainer.args.text,
+        remote=remote or EndpointLimits(),
         journals=Path(trainer.args.output_dir) / FOLDER,
         seed=trainer.args.seed,
     )

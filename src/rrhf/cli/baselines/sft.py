@@ -46,8 +46,9 @@ def main(arguments: list[str], name: str) -> int:
         )
     train.refuse_idle_adapter(arguments)
     train.refuse_idle_evaluation(arguments)
+    train.refuse_idle_limits(arguments, "watch_steps")
     settings = [*train.flags(online=False).settings, Sft]
-    files, adapter, model, config, watch, cluster, sft = Flags(settings, name).parse(
+    files, adapter, model, config, watch, remote, cluster, sft = Flags(settings, name).parse(
         ["--ranking_loss", "none", *train.with_output(arguments)]
     )
     if config.ranking_loss != "none":
@@ -63,4 +64,4 @@ def main(arguments: list[str], name: str) -> int:
 
         beside = Path(f"{Path(files.output)}-data.jsonl")  # not in it where the name ends in a slash
         data = write_responses_of(sft.fit, data, beside)
-    return train.carry_out(data, model, files, adapter, config, watch, cluster=cluster)
+    return train.carry_out(data, model, files, adapter, config, watch, cluster=cluster, remote=remote)
