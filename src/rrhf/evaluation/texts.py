@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -68,6 +68,7 @@ def evaluate_texts(
     batch_size: int = 64,
     generations: str = "generations.jsonl",
     context: RewardContext | None = None,
+    known: Mapping[str, Mapping[str, Values]] | None = None,
 ) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Return the content of ``evaluation.json`` and the rows of ``generations.jsonl``.
 
@@ -88,6 +89,7 @@ def evaluate_texts(
         batch_size: prompts a call of a reward.
         generations: the name of the generations' file, noted in the file.
         context: what rewards need beside their names, where they are not ``Rewards`` yet.
+        known: ``rho`` and ``pi`` → each reward → its values of the cut texts, where these were scored before.
 
     Raises:
         UserError: a reward cannot be found or fails.
@@ -99,7 +101,7 @@ def evaluate_texts(
         raise ValueError("an evaluation needs records, and one text of each model a record")
     with opened(rewards, batch_size=batch_size, context=context) as judges:
         names = list(judges.scorers)
-        models = {name: _generations(records, texts[name], judges, cut_markers) for name in texts}
+        models = {n: _generations(records, texts[n], judges, cut_markers, (known or {}).get(n)) for n in texts}
         result: dict[str, Any] = {
             name: _model_numbers(records, model, judges, perplexity, seed) for name, model in models.items()
         }
@@ -107,12 +109,9 @@ def evaluate_texts(
     if len(models) == 2:
         result["reward_gain"] = by_reward[names[0]]["gain"]
     result |= {
-        "rewards": by_reward,
-        "seed": seed,
-        "perplexity_model": perplexity_model,
-        "settings": settings or {},
+        "rewards": by_reward, "seed": seed, "perplexity_model": perplexity_model, "settings": settings or {},
         "generations": generations,
-    }
+    }  # fmt: skip
     return result, _rows(records, models)
 
 
@@ -121,9 +120,11 @@ def _generations(
     texts: list[Text],
     judges: Rewards,
     cut_markers: Sequence[str],
+    known: Mapping[str, Values] | None,
 ) -> _Generations:
     cut = [_cut(record.query, text, cut_markers) for record, text in zip(records, texts)]
-    return _Generations(texts, cut, _rewards(records, cut, judges, list(judges.scorers)))
+    values = _rewards(records, cut, judges, list(judges.scorers)) if known is None else dict(known)
+    return _Generations(texts, cut, values)
 
 
 def _model_numbers(

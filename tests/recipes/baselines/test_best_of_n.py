@@ -11,6 +11,7 @@ import pytest
 from rrhf.evaluation.best_of_n import kl_bound, values_of_best
 from rrhf.recipes.run_folder import RunFolder
 from support import tiny
+from support.judge_replies import judging, prompts_to
 from support.tiny import die
 
 DECODE = "rrhf.sampling.decoding:decode"
@@ -70,6 +71,21 @@ def test_normalisations_are_of_the_rewards_that_choose(model: Path, tmp_path: Pa
     tiny.warm(*command(model), *two, cwd=folder).done()
     result = json.loads((folder / "best/evaluation.json").read_text())
     assert list(result["best_of_n"]) == ["score", *names, "tiny_rewards:spaces"]
+
+
+def test_a_judge_is_asked_once_about_the_samples_of_a_query(model: Path, tmp_path: Path) -> None:
+    """Not again, each by itself, about the first and the best of them."""
+    pytest.importorskip("openai", reason="the extra `endpoint` is not installed")
+    folder = workplace(tmp_path / "judged")
+    with judging(folder) as server:
+        tiny.warm(*command(model), "--reward", "judge:judge.yaml", cwd=folder).done()
+        assert len(prompts_to(server)) == 8 and all("\nResponse 4:" in prompt for prompt in prompts_to(server))
+    rows, result = (
+        tiny.read_rows(folder / "best/scored.jsonl"),
+        json.loads((folder / "best/evaluation.json").read_text()),
+    )
+    assert result["rho"]["reward_mean"] == sum(row["scores"][0] for row in rows) / 8
+    assert result["pi"]["reward_mean"] == sum(max(row["scores"]) for row in rows) / 8
 
 
 def test_a_second_command_in_the_folder_is_refused(model: Path, tmp_path: Path) -> None:

@@ -160,7 +160,7 @@ def _stages(asked: BestOfN, run: RunFolder, policies: PolicyCache) -> list[Stage
             run.evaluation,
             lambda: {**files(run.scored, scored), "perplexity model": model_digest(_judge(asked))},
             lambda: _evaluate(asked, run, scored, policies),
-            shared=False,  # each process would pay the judges again
+            shared=False,  # the first process measures for all
         ),
     ]
 
@@ -186,15 +186,18 @@ def _evaluate(asked: BestOfN, run: RunFolder, scored: Path, policies: PolicyCach
 
     chosen_by = [record.scores for record in read_records(run.scored)]
     records = list(read_records(scored))
-    best = [best_index(scores) for scores in chosen_by]
-    kept = [record.keeping([index or 0]) for record, index in zip(records, best)]
+    best = [best_index(scores) or 0 for scores in chosen_by]
+    kept = [record.keeping([index]) for record, index in zip(records, best)]
     write_records(run.folder / "best.jsonl", kept, overwrite=True)
-    rewards = Rewards([*asked.rewards.reward, *asked.settings.gold_reward], context=asked.context)
+    names = [*asked.rewards.reward, *asked.settings.gold_reward]
+    places = {"rho": [0] * len(records), "pi": best}
+    texts = {model: [_text(*place) for place in zip(records, indices)] for model, indices in places.items()}
+    rewards = Rewards(names, context=asked.context)
     try:
         result, rows = evaluate_texts(
             [record.without_responses() for record in records],
-            [_text(record, 0) for record in records],
-            [_text(record, index or 0) for record, index in zip(records, best)],
+            texts["rho"],
+            texts["pi"],
             rewards,
             perplexity=nll_under(*policies.get(replace(asked.model, model=_judge(asked))), asked.text),
             perplexity_model=_judge(asked),
@@ -202,6 +205,10 @@ def _evaluate(asked: BestOfN, run: RunFolder, scored: Path, policies: PolicyCach
             cut_markers=asked.evaluation.cut_markers,
             settings={"sampling": asdict(asked.sampling), "models": dict.fromkeys(("rho", "pi"), asked.model.model)},
             generations=f"{run.evaluation.stem}.generations.jsonl",
+            known={  # a judge asked about one response alone would be paid again, and may say something else
+                model: {name: [r.rewards[name][index] for r, index in zip(records, indices)] for name in names}
+                for model, indices in places.items()
+            },
         )
     finally:
         rewards.close()
