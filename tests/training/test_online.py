@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import signal
 from dataclasses import replace
@@ -206,6 +207,23 @@ def test_a_window_trains_as_its_records_do_offline(model: str, tmp_path: Path) -
     theirs.train()
     for name, weight in ours.model.state_dict().items():
         assert torch.equal(weight, theirs.model.state_dict()[name]), name
+
+
+def test_queries_that_keep_no_response_are_counted(
+    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A query whose provided responses are all empty is left out, as in every stage, and no longer in silence."""
+    monkeypatch.setattr(logging.getLogger("rrhf"), "propagate", True)
+    caplog.set_level("INFO", "rrhf")
+    rows = tiny.rows(6, responses=2, scores=False)
+    rows[1]["responses"], rows[4]["responses"], rows[5]["responses"][0] = ["", " "], ["", ""], ""
+    tiny.write_rows(tmp_path / "queries.jsonl", rows)
+    online = Online(SAMPLING, [vowels], context=RewardContext(device="cpu", dtype="float32"))
+    settings = ModelSettings(model, device="cpu", dtype="float32")
+    args = config(tmp_path / "out", max_steps=1)
+    summary = train_model(tmp_path / "queries.jsonl", settings, args, AdapterSettings(), online=online)
+    assert "beside 7 that the data provides; 5 empty response dropped; 2 no response left" in caplog.text
+    assert summary["records"] == 4 and summary["skipped"] == {"no response left": 2}
 
 
 @pytest.mark.parametrize("steps", [2, 3])  # of a window: the second begins within an epoch, or with one

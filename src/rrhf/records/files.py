@@ -34,6 +34,8 @@ from rrhf.records.record import (
     writable,
 )
 
+NOTHING_LEFT = "no response left"  # why a record was dropped
+
 
 def read_records(
     path: str | Path,
@@ -81,7 +83,7 @@ def _read_records(
             ids.claim(record.id, line)
         if row.get("responses") and not record.responses:
             if counts is not None:
-                counts["no response left"] += 1
+                counts[NOTHING_LEFT] += 1
             continue
         yield record
     if empty:

@@ -22,7 +22,7 @@ from typing import Any
 from rrhf.common.errors import UserError, nearest
 from rrhf.common.imports import call_own, load_function
 from rrhf.common.remote import fetched
-from rrhf.records.files import READERS, file_suffix, read_records, read_rows, require_file, text_lines
+from rrhf.records.files import NOTHING_LEFT, READERS, file_suffix, read_records, read_rows, require_file, text_lines
 from rrhf.records.foreign.instructions import (
     PROMPT_COLUMNS,
     alpaca,
@@ -381,7 +381,7 @@ def _foreign_record(
     except UserError as error:  # a format of the user's failed
         raise UserError(f"{where}: {error}") from error
     if converted.get("responses") and not record.responses:
-        return None, "no response left"
+        return None, NOTHING_LEFT
     # Tables of floats say NaN where a cell is missing; JSON has no word for it.
     record.extra = {
         name: None if isinstance(value, float) and math.isnan(value) else value for name, value in record.extra.items()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -20,6 +21,7 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import read_object, write_text
 from rrhf.common.imports import code_digest
 from rrhf.common.launch import warn_of_whole_weights
+from rrhf.common.presentation import describe_counts
 from rrhf.common.remote import origin
 from rrhf.common.settings import refuse_other_settings
 from rrhf.losses import PRESETS, ranking_loss
@@ -35,7 +37,7 @@ from rrhf.models.adapters import (
 from rrhf.models.identity import model_digest
 from rrhf.models.load import ModelSettings
 from rrhf.records.checksums import checksum_of_file
-from rrhf.records.files import read_records
+from rrhf.records.files import NOTHING_LEFT, read_records
 from rrhf.records.record import Record
 from rrhf.records.sources import source_shares
 from rrhf.training.callbacks import LogAtSaves, Seal, ShowProgress, StopOnSignal, Stopped, mean_loss
@@ -202,16 +204,16 @@ def _reference(job: Job) -> Reference | None:
 
 def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     """The trainer with its records and callbacks."""
-    config = job.config
+    config, dropped = job.config, Counter[str]()
 
-    def records(file: Path) -> Iterator[Record]:
+    def records(file: Path, counts: Counter[str] | None = None) -> Iterator[Record]:
         file = file if job.reference is None else job.reference.files[file]
-        return read_records(file, require="scores", empty_responses="drop")
+        return read_records(file, require="scores", empty_responses="drop", counts=counts)
 
     trainer = RRHFTrainer(
         model=policy,
         args=config,
-        train_dataset=_training_data(job, records),
+        train_dataset=_training_data(job, records, dropped),
         eval_dataset=None if job.eval_data is None else records(job.eval_data),
         processing_class=tokenizer,
         peft_config=peft_config(job.adapter),
@@ -223,7 +225,9 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
         precision = "fp32 masters in the optimiser" + (f", {precision}" if config.fp16 else "")
     elif has_low_precision(trainer.model):
         precision = f"made float32 by FSDP, {precision}"
-    log.info(f"train: {trainer.train_dataset.summary()}")
+    log.info(f"train: {trainer.train_dataset.summary()}" + (f"; {describe_counts(dropped)}" if dropped else ""))
+    if dropped[NOTHING_LEFT]:
+        trainer.train_dataset.skipped[NOTHING_LEFT] += dropped[NOTHING_LEFT]
     log.info(
         f"train: {policy.dtype} weights, {precision}, {trainer.path} pass, "
         f"{config.max_tokens_per_forward} tokens a forward, {config.world_size} process(es)"
@@ -251,10 +255,13 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     return Training(trainer, precision, watch, stop)
 
 
-def _training_data(job: Job, records: Callable[[Path], Iterator[Record]]) -> Iterator[Record] | OnlineRecords:
+def _training_data(
+    job: Job, records: Callable[[Path, Counter[str]], Iterator[Record]], dropped: Counter[str]
+) -> Iterator[Record] | OnlineRecords:
+    """The records to train on; ``dropped`` counts what reading them leaves out."""
     if job.online is None:
-        return records(job.data)
-    return OnlineRecords(read_records(job.data, empty_responses="drop"), job.online)
+        return records(job.data, dropped)
+    return OnlineRecords(read_records(job.data, empty_responses="drop", counts=dropped), job.online)
 
 
 def _run(job: Job, training: Training) -> float:
