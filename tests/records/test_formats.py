@@ -332,6 +332,29 @@ def test_guesses() -> None:
         assert f"\n  {line}\n" in str(caught.value)
 
 
+def test_a_format_is_told_by_several_rows(tmp_path: Path) -> None:
+    """The first row's null had made bare prompts of Alpaca's rows, without the responses of all the others."""
+    full = [{"instruction": f"Do {i}.", "input": "", "output": f"Done {i}."} for i in range(3)]
+    for number, first in enumerate(({"instruction": "Do.", "input": "", "output": None}, {"instruction": "Do."})):
+        path, counts = lines(tmp_path / f"{number}.jsonl", first, *full), Counter[str]()
+        records = list(load_dataset_records(path, counts=counts))
+        assert [record.responses for record in records] == [["Done 0."], ["Done 1."], ["Done 2."]]
+        assert counts == {"no `output`": 1}
+    pairs = lines(tmp_path / "pairs.jsonl", {"chosen": None, "rejected": "a"}, CASES["hh"][0])
+    assert [record.responses for record in load_dataset_records(pairs)] == [[" A bot.", " A man."]]
+    late = lines(tmp_path / "late.jsonl", {"prompt": "p"}, {"prompt": "q", "response": "a"})
+    with pytest.raises(UserError, match="no format is known that reads the responses in response"):
+        list(load_dataset_records(late))
+
+
+def test_a_broken_row_behind_the_limit_is_not_read(tmp_path: Path) -> None:
+    path = lines(tmp_path / "a.jsonl", *({"prompt": f"p{i}"} for i in range(3)))
+    path.write_text(path.read_text() + "{\n" + '{"prompt": "last"}\n')
+    assert len(list(load_dataset_records(path, limit=3))) == 3
+    with pytest.raises(UserError, match="line 4: not JSON"):
+        list(load_dataset_records(path))
+
+
 def test_own_records_pass_and_their_faults_stay_errors(tmp_path: Path) -> None:
     rows = [Record(query="q", responses=["a", "b"], scores=[1.0, None], finish=["stop", "length"], extra={"n": 1})]
     write_records(tmp_path / "a.parquet", rows)

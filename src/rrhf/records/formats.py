@@ -97,6 +97,8 @@ COLUMNS: tuple[tuple[frozenset[str], str], ...] = (
     *((frozenset({name}), "prompts") for name in PROMPT_COLUMNS),
 )
 
+LOOKED_AT = 100  # rows by which a format is told
+
 # Responses, or a context, beside a prompt, which ``prompts`` would leave behind: such rows are no queries alone.
 # A column ``answer`` is no response: rewards hold responses against it.
 ANSWER = re.compile(r"(output|response|completion)s?(_[0-9a-z])?|answers?_[0-9a-z]")
@@ -265,7 +267,7 @@ def load_dataset_records(
     Args:
         source: a .jsonl, .jsonl.gz, .json, .parquet, .csv or .txt file, a folder, the URL of one of these, or a data
             set's id on the hub.
-        format: a name in ``FORMATS`` or ``pkg.module:function``; guessed from the first row's columns when None.
+        format: a name in ``FORMATS`` or ``pkg.module:function``; guessed from the columns of the first rows when None.
         split: which split of a folder or hub data set. A file has none.
         limit: stop after so many records.
         counts: counts what was dropped, by reason.
@@ -301,11 +303,13 @@ def _records(
     first = next(rows, None)
     if first is None:
         raise UserError(f"{source}: holds no rows: check that what wrote it finished")
+    seen = [first]
     if convert is None:
         if not isinstance(first[0], dict):
             raise RowError(first[1], "a row must be an object", "give a file of objects")
-        convert = FORMATS[guess_format(first[0], source)]
-    rows = itertools.chain([first], rows)
+        seen, rows = _looked_at(first, rows)
+        convert = FORMATS[guess_format(_filled(seen), source)]
+    rows = itertools.chain(seen, rows)
     if convert is rrhf and _is_file(source) and source.lower().endswith(tuple(READERS)):
         yield from read_records(source, empty_responses=empty_responses, counts=counts)
     else:
@@ -314,6 +318,33 @@ def _records(
             rows = _grouped(rows, column)
         found = ", ".join(map(str, first[0])) if isinstance(first[0], dict) else "none"
         yield from _foreign_records(source, rows, convert, counts, found, empty_responses)
+
+
+def _looked_at(first: Row, rows: Iterator[Row]) -> tuple[list[Row], Iterator[Row]]:
+    """The first rows, by which a format is told, and those behind them, among which a broken one has its place."""
+    seen, failed = [first], list[UserError]()
+    try:
+        for row in itertools.islice(rows, LOOKED_AT - 1):
+            seen.append(row)
+    except UserError as error:
+        failed.append(error)
+
+    def behind() -> Iterator[Row]:
+        for error in failed:
+            raise error
+        yield from rows
+
+    return seen, behind()
+
+
+def _filled(rows: Iterable[Row]) -> ForeignRow:
+    """Each column with the first value that a row has in it: what one row lacks, another may have."""
+    found: ForeignRow = {}
+    for row, *_ in rows:
+        for name, value in row.items() if isinstance(row, dict) else ():
+            if found.get(name) is None:
+                found[name] = value
+    return found
 
 
 def _grouped(rows: Iterable[Row], column: str) -> Iterator[Row]:
