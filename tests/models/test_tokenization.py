@@ -129,9 +129,10 @@ def test_template_arguments_that_cannot_be_taken(given: str) -> None:
     assert f"--chat_template_kwargs {given}" in str(raised.value)
 
 
-def test_a_query_without_tokens() -> None:
+@pytest.mark.parametrize("bos", [None, "<s>"])  # a BOS alone is another query
+def test_a_query_without_tokens(bos: str | None) -> None:
     with pytest.raises(UserError, match="no token"):
-        text_format().encode_query("")
+        text_format(tiny_tokenizer(bos=bos)).encode_query("")
 
 
 # --- how a response ends ----------------------------------------------------------------------------------------

@@ -139,10 +139,10 @@ class TextFormat:
             UserError: messages without a chat template, or a query without any token.
         """
         ids: list[int] = self.tokenizer(self.render(query), add_special_tokens=False).input_ids
+        if not ids:  # a BOS alone would be another query
+            raise UserError(f"a query has no token in this model's vocabulary: {query!r}")
         if isinstance(query, str):
             ids = self._plain_prefix + ids
-        if not ids:
-            raise UserError(f"a query has no token in this model's vocabulary: {query!r}")
         limit = self.settings.max_query_length
         if limit is not None and len(ids) > limit:
             self.queries_cut += 1
