@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -294,7 +295,13 @@ def test_a_gguf_file_becomes_an_ordinary_folder(tmp_path: Path, cache: Path) -> 
 
 def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path, _ = gguf_file(tmp_path)
-    folder = gguf_as_folder(path)
+    before = os.umask(0o002)
+    try:
+        folder = gguf_as_folder(path)
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o775  # others who share the cache may read it
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {0o664}
     times = {file.name: file.stat().st_mtime_ns for file in folder.iterdir()}
     monkeypatch.setitem(sys.modules, "gguf", None)  # it is not read again
     assert gguf_as_folder(path) == folder

@@ -359,7 +359,6 @@ def _refuse_scaled_rotation(path: Path) -> None:
 
 def _convert(path: Path, folder: Path) -> None:
     """Write the GGUF file as a model folder, whole or not at all."""
-    import shutil
     import tempfile
 
     import torch
@@ -386,9 +385,12 @@ def _convert(path: Path, folder: Path) -> None:
     model.load_state_dict(quantised.state_dict())
     if quantised.generation_config is not None:
         model.generation_config = quantised.generation_config
-    staging = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
+        # The scratch folder, and files that safetensors writes, are for their user alone; the umask may say otherwise.
+        staging = Path(scratch, folder.name)
+        staging.mkdir()
         save_policy(model, tokenizer, staging)
+        for file in staging.rglob("*"):
+            if file.is_file():
+                file.chmod(staging.stat().st_mode & 0o666)
         staging.rename(folder)
-    finally:
-        shutil.rmtree(staging, ignore_errors=True)
