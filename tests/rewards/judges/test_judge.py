@@ -198,8 +198,14 @@ def test_a_record_that_the_server_will_not_take_has_no_score(
     assert "3 of 4 calls scored (3 replies asked for, 1 refused: 1 refused by the server: HTTP 400)" in caplog.text
     assert sum("question 2" in prompt_of(post) for post in work(server)) == 1
     server.posts.clear()
+    assert scored(name) == [*SUMS[:2], [None] * 3, SUMS[3]]
+    assert server.posts == []  # another command does not ask again
+    assert "1 requests are not made again that the server refused before" in caplog.text
+    assert estimate_judge(name, RECORDS, RewardContext())["cached"] == 4
+    (journal,) = Path(f"{name}.replies").iterdir()
+    assert journal.read_text().count("the prompt is 9,000 tokens long") == 1
     server.default = judges  # one that takes longer prompts
-    assert scored(name) == SUMS
+    assert scored(file(tries=5)) == SUMS
     assert len(work(server)) == 1
 
 

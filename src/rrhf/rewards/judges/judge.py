@@ -92,6 +92,8 @@ class Judge:
         sleep: waits the given seconds between tries.
 
     ``counts`` holds what happened: calls, replies that were asked for or taken from the journal, refusals by reason.
+    A request that the server refused stands in the journal as well, and is made again where the template has more
+    ``tries`` than then.
     """
 
     def __init__(
@@ -109,6 +111,8 @@ class Judge:
         self._folder = folder
         self._journal: Journal | None = None
         self._replies: dict[str, Choice] = {}
+        self._refused_before: set[str] = set()  # requests, by the journal
+        self._refused_now: dict[str, RequestRefused] = {}  # they are to be written into it
         self._takes_schema: bool | None = False if template.json == "never" or template.kind != "chat" else None
         if template.model is not None:
             self._open_journal()
@@ -117,7 +121,7 @@ class Judge:
         """One ``Scores`` a call, in the order of its responses; None where no reply could be read in all tries.
 
         Every reply is in the journal before it is read. A call whose reply stands there costs nothing. One that the
-        server will not take (HTTP 400: too long, or filtered) has no scores, and is asked once a process.
+        server will not take (HTTP 400: too long, or filtered) has no scores, and is not asked again.
 
         Raises:
             UserError: the server is down, or a request failed for good, or of the first ``HOPELESS`` calls none could
@@ -139,6 +143,8 @@ class Judge:
                 found[index] = read
             left = still
             self._refuse_hopeless()
+        if self.counts["replies read"]:  # else the fault may be the server's, and not the records'
+            self._keep_refused()
         self.counts["calls without a score"] += found.count(None)
         return found
 
@@ -151,7 +157,7 @@ class Judge:
         if reason == CUT:
             cure = f"raise max_tokens, which is {self.template.max_tokens}, or shorten what the judge is to say"
         elif reason.startswith(REFUSED):
-            cure = "shorten the records, or ask a judge that takes them"
+            cure = "shorten the records, or ask a judge that takes them (this one again where tries is raised)"
         journal = f"; they are kept in {self._journal.path}" if self._journal is not None else ""
         raise UserError(
             f"{self.template.url}: none of the first {self.counts['calls']} calls could be scored: {reason}: "
@@ -186,12 +192,14 @@ class Judge:
 
             def refused(index: int, error: RequestRefused) -> None:
                 log.warning(f"{error}; it has no score")
-                self._replies[names[index]] = Choice(f"HTTP {error.status}", REFUSED)  # not in the journal
+                self._replies[names[index]] = Choice(f"HTTP {error.status}", REFUSED)
+                self._refused_now[names[index]] = error
 
             questions = [Question(call.id, partial(self._body, call, attempt)) for call in wanted.values()]
             for index, choices in self.client.ask(questions, refused):
                 self._keep(names[index], choices[0])
                 self.counts["replies asked for"] += 1
+        self._say_refused_before(keys)
         return [self._replies[key] for key in keys]
 
     def _prepare(self) -> None:
@@ -230,12 +238,32 @@ class Judge:
         for entry in self._journal.read():
             if isinstance(entry.get("schema"), bool) and self._takes_schema is None:
                 self._takes_schema = entry["schema"]
-            if isinstance(entry.get("asked"), str) and isinstance(entry.get("text"), str):
-                self._replies[entry["asked"]] = Choice(entry["text"], str(entry.get("finish", "stop")))
+            if not isinstance(asked := entry.get("asked"), str):
+                continue
+            if isinstance(entry.get("text"), str):
+                self._replies[asked] = Choice(entry["text"], str(entry.get("finish", "stop")))
+            elif entry.get("tries") == self.template.tries and isinstance(entry.get("refused"), str):
+                self._replies[asked] = Choice(entry["refused"], REFUSED)
+                self._refused_before.add(asked)
 
     def _keep(self, key: str, choice: Choice) -> None:
         self._replies[key] = choice
         self._note({"asked": key, "text": choice.text, "finish": choice.finish})
+
+    def _keep_refused(self) -> None:
+        """Note what the server refused and why, to hold for as long as the template has as many tries."""
+        for key, error in self._refused_now.items():
+            entry = {"asked": key, "refused": self._replies[key].text, "why": str(error), "tries": self.template.tries}
+            self._note(entry)
+        self._refused_now.clear()
+
+    def _say_refused_before(self, keys: Sequence[str]) -> None:
+        if found := self._refused_before.intersection(keys):
+            self._refused_before -= found
+            log.warning(
+                f"{self.template.url}: {len(found)} requests are not made again that the server refused before, and "
+                "have no score: raise tries in the judge's file to make them"
+            )
 
     def _note(self, entry: dict[str, Any]) -> None:
         if self._journal is not None:
@@ -301,6 +329,8 @@ class Judge:
             choice = self._replies.get(self._key(call, attempt))
             if choice is None:
                 return self.template.tries - attempt
+            if choice.finish == REFUSED:
+                return 0
             if choice.finish == "stop":
                 read = parse_reply(choice.text, self.template.scale, len(call.responses))
                 if not isinstance(read, Refusal):
