@@ -121,9 +121,17 @@ def last_line(error: BaseException) -> str:
 
 
 def code_digest(function: Callable[..., Any]) -> str:
-    """16 hexadecimal digits of a function's source text; ``""`` where it has none. What it calls is not looked at."""
+    """16 hexadecimal digits of a function's source text; ``""`` where it has none.
+
+    What it calls is not looked at. The ``__version__`` of its module, where it has one, counts too: it can say that
+    something else has changed.
+    """
     code = function if inspect.isroutine(function) else type(function)
     try:
-        return hashlib.sha256(inspect.getsource(code).encode()).hexdigest()[:16]
+        text = inspect.getsource(code)
     except (OSError, TypeError):
         return ""
+    version = getattr(sys.modules.get(getattr(code, "__module__", None) or ""), "__version__", None)
+    if version is not None:
+        text += f"\n__version__ = {version}"
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
