@@ -46,7 +46,7 @@ def main(arguments: list[str]) -> int:
     if options.take:
         from rrhf.recipes.study.results import take
 
-        take(Path(options.take), place, scale.task, scale.name)
+        take(Path(options.take), place, scale)
     if not options.page:
         scale = prepare(place, scale)
     try:

@@ -183,6 +183,11 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {k: v for key, part in value.items() for k, v in _flat(part, f"{prefix}.{key}" if prefix else key).items()}
 
 
+def binding(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's settings by name (``train.max_steps``), without those that change no result."""
+    return _bound(_flat(dict(config)))
+
+
 def _bound(flat: Mapping[str, Any]) -> dict[str, Any]:
     """Without the settings that change no result."""
     beginnings = tuple(name for name in FREE if name.endswith("_"))

@@ -18,15 +18,16 @@ from rrhf.common.files import json_lines
 from rrhf.losses import RANKING_LOSSES
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import parse_config
-from rrhf.recipes.reproduce import run, work
+from rrhf.recipes.reproduce import check, run, work
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
-from rrhf.recipes.reproduce.check import compared, read_result
+from rrhf.recipes.reproduce.check import compared, read_result, run_again
 from rrhf.recipes.reproduce.comparable import require_comparable
 from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.measure import (
     drawn_from_all,
     looping,
     prompt_rewards,
+    queries_digest,
     response_tokens,
     sources_of,
     token_counter,
@@ -212,6 +213,10 @@ def judged(seed: int, start: float, **more: Any) -> Mapping[str, Any]:
     return {**whole, "n": 25, "held_out_samples": 4, "proxy": {**whole["proxy"], "start": start}, **more}
 
 
+def of_steps(seed: int, steps: int) -> Mapping[str, Any]:
+    return judged(seed, 0.5, config={"seed": seed, "train": {"max_steps": steps, "save_steps": steps}})
+
+
 def test_results_of_another_model_or_reward_are_refused() -> None:
     require_comparable([judged(0, 0.5), judged(1, 0.9), judged(0, 0.5 + 0.07)], "there")  # 100 texts: ± 0.08
     require_comparable(
@@ -225,6 +230,9 @@ def test_results_of_another_model_or_reward_are_refused() -> None:
         ((judged(0, 0.5, model="a"), judged(3, 0.5, model="b")), r"the weights of ρ"),
         ((judged(0, 0.5, reward_digests=["x"]), judged(0, 0.5, reward_digests=["y"])), "a reward model's weights"),
         ((judged(0, 0.5), judged(3, 0.5, reward_digests=["x"])), "a reward model, whose weights only one"),  # older
+        ((judged(0, 0.5), judged(3, 0.5, n=30)), r"the number of held-out prompts \(25 and 30\)"),
+        ((judged(0, 0.5, held_out="x"), judged(3, 0.5, held_out="y")), r"the held-out prompts \(x and y\)"),
+        ((of_steps(0, 36), of_steps(1, 144)), r"settings \(train\.max_steps was 36, is 144\)"),
     ):
         with pytest.raises(UserError, match=rf"there: .* a \(seed 0, rate 0.001\) and a \(.* differ in {why}"):
             require_comparable(pair, "there")
@@ -242,6 +250,46 @@ def test_what_cannot_be_compared_is_not_put_beside_what_is_there(
     with pytest.raises(UserError, match="cannot be compared"):
         work.work_through(place, scale, Table([B], 1, [1e-3]))
     assert len(place.results()) == 1
+
+
+def test_results_of_other_settings_are_not_taken_for_those_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A folder of 36 steps is no table of 144, and what was run again of one result is no answer for another."""
+    arms, place, micro = arms_named("imdb", ["start", "RRHF-DP"]), Place(tmp_path), ("imdb", "micro")
+    scale = read_scale(*micro, ["model=m"])
+    for arm, rate in zip(arms, (None, 1e-3), strict=True):
+        made = judged(0, 0.5, arm=arm.name, learning_rate=rate, config=scale.noted(arm, 0, rate))
+        place.write_result(Item(arm, 0, rate), made)
+    table, longer = Table(arms, 1, [1e-3]), ["model=m", "train.max_steps=144"]
+    work.check(place, scale, table)
+    work.check(place, read_scale(*micro, ["model=n", "evaluate.batch_size=7", "train.save_steps=9"]), table)
+    work.check(place, read_scale(*micro, longer), Table(arms[:1], 1, [1e-3]))  # ρ itself takes no steps
+    other = r"RRHF-DP \(seed 0, rate 0\.001\) was made with other settings \(train\.max_steps was 36, is 144\)"
+    with pytest.raises(UserError, match=other):
+        work.check(place, read_scale(*micro, longer), table)
+
+    monkeypatch.setattr(check, "prepare", lambda place, scale: scale)
+    monkeypatch.setattr(check, "carry", lambda work: pytest.fail("it has ended"))
+    before = {**made, "task": "imdb", "scale": "micro", "asked": longer}
+    with pytest.raises(UserError, match=other):
+        run_again(place, before)
+    with pytest.raises(UserError, match=r"holds what the code of c came to, and this is .*another --output"):
+        run_again(place, {**before, "asked": ["model=m"]})
+    monkeypatch.setattr(check, "commit", lambda: "c")
+    assert run_again(place, {**before, "asked": ["model=m"]})[0]
+
+
+def test_held_out_prompts_are_told_by_their_queries(tmp_path: Path) -> None:
+    """Differences are paired by them: others, or the same in another order, are not those; ids and copies are free."""
+
+    def digest(name: str, queries: list[str], samples: int = 1) -> str:
+        rows = [{"id": f"{name} {i}", "query": query} for i, query in enumerate(queries)]
+        return queries_digest(tiny.write_rows(tmp_path / f"{name}.jsonl", rows), samples)
+
+    first = digest("first", ["a", "b"])
+    assert first == digest("copies", ["a", "a", "b", "b"], 2) and len(first) == 16
+    assert first not in (digest("turned", ["b", "a"]), digest("others", ["a", "c"]))
 
 
 def test_a_model_is_told_by_its_weights_and_a_function_by_nothing(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from rrhf.cli.main import main
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.check import read_result
 from rrhf.recipes.reproduce.place import Item, Place
+from rrhf.recipes.reproduce.scale import read_scale
 from rrhf.recipes.study.claims import CLAIMS, balance, judged, over_the_same_steps
 from rrhf.recipes.study.figures import figures, mean_point
 from rrhf.recipes.study.frontier import at_equal_kl, rivalries
@@ -484,12 +485,20 @@ def test_the_page_names_every_arm_and_its_lines_can_be_run_again(file: Path) -> 
 
 def test_results_are_taken_up_again(file: Path, tmp_path: Path) -> None:
     place = Place(tmp_path / "run")
-    count = take(file, place, "imdb", "micro")
+    scale = read_scale("imdb", "micro")
+    count = take(file, place, scale)
     assert count == len(place.results()) == len(file.read_text().splitlines())
     study = read_study(file)
     assert all(place.is_done(Item(study.arm("PPO"), seed, 1e-3)) for seed in range(SEEDS))
     with pytest.raises(UserError, match="not of hh"):
-        take(file, place, "hh", "small")
+        take(file, place, read_scale("hh", "small"))
+    with pytest.raises(UserError, match="not set aside: give"):
+        take(file, place, read_scale("imdb", "micro", ["reproduce.set_aside=true"]))
+    longer, lines_of_it = tmp_path / "long.jsonl", [{**line("SFT", 0), "config": {"train": {"max_steps": 144}}}]
+    export(lines_of_it, tmp_path, longer)
+    with pytest.raises(UserError, match=r"SFT \(seed 0, rate 0.001\) was made with other settings \(.*was 144, is 36"):
+        take(longer, Place(tmp_path / "other"), scale)
+    assert not (tmp_path / "other").exists()
 
 
 def test_results_of_another_reward_get_into_no_file_and_no_folder(file: Path, tmp_path: Path) -> None:
@@ -504,7 +513,7 @@ def test_results_of_another_reward_get_into_no_file_and_no_folder(file: Path, tm
     folder = Place(tmp_path / "run")
     folder.write_result(Item(read_study(file).arm("PPO"), 0, 1e-3), theirs)
     with pytest.raises(UserError, match="cannot be compared"):
-        take(place, folder, "imdb", "micro")
+        take(place, folder, read_scale("imdb", "micro"))
     assert len(folder.results()) == 1
     place.write_text(before.decode() + json.dumps(theirs) + "\n")
     with pytest.raises(UserError, match="cannot be compared"):

@@ -6,11 +6,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from rrhf.common.environment import commit
 from rrhf.common.errors import UserError
 from rrhf.common.files import json_lines, read_object
 from rrhf.common.presentation import number
 from rrhf.recipes.reproduce.arms import arm_named
-from rrhf.recipes.reproduce.comparable import difference_of
+from rrhf.recipes.reproduce.comparable import difference_of, require_settings
 from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.run import carry
@@ -40,7 +41,9 @@ def read_result(place: str) -> dict[str, Any]:
         result = lines[int(number) - 1]
     else:
         result = read_object(Path(place))
-    if missing := [name for name in ("task", "scale", "arm", "seed", "asked", "proxy") if name not in result]:
+    if missing := [
+        name for name in ("task", "scale", "arm", "seed", "learning_rate", "asked", "proxy") if name not in result
+    ]:
         raise UserError(
             f"{place}: no result of an arm: it lacks {', '.join(missing)}; give a file of results/, or FILE.jsonl:LINE"
         )
@@ -52,10 +55,22 @@ def run_again(place: Place, before: Mapping[str, Any]) -> tuple[bool, str]:
 
     Returns:
         Whether each reward's mean gain lies within the 95 % interval that the result has, and a sentence about it.
+
+    Raises:
+        UserError: ``place`` holds that arm, seed and rate of other settings, or of other code.
     """
     scale = prepare(place, scale_of(before))
     item = Item(arm_named(before["task"], before["arm"]), before["seed"], before["learning_rate"])
-    now = read_object(place.result(item)) if place.is_done(item) else carry(plan(place, scale, item))
+    if place.is_done(item):
+        now = read_object(place.result(item))
+        require_settings(now, scale.noted(item.arm, item.seed, item.rate), place.folder)
+        if now["commit"] != (here := commit()):
+            raise UserError(
+                f"{place.folder}: holds what the code of {now['commit']} came to, and this is {here}: choose another "
+                "--output to run it again"
+            )
+    else:
+        now = carry(plan(place, scale, item))
     place.write_result(item, now)
     return compared(before, now)
 

@@ -11,7 +11,7 @@ from rrhf.models.cache import PolicyCache
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import RunConfig, parse_config
 from rrhf.recipes.offline import Pass
-from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, START
+from rrhf.recipes.reproduce.arms import BEST_OF, START
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.scale import Scale
 from rrhf.recipes.run_folder import RunFolder
@@ -37,10 +37,7 @@ class Work:
     @property
     def noted(self) -> dict[str, Any]:
         """All that the arm is made of: the run's configuration, and PPO's settings where it is PPO."""
-        item = self.item
-        if item.rate is None or item.arm.kind not in (PPO, NLPO):
-            return self.values
-        return {**self.values, "ppo": self.scale.ppo_settings(item.arm, item.seed, item.rate)}
+        return self.scale.noted(self.item.arm, self.item.seed, self.item.rate)
 
     @property
     def last(self) -> RunFolder:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 from collections.abc import Collection, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -114,6 +116,12 @@ def response_tokens(file: Path, count: Any, brought: Collection[str]) -> dict[st
         total["sampled"] += len(ours)
         total["sampled_tokens"] += count(ours)
     return total
+
+
+def queries_digest(file: Path, samples: int) -> str:
+    """Of the queries of a file in their order, which differences are paired by; each is there ``samples`` times."""
+    queries = [record.query for record in islice(read_records(file), None, None, samples)]
+    return hashlib.sha256(json.dumps(queries).encode()).hexdigest()[:16]
 
 
 def reset_peak_memory() -> None:

@@ -78,6 +78,7 @@ def result_of(work: Work, trained_before: bool = False) -> dict[str, Any]:
         "trained_at": trained_at(run, trained_before) if arm.has_rate else None,
         "model": model_digest(config.model.model)[:16],
         "reward_digests": reward_digests(config),
+        "held_out": measure.queries_digest(work.place.prompts.held_out, samples),
         "config": work.noted,
         "asked": list(work.scale.asked),
     }

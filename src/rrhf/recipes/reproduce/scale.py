@@ -83,6 +83,13 @@ class Scale:
                 over["score"] = {"kl_beta": self.kl_beta, "reference_model": self.config.get("model")}
         return merge(merge(self.config, arm.config), over)
 
+    def noted(self, arm: Arm, seed: int, rate: float | None) -> dict[str, Any]:
+        """All that an arm is made of: the run's configuration, and PPO's settings where it is PPO."""
+        values = self.configuration(arm, seed, rate)
+        if rate is None or arm.kind not in (PPO, NLPO):
+            return values
+        return {**values, "ppo": self.ppo_settings(arm, seed, rate)}
+
     def ppo_settings(self, arm: Arm, seed: int, rate: float) -> dict[str, Any]:
         """The settings of ``PPOConfig`` for an arm of that kind."""
         assert arm.kind in (PPO, NLPO)

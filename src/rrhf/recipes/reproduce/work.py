@@ -14,7 +14,7 @@ from typing import Any
 
 from rrhf.common.errors import UserError
 from rrhf.recipes.reproduce.arms import Arm
-from rrhf.recipes.reproduce.comparable import require_comparable
+from rrhf.recipes.reproduce.comparable import require_comparable, require_settings
 from rrhf.recipes.reproduce.data import with_model, write_prompts
 from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.place import Item, Place
@@ -125,13 +125,19 @@ def prepare(place: Place, scale: Scale) -> Scale:
 
 
 def check(place: Place, scale: Scale, table: Table) -> None:
-    """Check the configuration of every arm.
+    """Check the configuration of every arm, and that what has ended in the folder is of the same settings.
 
     Raises:
-        UserError: one has faults.
+        UserError: one has faults; or a result was made with other settings, so that this table would not be of those
+            that are asked for.
     """
+    arms = {arm.name: arm for arm in table.arms}
     for arm in table.arms:
         plan(place, scale, Item(arm, table.first, table.rates[0] if arm.has_rate else None))
+    for result in place.results():
+        if result["arm"] in arms:
+            asked = scale.noted(arms[result["arm"]], result["seed"], result["learning_rate"])
+            require_settings(result, asked, place.folder)
 
 
 def work_through(place: Place, scale: Scale, table: Table) -> None:

@@ -18,9 +18,9 @@ from rrhf.common.errors import UserError
 from rrhf.common.files import cache_folder, json_lines, write_text
 from rrhf.common.presentation import NONE
 from rrhf.recipes.reproduce.arms import Arm, arm_named
-from rrhf.recipes.reproduce.comparable import require_comparable
+from rrhf.recipes.reproduce.comparable import require_comparable, require_settings
 from rrhf.recipes.reproduce.place import Item, Place
-from rrhf.recipes.reproduce.scale import REWARDS, SET_ASIDE
+from rrhf.recipes.reproduce.scale import REWARDS, SET_ASIDE, Scale
 from rrhf.recipes.reproduce.work import Results, by_key, chosen_rate, rate_rewards
 from rrhf.recipes.study.statistics import Estimate, bootstrap
 
@@ -222,21 +222,31 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
     return len(lines)
 
 
-def take(file: Path, place: Place, task: str, scale: str) -> int:
+def take(file: Path, place: Place, scale: Scale) -> int:
     """Put the results in a file of lines into a folder, where its command then goes on from them.
 
     Returns:
         How many they are.
 
     Raises:
-        UserError: they are of another task or scale, or cannot be compared with those that are there.
+        UserError: they are of another task or scale, of other settings, or of prompts set aside where this scale's are
+            not, or cannot be compared with those that are there.
     """
     study = read_study(file)
-    if (study.task, study.scale) != (task, scale):
-        raise UserError(f"{file}: results of {study.task} at the scale {study.scale}, not of {task} at {scale}")
+    if (study.task, study.scale) != (scale.task, scale.name):
+        raise UserError(
+            f"{file}: results of {study.task} at the scale {study.scale}, not of {scale.task} at {scale.name}"
+        )
+    if study.set_aside != scale.set_aside:
+        raise UserError(
+            f"{file}: results of prompts {'' if study.set_aside else 'not '}set aside: give "
+            f"reproduce.set_aside={str(study.set_aside).lower()}"
+        )
+    items = [Item(study.arm(line["arm"]), line["seed"], line["learning_rate"]) for line in study.lines]
+    for item, line in zip(items, study.lines):
+        require_settings(line, scale.noted(item.arm, item.seed, item.rate), file)
     require_comparable([*place.results(), *study.lines], place.folder)
-    for line in study.lines:
-        item = Item(study.arm(line["arm"]), line["seed"], line["learning_rate"])
+    for item, line in zip(items, study.lines):
         if not place.is_done(item):
             place.write_result(item, line)
     return len(study.lines)
