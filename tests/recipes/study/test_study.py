@@ -315,7 +315,9 @@ def test_what_a_search_found_is_held_against_its_rivals_at_equal_kl(tmp_path: Pa
     study = read_study(file)
     assert study.set_aside and not Study([line("start", 0)], file).set_aside
     export([line("start", 0)], tmp_path, tmp_path / "both.jsonl")
-    export(runs, tmp_path, tmp_path / "both.jsonl")
+    with pytest.raises(UserError, match="set aside and others"):
+        export(runs, tmp_path, tmp_path / "both.jsonl")
+    (tmp_path / "both.jsonl").write_text("".join(json.dumps(one) + "\n" for one in [line("start", 0), *runs]))
     with pytest.raises(UserError, match="set aside and others"):
         read_study(tmp_path / "both.jsonl")
     found = {test.what: (round(test.estimate.mean, 3), test.verdict) for test in rivalries(study)}
@@ -501,6 +503,27 @@ def test_results_are_taken_up_again(file: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "other").exists()
 
 
+def test_what_is_of_another_table_is_not_added_to_an_export(tmp_path: Path) -> None:
+    """It would stand there for the lines with the same arm, seed and rate, and no page could be made of the file."""
+    place, steps = tmp_path / "lines.jsonl", {"train": {"max_steps": 36}}
+    export([{**line("SFT", 0), "config": steps}], tmp_path, place)
+    before = place.read_bytes()
+    for other, why in (
+        ({**line("SFT", 0), "task": "wombat"}, "one task at one scale"),
+        ({**line("PPO", 0), "scale": "small"}, "one task at one scale"),
+        (line("SFT", 1000), "set aside and others"),
+        ({**line("SFT", 0), "config": {"train": {"max_steps": 144}}}, r"settings \(train.max_steps was 36, is 144"),
+    ):
+        with pytest.raises(UserError, match=why):
+            export([other], tmp_path, place)
+        assert place.read_bytes() == before
+    for broken in ("{", '{"arm": "SFT"}\n'):
+        place.write_text(broken)
+        with pytest.raises(UserError, match=r"lines\.jsonl"):
+            export([line("PPO", 0)], tmp_path, place)
+        assert place.read_text() == broken
+
+
 def test_results_of_another_reward_get_into_no_file_and_no_folder(file: Path, tmp_path: Path) -> None:
     """A reward model that was trained anew scores ρ otherwise; every number of that table would be of two rewards."""
     ours, theirs = ({**line(name, 0), "reward_digests": [digest]} for name, digest in (("SFT", "a"), ("PPO", "b")))
@@ -535,7 +558,7 @@ def test_a_table_and_its_export_at_urls(file: Path, memory: Any) -> None:
 
 
 def test_what_is_no_file_of_results_is_refused(tmp_path: Path) -> None:
-    for text in ("{", '{"arm": "PPO"}\n', ""):
+    for text in ("{", '{"arm": "PPO"}\n', "", '{"task": "imdb", "scale": "micro"}\n', "[1]\n"):
         (tmp_path / "file.jsonl").write_text(text)
         with pytest.raises(UserError, match=r"file\.jsonl"):
             read_study(tmp_path / "file.jsonl")

@@ -25,6 +25,7 @@ from rrhf.recipes.reproduce.work import Results, by_key, chosen_rate, rate_rewar
 from rrhf.recipes.study.statistics import Estimate, bootstrap
 
 Line = Mapping[str, Any]
+KEYS = ("task", "scale", "arm", "seed", "learning_rate", "rate_reward", "proxy", "config")  # that every result has
 
 
 @dataclass(frozen=True)
@@ -179,17 +180,42 @@ def read_study(file: Path) -> Study:
         UserError: the file cannot be read, holds no result, results of several tasks or scales, or such as cannot be
             compared.
     """
+    lines = _lines_of(file)
+    _require_one_table(lines, file)
+    return Study(lines, file)
+
+
+def _lines_of(file: Path) -> list[Line]:
+    """The results in a file of lines.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no result.
+    """
     try:
         lines = json_lines(file)
     except (OSError, ValueError) as error:
         raise UserError(f"{file}: no file of results: {error}") from error
-    kinds = {(line.get("task"), line.get("scale")) for line in lines}
-    if len(kinds) != 1 or None in next(iter(kinds)):
+    for number, line in enumerate(lines, 1):
+        lacking = [key for key in KEYS if not isinstance(line, Mapping) or key not in line]
+        if lacking:
+            raise UserError(
+                f"{file}, line {number}: no result, as `rrhf reproduce --export` writes them: it lacks "
+                + ", ".join(lacking)
+            )
+    return lines
+
+
+def _require_one_table(lines: Sequence[Line], file: Path) -> None:
+    """Refuse results that are not of one table.
+
+    Raises:
+        UserError: there is none, or they are of several tasks or scales, or such as cannot be compared.
+    """
+    if len({(line["task"], line["scale"]) for line in lines}) != 1:
         raise UserError(f"{file}: needs results of one task at one scale, as `rrhf reproduce --export` writes them")
     if len({int(line["seed"]) >= SET_ASIDE for line in lines}) > 1:
         raise UserError(f"{file}: has results of prompts set aside and others: they belong into two files")
     require_comparable(lines, file)
-    return Study(lines, file)
 
 
 def export(results: Sequence[Line], folder: Path, file: Path) -> int:
@@ -201,12 +227,14 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
         How many lines the file has now.
 
     Raises:
-        UserError: results of the file and of the folder cannot be compared; the file stays as it is.
+        UserError: the file is none of results, or those of the file and of the folder are not of one table; the file
+            stays as it is.
     """
-    before = json_lines(file) if file.exists() else []
+    before = _lines_of(file) if file.exists() else []
     places = {str(folder.absolute()): ".", str(cache_folder()): "cache"}
-    kept = {**by_key(before), **by_key([_portable(result, places, str(folder)) for result in results])}
-    require_comparable(list(kept.values()), file)
+    added = [_portable(result, places, str(folder)) for result in results]
+    _require_one_table([*before, *added], file)  # those that are replaced too: what replaces them is to be the same arm
+    kept = {**by_key(before), **by_key(added)}
     study = Study(list(kept.values()), file)
     chosen = {(name, seed, line["learning_rate"]) for name in study.names for seed, line in study.seeds(name).items()}
     lines = []
