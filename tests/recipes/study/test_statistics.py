@@ -65,6 +65,9 @@ def test_numbers_of_seeds_alone_have_the_interval_of_students_t() -> None:
     alone = bootstrap(values[:1])
     assert np.isnan(alone.low) and alone.p == 1.0 and str(alone) == "+0.100"  # of one there is nothing to say
     assert bootstrap(np.zeros((3, 4))).p == 1.0
+    for size in ((5, 50), (10, 120)):  # all alike: of these sums leave an error of 1e-18
+        alike = bootstrap(np.full(size, 0.1))
+        assert alike.low == alike.high == alike.mean == pytest.approx(0.1) and alike.p == 0.0
 
 
 def test_missing_scores_and_single_seeds() -> None:

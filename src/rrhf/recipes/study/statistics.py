@@ -24,6 +24,7 @@ MISSING = "the study's intervals need scipy: pip install 'rrhf[demo]'"
 SAMPLES = 10_000
 CHUNK = 1_000  # resamples at a time
 ALPHA, POWER = 0.05, 0.8
+ROUNDING = 1e-12  # of the largest value: an error below it is what sums of equal values leave
 
 
 @dataclass(frozen=True)
@@ -67,6 +68,8 @@ def bootstrap(values: np.ndarray, seed: int = 0, samples: int = SAMPLES) -> Esti
     if values.ndim != 2 or not known.any():
         raise ValueError("an estimate needs values [seeds, prompts]")
     mean, (error, freedom) = float(values[known].mean()), standard_error(values)
+    if error < ROUNDING * float(np.abs(values[known]).max()):
+        error = 0.0
     student = of_extra("scipy.stats", MISSING).t(freedom)
     half = float(student.ppf(1 - ALPHA / 2)) * error
     low, high = (mean - half, mean + half) if known.sum() > 1 else (math.nan, math.nan)
