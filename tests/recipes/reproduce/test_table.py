@@ -18,7 +18,7 @@ from rrhf.common.files import json_lines
 from rrhf.losses import RANKING_LOSSES
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import parse_config
-from rrhf.recipes.reproduce import check, run, work
+from rrhf.recipes.reproduce import check, data, run, work
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
 from rrhf.recipes.reproduce.check import compared, read_result, run_again
 from rrhf.recipes.reproduce.comparable import require_comparable
@@ -39,6 +39,8 @@ from rrhf.recipes.reproduce.rows import differences, main_table, rate_table, row
 from rrhf.recipes.reproduce.scale import VALUES, Scale, read_scale, shipped_scales
 from rrhf.recipes.reproduce.work import Table, by_key
 from rrhf.recipes.run_folder import RunFolder
+from rrhf.records.files import read_records
+from rrhf.records.record import Record
 from rrhf.sampling.settings import SamplingSettings
 from rrhf.training.ppo_settings import PPOConfig
 from support import tiny
@@ -430,6 +432,20 @@ def test_a_mistyped_key_is_told_before_any_model_is_trained(tmp_path: Path, monk
         with pytest.raises(UserError, match=r"train\.learning_rat: unknown key: did you mean 'learning_rate'"):
             reproduce.main(["imdb", "--arms", arm, "--output", str(tmp_path / "out"), "train.learning_rat=1"])
     assert not (tmp_path / "out").exists()
+
+
+def test_limits_at_null_are_none_or_the_default(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def records(model: str) -> dict[str, Any]:
+        return {name: [Record(f"{name} {i}") for i in range(300)] for name in ("queries", "held_out", "rates")}
+
+    monkeypatch.setattr(data, "_micro_records", records)
+    for aside, first in ((False, "held_out 0"), (True, "held_out 128")):
+        asked = [f"reproduce.set_aside={str(aside).lower()}", "data.limit=null", "data.held_out_limit=null"]
+        prompts = data.Prompts(tmp_path / str(aside))
+        made = data.write_prompts(read_scale("imdb", "micro", ["model=m", *asked]), prompts)
+        assert made["data"]["held_out_limit"] == 4 * 128
+        found = [list(read_records(file)) for file in (prompts.queries, prompts.held_out, prompts.rates)]
+        assert [len(each) for each in found] == [300, 4 * 128, 100] and found[1][0].query == first
 
 
 def test_no_page_is_written_of_a_folder_that_is_not_there(tmp_path: Path) -> None:

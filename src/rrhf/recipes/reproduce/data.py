@@ -76,8 +76,13 @@ def write_prompts(scale: Scale, prompts: Prompts) -> dict[str, Any]:
         _write(scale, prompts)
         write_text(note, json.dumps(wanted, indent=1) + "\n")  # last: without it they are written again
     data = {"source": str(prompts.queries), "held_out": str(prompts.held_out)}
-    held_out_limit = scale.config["data"].get("held_out_limit", DataSettings("").held_out_limit)
-    return {**scale.config, "data": {**data, "held_out_limit": held_out_limit * scale.held_out_samples}}
+    return {**scale.config, "data": {**data, "held_out_limit": _held_out(scale) * scale.held_out_samples}}
+
+
+def _held_out(scale: Scale) -> int:
+    """How many prompts are held out; without a word of it, or at null, as many as a run holds out."""
+    limit = scale.config["data"].get("held_out_limit")
+    return DataSettings("").held_out_limit if limit is None else int(limit)
 
 
 def _write(scale: Scale, prompts: Prompts) -> None:
@@ -97,10 +102,11 @@ def _copies(records: Iterable[Record], number: int) -> Iterator[Record]:
 def _write_each(scale: Scale, prompts: Prompts) -> None:
     given = scale.config["data"]
     if given["source"] == MICRO:
-        limits = {"queries": given["limit"], "held_out": given["held_out_limit"], "rates": scale.rate_queries}
+        limits = {"queries": given.get("limit"), "held_out": _held_out(scale), "rates": scale.rate_queries}
         for name, records in _micro_records(str(scale.config["model"])).items():
-            start = limits[name] if scale.set_aside and name == "held_out" else 0
-            chosen = islice(records, start, start + limits[name])
+            limit = limits[name]  # None: all
+            start = _held_out(scale) if scale.set_aside and name == "held_out" else 0
+            chosen = islice(records, start, None if limit is None else start + limit)
             write_records(prompts.folder / f"{name}.jsonl", chosen, overwrite=True)
         return
     (settings,) = Flags([DataSettings], "reproduce").parse(as_arguments(_more(given, scale.rate_queries), "data"))
