@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -28,10 +29,12 @@ def main(arguments: list[str]) -> int:
         return _check(options.task, options.check, options.output)
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: must be at least 1")
+    if options.learning_rate is not None and not 0 < options.learning_rate < math.inf:
+        raise UserError(f"--learning_rate {options.learning_rate:g}: must be a number above 0")
     data = [f"data.source={options.data}"] if options.data else []
     model = [f"model={options.model}"] if options.model else []
     scale = read_scale(options.task, options.scale, [*data, *model, *options.overrides])
-    names = options.arms.split(",") if options.arms else scale.default_arms
+    names = scale.default_arms if options.arms is None else options.arms.split(",")
     rates = [options.learning_rate] if options.learning_rate else scale.learning_rates
     arms = arms_named(options.task, names)
     table = Table(arms, options.seeds, rates, scale.first_seed, options.every_rate, scale.rate_seeds)

@@ -448,6 +448,22 @@ def test_limits_at_null_are_none_or_the_default(tmp_path: Path, monkeypatch: pyt
         assert [len(each) for each in found] == [300, 4 * 128, 100] and found[1][0].query == first
 
 
+@pytest.mark.parametrize(
+    ("asked", "match"),
+    [
+        (("--learning_rate", "0"), "--learning_rate 0: must be a number above 0"),
+        (("--learning_rate", "nan"), "--learning_rate nan: must be"),
+        (("--arms", ""), "--arms : "),
+    ],
+)
+def test_flags_that_say_nothing_do_not_stand_for_the_whole_table(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[str, ...], match: str
+) -> None:
+    monkeypatch.setattr(work, "prepare", lambda *job: pytest.fail("it is begun"))
+    with pytest.raises(UserError, match=match):
+        reproduce.main(["imdb", *asked, "--output", str(tmp_path / "out"), "model=m"])
+
+
 def test_no_page_is_written_of_a_folder_that_is_not_there(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"--page: .*typo: no such folder: give the --output"):
         reproduce.main(["imdb", "--page", "--output", str(tmp_path / "typo")])
