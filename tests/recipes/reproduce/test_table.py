@@ -18,7 +18,7 @@ from rrhf.common.files import json_lines
 from rrhf.losses import RANKING_LOSSES
 from rrhf.models.load import ModelSettings
 from rrhf.recipes.config import parse_config
-from rrhf.recipes.reproduce import check, data, run, work
+from rrhf.recipes.reproduce import check, data, page, run, work
 from rrhf.recipes.reproduce.arms import ARMS, NLPO, PPO, TASKS, Arm, arm_named, arms_named
 from rrhf.recipes.reproduce.check import compared, read_result, run_again
 from rrhf.recipes.reproduce.comparable import require_comparable
@@ -462,6 +462,12 @@ def test_flags_that_say_nothing_do_not_stand_for_the_whole_table(
     monkeypatch.setattr(work, "prepare", lambda *job: pytest.fail("it is begun"))
     with pytest.raises(UserError, match=match):
         reproduce.main(["imdb", *asked, "--output", str(tmp_path / "out"), "model=m"])
+
+
+def test_what_is_said_of_rho_is_the_mean_over_seeds_as_all_rows_are() -> None:
+    table = Table([A], 2, [1e-3])
+    rows = rows_of(table, by_key([judged(0, 0.5), judged(1, 0.7)]))
+    assert "ρ: proxy 0.600. Code: c." in page._introduction(table, rows, 2, 2)
 
 
 def test_no_page_is_written_of_a_folder_that_is_not_there(tmp_path: Path) -> None:

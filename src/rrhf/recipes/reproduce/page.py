@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rrhf.common.files import write_text
-from rrhf.common.presentation import html_table, markdown_table
+from rrhf.common.presentation import html_table, markdown_table, number
 from rrhf.common.svg import inline_svg
 from rrhf.recipes.reproduce import plots
 from rrhf.recipes.reproduce.place import Place
@@ -85,8 +85,8 @@ def _introduction(table: Table, rows: Sequence[Row], done: int, wanted: int) -> 
         f"prompts, the same for all arms, {responses} each; ± is the standard deviation over seeds. The proxy reward "
         "trains, the gold reward only judges: a gain of the first without the second is reward hacking. KL to ρ is in "
         "nats a response, estimated on samples of π (of best-of-n a bound). Perplexity is under ρ. "
-        f"ρ: proxy {first['proxy']['start']:.3f}"
-        + (f", gold {first['gold']['start']:.3f}" if "gold" in first else "")
+        f"ρ: proxy {number(rows[0].mean('proxy', 'start'))}"
+        + (f", gold {number(rows[0].mean('gold', 'start'))}" if "gold" in first else "")
         + f". Code: {', '.join(commits)}."
     )
 
