@@ -192,6 +192,12 @@ def test_rewards_follow_the_samples_of_rho_and_those_of_pi_are_told_beside(tmp_p
     assert "OP: mean 0.950, maximum 1.150, π 0.0" in found.said
 
 
+def test_an_arm_whose_first_seed_came_to_nothing_has_the_others(tmp_path: Path) -> None:
+    runs = [line("start", seed) for seed in range(3)] + [line("PPO", seed) for seed in (1, 2)]
+    study = Study([*runs, line("PPO", 1, 1e-4)], tmp_path)
+    assert list(study.seeds("PPO")) == [1, 2] and study.shown_rate("PPO") == "0.001↑ (1)"
+
+
 def test_a_rival_that_was_not_tuned_resolves_nothing(tmp_path: Path) -> None:
     """RRHF is ahead of PPO by 0.1 in both; but where PPO ran at one rate, that one was not chosen for it."""
     one = [line(name, seed) for name in ("start", "RRHF-DP", "PPO") for seed in range(SEEDS)]

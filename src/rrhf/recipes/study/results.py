@@ -54,14 +54,17 @@ class Study:
         return list(dict.fromkeys(str(line["arm"]) for line in self.lines))
 
     @cached_property
-    def first(self) -> int:
-        """The first seed, which every arm was run from at all its rates."""
-        return min(int(line["seed"]) for line in self.lines)
+    def first(self) -> dict[str, int]:
+        """Each arm's first seed, from which it was run at all its rates."""
+        found: dict[str, int] = {}
+        for line in self.lines:
+            found[line["arm"]] = min(found.get(line["arm"], int(line["seed"])), int(line["seed"]))
+        return found
 
     @cached_property
     def set_aside(self) -> bool:
         """Whether seeds and prompts are those that are set aside to confirm what a search has found."""
-        return self.first >= SET_ASIDE
+        return min(self.first.values()) >= SET_ASIDE
 
     @cached_property
     def known_rewards(self) -> list[str]:
@@ -79,7 +82,8 @@ class Study:
 
     def rates(self, name: str) -> list[float]:
         """The learning rates that the arm's first seed was run at, and whose results are here."""
-        of_first = {line["learning_rate"] for line in self.lines if (line["arm"], line["seed"]) == (name, self.first)}
+        first = self.first.get(name)
+        of_first = {line["learning_rate"] for line in self.lines if (line["arm"], line["seed"]) == (name, first)}
         return sorted(rate for rate in of_first if rate is not None)
 
     def seeds(self, name: str) -> dict[int, Line]:
@@ -90,7 +94,7 @@ class Study:
 
     def chosen(self, name: str) -> float | None:
         """The arm's learning rate: the best of those it was run at, or None where it has none."""
-        return chosen_rate(self.arm(name), self.rates(name) or [0.0], self.results, [self.first])[1]
+        return chosen_rate(self.arm(name), self.rates(name) or [0.0], self.results, [self.first[name]])[1]
 
     def shown_rate(self, name: str) -> str:
         """The arm's learning rate, whether it is at an edge of its grid (↑ or ↓), and how many seeds chose it."""
