@@ -465,6 +465,10 @@ def test_an_export_has_no_paths_and_replaces_what_was_there(file: Path, tmp_path
     export([named], Path("out"), place)
     assert json.loads(place.read_text())["config"] == {"model": "./model", "why": "without", "at": "/somewhere/out/x"}
     place.unlink()
+    beside = {**line("PPO", 0), "config": {"model": "/somewhere/output/rm", "at": "/somewhere/out, /somewhere/out.x"}}
+    export([beside], Path("/somewhere/out"), place)  # whose name only begins alike
+    assert json.loads(place.read_text())["config"] == {"model": "/somewhere/output/rm", "at": "., /somewhere/out.x"}
+    place.unlink()
     export(lines()[:3], tmp_path, place)
     changed = {**lines()[1], "perplexity": 99.0}
     assert export([changed, line("PPO", 0)], tmp_path, place) == 4

@@ -6,6 +6,7 @@ A line is a result of `rrhf reproduce` (``recipes/reproduce/result.py``): an arm
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -300,7 +301,7 @@ def _without_places(value: Any, places: Mapping[str, str], folder: str) -> Any:
         return [_without_places(each, places, folder) for each in value]
     if isinstance(value, str):
         for place, name in places.items():
-            value = value.replace(place, name)
+            value = re.sub(rf"{re.escape(place)}(?=/|$|[^\w.-])", name, value)  # not …/out of …/output
         if value.startswith(f"{folder}/"):  # a short name may stand in other words too
             value = f".{value[len(folder) :]}"
     return value
