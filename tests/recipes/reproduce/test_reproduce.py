@@ -95,6 +95,8 @@ def test_rrhf_after_an_sft_of_its_own(model: Path, tmp_path: Path) -> None:
     tiny.warm(*command, cwd=folder).done()
     found = results(folder)
     assert {name: result["steps"] for name, result in found.items()} == {"RRHF-P": 4, "RRHF-P-after-SFT": 8}
+    read = {name: result["tokens_trained"] for name, result in found.items()}
+    assert read["RRHF-P"] < read["RRHF-P-after-SFT"] < 2 * read["RRHF-P"]  # the SFT's one response of each query, too
     run = folder / "out/arms/RRHF-P-after-SFT/seed-0/rate-0.001"
     made_of = json.loads((run / "made-of.json").read_text())
     assert "sft/model" in made_of["train"] and "sft/model" not in made_of["evaluate"]  # ρ is still the first model

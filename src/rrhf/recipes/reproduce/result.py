@@ -19,7 +19,7 @@ from rrhf.models.identity import model_digest
 from rrhf.recipes.config import RunConfig
 from rrhf.recipes.offline import loss_needs
 from rrhf.recipes.reproduce import measure
-from rrhf.recipes.reproduce.arms import BEST_OF, NLPO, PPO, START, Arm
+from rrhf.recipes.reproduce.arms import AFTER_SFT, BEST_OF, NLPO, PPO, START, Arm
 from rrhf.recipes.reproduce.item import Work
 from rrhf.recipes.reproduce.scale import Scale, queries_a_step
 from rrhf.recipes.run_folder import RunFolder
@@ -222,6 +222,8 @@ def _tokens(work: Work) -> dict[str, int]:
         folders = [run.round(n) for n in range(1, arm.rounds + 1)] if arm.rounds > 1 else [one]
         files = [folder.scored for folder in folders]
         queries = sum(1 for _ in read_records(work.place.prompts.queries))
+        if arm.kind == AFTER_SFT:
+            files.append(RunFolder(run.folder / "sft").scored)
         passes = work.scale.steps / arm.rounds * queries_a_step(work.scale.config["train"]) / queries
     brought = measure.sources_of(work.place.prompts.queries)
     each = [measure.response_tokens(file, count, brought) for file in files]
