@@ -8,10 +8,11 @@ from itertools import pairwise, product
 
 import numpy as np
 
+from rrhf.common.imports import of_extra
 from rrhf.recipes.reproduce.work import rate_rewards
 from rrhf.recipes.study.losses import SAMPLES, by_gain, gained, hinge, losses
 from rrhf.recipes.study.results import Study, making
-from rrhf.recipes.study.statistics import Estimate, bootstrap
+from rrhf.recipes.study.statistics import MISSING, Estimate, bootstrap
 from rrhf.recipes.study.verdicts import FAILS, HOLDS, OPEN, SEEDS, Claim, Finding, Test, settled
 
 AT_LEAST = 0.02  # "at least as good" allows so much less reward
@@ -146,8 +147,9 @@ def _with_training_scores(study: Study, names: Sequence[str]) -> list[str]:
 
 
 def _rank_correlation(first: Sequence[float], second: Sequence[float]) -> float:
-    ranks = np.stack([np.argsort(np.argsort(values)) for values in (first, second)])
-    return float(np.asarray(np.corrcoef(ranks))[0, 1])
+    """Spearman's; equal values share a rank, and where all are equal nothing follows anything."""
+    ranks = [of_extra("scipy.stats", MISSING).rankdata(np.round(values, 12)) for values in (first, second)]
+    return float(np.corrcoef(ranks)[0, 1]) if all(np.ptp(each) for each in ranks) else 0.0
 
 
 def _near(study: Study, name: str) -> float:
