@@ -207,6 +207,13 @@ def test_an_arm_whose_first_seed_came_to_nothing_has_the_others(tmp_path: Path) 
     assert list(study.seeds("PPO")) == [1, 2] and study.shown_rate("PPO") == "0.001↑ (1)"
 
 
+def test_two_files_of_one_name_are_refused_whose_figures_would_be_the_same(file: Path, tmp_path: Path) -> None:
+    other = Study(read_study(file).lines, tmp_path / "elsewhere" / file.name)
+    with pytest.raises(UserError, match="two files of the name imdb-micro"):
+        write_page([read_study(file), other], tmp_path / "page.md")
+    assert not (tmp_path / "page.md").exists()
+
+
 def test_a_rival_that_was_not_tuned_resolves_nothing(tmp_path: Path) -> None:
     """RRHF is ahead of PPO by 0.1 in both; but where PPO ran at one rate, that one was not chosen for it."""
     one = [line(name, seed) for name in ("start", "RRHF-DP", "PPO") for seed in range(SEEDS)]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rrhf.common.errors import UserError
 from rrhf.common.files import write_text
 from rrhf.common.presentation import NONE, markdown_table, number
 from rrhf.recipes.reproduce.arms import BEST_OF
@@ -24,7 +25,14 @@ from rrhf.recipes.study.verdicts import MISSING, SEEDS, Claim, Finding, Test
 
 
 def write_page(studies: Sequence[Study], page: Path) -> None:
-    """Write ``page`` (Markdown) and, in a folder of its name beside it, its figures."""
+    """Write ``page`` (Markdown) and, in a folder of its name beside it, its figures.
+
+    Raises:
+        UserError: two studies are of files with one name, by which figures are named.
+    """
+    names = Counter(study.file.stem for study in studies)
+    if twice := [name for name, number in names.items() if number > 1]:
+        raise UserError(f"two files of the name {twice[0]}: their figures would be the same ones: rename one")
     parts = [
         "# The study: the paper's claims, tested again",
         "Made from the lines in " + ", ".join(f"`{_beside(study.file, page)}`" for study in studies) + " by "
