@@ -396,6 +396,7 @@ def test_the_best_loss_is_named_for_each_number_of_samples(file: Path) -> None:
     assert re.search(r"\| loss:listmle \| 6 \|.*\| 8 of 8 \| 0 of 8 \| 5 \|", table_4)  # all of them loop
     page = file.parent.parent / "both.md"
     write_page([both], page)
+    assert page.read_text().count("an arm a point but for those of 8 samples a query, with its name") == 2 * 2
     assert {f"both/imdb-micro-losses-{k}.svg" for k in (4, 8)} <= set(re.findall(r"\]\((.*svg)\)", page.read_text()))
 
 

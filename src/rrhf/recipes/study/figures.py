@@ -48,20 +48,24 @@ def figures(study: Study) -> list[Picture]:
     if len([name for name in SOURCES if study.numbers(name, "training_scores", "mean").size]) > 1:
         caption = "π's reward against the mean and the mean maximum of its training samples, an arm a point"
         found.append(("sources", caption, sources(study), (7.0, 3.2)))
+    arms = f"an arm a point{_apart(study)}, with its name where there is room"
     caption = (
-        "Reward against KL to ρ on a scale of its root (of best-of-n a bound), an arm a point, with its name where "
-        "there is room. Higher at equal KL is better"
+        f"Reward against KL to ρ on a scale of its root (of best-of-n a bound), {arms}. Higher at equal KL is better"
     )
     found.append(("frontier", caption, against(study, ("kl", "mean"), "KL to ρ, nats a response"), WIDE))
-    caption = (
-        "Reward against perplexity under ρ on a logarithmic scale, an arm a point, with its name where there is room"
-    )
+    caption = f"Reward against perplexity under ρ on a logarithmic scale, {arms}"
     found.append(("perplexity", caption, against(study, ("perplexity",), "perplexity under ρ"), WIDE))
     found += _of_losses(study)
     if best_of_n_curve(study):
         caption = "Reward of the best of n samples of ρ, and what trained arms reach with one"
         found.append(("best-of-n", caption, best_of_n(study), (5.0, 3.4)))
     return found
+
+
+def _apart(study: Study) -> str:
+    """Which arms are in the pictures of losses alone."""
+    found = [str(k) for k, ending in SAMPLES.items() if ending and any(name.endswith(ending) for name in study.names)]
+    return f" but for those of {' and '.join(found)} samples a query" if found else ""
 
 
 def _of_losses(study: Study) -> list[Picture]:
