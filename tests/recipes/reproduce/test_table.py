@@ -79,7 +79,7 @@ def test_arms_by_name() -> None:
         arm = arm_named("hh", f"loss:{name}")
         assert arm.config["train"]["ranking_loss"] == name and arm.online == (name in ("grpo", "rloo"))
         assert (arm.config["train"].get("margin", 0) > 0) == (name in ("margin", "constant-margin"))  # 0 is the hinge
-    for wrong in ("RRHF-DB", "best-of-1", "loss:nothing"):
+    for wrong in ("RRHF-DB", "best-of-1", "best-of-²", "loss:nothing"):
         with pytest.raises(UserError, match="--arms"):
             arm_named("imdb", wrong)
     for task in TASKS:

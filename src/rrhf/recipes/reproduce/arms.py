@@ -182,7 +182,7 @@ def arm_named(task: str, name: str) -> Arm:
     known = {arm.name: arm for arm in ARMS[task]}
     if name in known:
         return known[name]
-    if name.startswith("best-of-") and name.removeprefix("best-of-").isdigit() and int(name.split("-")[-1]) > 1:
+    if name.startswith("best-of-") and name.removeprefix("best-of-").isdecimal() and int(name.split("-")[-1]) > 1:
         number = int(name.removeprefix("best-of-"))
         return Arm(name, f"the best of {number} samples of ρ by the reward", "best-of-n", BEST_OF, number=number)
     loss = name.removeprefix("loss:")

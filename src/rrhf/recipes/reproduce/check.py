@@ -32,7 +32,7 @@ def read_result(place: str) -> dict[str, Any]:
         UserError: there is none.
     """
     file, _, number = place.rpartition(":")
-    of_a_line = file.endswith(".jsonl") and number.isdigit()
+    of_a_line = file.endswith(".jsonl") and number.isdecimal()
     require_file(Path(file if of_a_line else place))
     if of_a_line:
         lines = json_lines(file)
