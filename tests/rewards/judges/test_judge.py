@@ -205,6 +205,7 @@ def test_a_record_that_the_server_will_not_take_has_no_score(
     (journal,) = Path(f"{name}.replies").iterdir()
     assert journal.read_text().count("the prompt is 9,000 tokens long") == 1
     server.default = judges  # one that takes longer prompts
+    assert scored(file(tries=3)) == [*SUMS[:2], [None] * 3, SUMS[3]] and server.posts == []  # fewer tries ask no more
     assert scored(file(tries=5)) == SUMS
     assert len(work(server)) == 1
 

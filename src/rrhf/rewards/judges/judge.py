@@ -242,7 +242,7 @@ class Judge:
                 continue
             if isinstance(entry.get("text"), str):
                 self._replies[asked] = Choice(entry["text"], str(entry.get("finish", "stop")))
-            elif entry.get("tries") == self.template.tries and isinstance(entry.get("refused"), str):
+            elif isinstance(entry.get("refused"), str) and entry.get("tries", 0) >= self.template.tries:
                 self._replies[asked] = Choice(entry["refused"], REFUSED)
                 self._refused_before.add(asked)
 
@@ -251,7 +251,7 @@ class Judge:
         self._note({"asked": key, "text": choice.text, "finish": choice.finish})
 
     def _keep_refused(self) -> None:
-        """Note what the server refused and why, to hold for as long as the template has as many tries."""
+        """Note what the server refused and why, to hold until the template has more tries."""
         for key, error in self._refused_now.items():
             entry = {"asked": key, "refused": self._replies[key].text, "why": str(error), "tries": self.template.tries}
             self._note(entry)
