@@ -208,6 +208,9 @@ def test_a_result_is_checked_against_its_interval(tmp_path: Path) -> None:
     (tmp_path / "r.json").write_text(json.dumps(before))
     with pytest.raises(UserError, match="lacks task, scale, asked"):
         read_result(str(tmp_path / "r.json"))
+    (tmp_path / "r.jsonl").write_text(json.dumps(before) + "\n")
+    with pytest.raises(UserError, match="²"):
+        read_result(f"{tmp_path}/r.jsonl:²")
 
 
 def judged(seed: int, start: float, **more: Any) -> Mapping[str, Any]:
