@@ -48,7 +48,7 @@ def config(folder: Path, **options: Any) -> RRHFConfig:
     return RRHFConfig(
         output_dir=str(folder), bf16=False, report_to="none", disable_tqdm=True, use_cpu=True, logging_steps=1,
         per_device_train_batch_size=2, gradient_accumulation_steps=2, num_train_epochs=2, learning_rate=1e-2,
-        resample_steps=K, max_length=64, warmup_steps=0, **options,
+        max_length=64, warmup_steps=0, **{"resample_steps": K, **options},
     )  # fmt: skip
 
 
@@ -209,20 +209,22 @@ def test_a_window_trains_as_its_records_do_offline(model: str, tmp_path: Path) -
         assert torch.equal(weight, theirs.model.state_dict()[name]), name
 
 
+@pytest.mark.parametrize("sampled", [True, False])
 def test_queries_that_keep_no_response_are_counted(
-    model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+    sampled: bool, model: str, tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A query whose provided responses are all empty is left out, as in every stage, and no longer in silence."""
     monkeypatch.setattr(logging.getLogger("rrhf"), "propagate", True)
     caplog.set_level("INFO", "rrhf")
-    rows = tiny.rows(6, responses=2, scores=False)
+    rows = tiny.rows(6, responses=2, scores=not sampled)
     rows[1]["responses"], rows[4]["responses"], rows[5]["responses"][0] = ["", " "], ["", ""], ""
     tiny.write_rows(tmp_path / "queries.jsonl", rows)
     online = Online(SAMPLING, [vowels], context=RewardContext(device="cpu", dtype="float32"))
     settings = ModelSettings(model, device="cpu", dtype="float32")
-    args = config(tmp_path / "out", max_steps=1)
-    summary = train_model(tmp_path / "queries.jsonl", settings, args, AdapterSettings(), online=online)
-    assert "beside 7 that the data provides; 5 empty response dropped; 2 no response left" in caplog.text
+    args = config(tmp_path / "out", max_steps=1, resample_steps=K if sampled else 0)
+    data, asked = tmp_path / "queries.jsonl", online if sampled else None
+    summary = train_model(data, settings, args, AdapterSettings(), online=asked)
+    assert "; 5 empty response dropped; 2 no response left" in caplog.text
     assert summary["records"] == 4 and summary["skipped"] == {"no response left": 2}
 
 

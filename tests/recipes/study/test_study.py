@@ -13,7 +13,9 @@ from matplotlib.figure import Figure
 
 from rrhf.cli.main import main
 from rrhf.common.errors import UserError
-from rrhf.recipes.reproduce.check import read_result
+from rrhf.recipes.reproduce.arms import arm_named
+from rrhf.recipes.reproduce.check import read_result, scale_of
+from rrhf.recipes.reproduce.comparable import require_settings
 from rrhf.recipes.reproduce.place import Item, Place
 from rrhf.recipes.reproduce.scale import read_scale
 from rrhf.recipes.study.claims import CLAIMS, balance, judged, over_the_same_steps
@@ -590,3 +592,19 @@ def test_what_is_no_file_of_results_is_refused(tmp_path: Path) -> None:
         (tmp_path / "file.jsonl").write_text(text)
         with pytest.raises(UserError, match=r"file\.jsonl"):
             read_study(tmp_path / "file.jsonl")
+
+
+RESULTS = Path(__file__).parents[3] / "docs" / "results"
+
+
+@pytest.mark.parametrize(
+    "name", sorted(set(re.findall(r"results/([\w-]+)\.jsonl", (RESULTS.parent / "results.md").read_text())))
+)
+def test_the_lines_of_the_page_are_of_the_settings_that_are_here(name: str) -> None:
+    """Each can be run again (``--check``), and all of a file stand in one table."""
+    study, scales = read_study(RESULTS / f"{name}.jsonl"), {}
+    for one in study.lines:
+        asked = tuple(one["asked"])
+        scale = scales[asked] = scales.get(asked) or scale_of(one)
+        arm = arm_named(study.task, one["arm"])
+        require_settings(one, scale.noted(arm, one["seed"], one["learning_rate"]), name)
