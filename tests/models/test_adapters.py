@@ -80,6 +80,7 @@ def test_a_run_with_lora_evaluates_what_it_trained(base: Path, tmp_path: Path) -
         run = folder / "run"
         assert (run / "model" / "model.safetensors").exists() == merge
         assert (run / "model" / "adapter_model.safetensors").exists() != merge
+        assert len({file.stat().st_mode for file in (run / "model").iterdir() if file.is_file()}) == 1
         evaluations[merge] = json.loads((run / "evaluation.json").read_text())
         texts[merge] = {
             name: [row["responses"] for row in tiny.read_rows(run / f"evaluation.{name}.jsonl")]

@@ -482,6 +482,8 @@ def test_a_saved_model_loads_and_gives_the_same_numbers(family: str, tmp_path: P
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
     assert torch.equal(all_sums(loaded.eval(), encode(records)), after)
     assert AutoTokenizer.from_pretrained(tmp_path / "saved")("ab").input_ids == TOKENIZER("ab").input_ids
+    modes = {file.stat().st_mode for file in (tmp_path / "saved").iterdir()}
+    assert len(modes) == 1  # of the umask; safetensors writes weights for their user alone
 
 
 class KilledError(Exception):

@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 
 def main(arguments: list[str]) -> int:
-    options = _parser().parse_intermixed_args(arguments)
+    parser = _parser()
+    options = parser.parse_intermixed_args(arguments)
     from rrhf.common.logging import set_up_logging
     from rrhf.recipes.reproduce.arms import arms_named
     from rrhf.recipes.reproduce.page import write_page
@@ -26,6 +27,13 @@ def main(arguments: list[str]) -> int:
     from rrhf.training.callbacks import Stopped
 
     if options.check:
+        shown = {"overrides": "section.key=value"}
+        beside = [shown.get(flag, f"--{flag}") for flag, value in vars(options).items()
+                  if flag not in ("task", "check", "output") and value != parser.get_default(flag)]  # fmt: skip
+        if beside:
+            raise UserError(
+                f"--check runs an arm again as its result says it was run, without {', '.join(beside)}: leave that out"
+            )
         return _check(options.task, options.check, options.output)
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: must be at least 1")

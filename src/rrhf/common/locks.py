@@ -89,6 +89,28 @@ def one_at_a_time(folder: Path) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def one_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process, or thread, writes in ``folder``, which is made and in which no lock file is left.
+
+    For what reads a file, adds to it and replaces it.
+
+    Raises:
+        UserError: the folder cannot be made or read.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        place = os.open(folder, os.O_RDONLY)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; {elsewhere(error)}") from error
+    try:
+        with contextlib.suppress(OSError):  # a file system without locks on folders
+            fcntl.flock(place, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(place)
+
+
+@contextlib.contextmanager
 def only_process(folder: Path, refusal: str) -> Iterator[None]:
     """Keep other processes out of ``folder``, which is made, for as long as this lasts.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import functools
 import importlib.util
@@ -157,3 +158,18 @@ def save_policy(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, fold
     """Write weights (safetensors) and tokenizer as ``AutoModelForCausalLM.from_pretrained`` reads them."""
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
+    open_to_readers(folder)
+
+
+def open_to_readers(folder: Path) -> None:
+    """Give the weights in ``folder`` the mode that its other files have: safetensors writes them for their user alone.
+
+    A server or a colleague that may read the folder could not load the model otherwise.
+    """
+    probe = folder / ".mode"
+    probe.touch()  # the umask, which cannot be asked without setting it
+    mode = probe.stat().st_mode & 0o666
+    probe.unlink()
+    for file in folder.glob("*.safetensors"):
+        with contextlib.suppress(OSError):  # a file system without modes
+            file.chmod(mode)

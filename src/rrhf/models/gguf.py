@@ -386,11 +386,7 @@ def _convert(path: Path, folder: Path) -> None:
     if quantised.generation_config is not None:
         model.generation_config = quantised.generation_config
     with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as scratch:
-        # The scratch folder, and files that safetensors writes, are for their user alone; the umask may say otherwise.
         staging = Path(scratch, folder.name)
-        staging.mkdir()
+        staging.mkdir()  # the scratch folder itself is for its user alone
         save_policy(model, tokenizer, staging)
-        for file in staging.rglob("*"):
-            if file.is_file():
-                file.chmod(staging.stat().st_mode & 0o666)
         staging.rename(folder)

@@ -51,8 +51,8 @@ from rrhf.training.master_weights import refuse_no_masters, settle_precision, us
 from rrhf.training.memory import MemoryPlan, plan_memory, token_budget
 from rrhf.training.needs import optional_tensors, refuse_unmet
 from rrhf.training.online import OnlineRecords
-from rrhf.training.pushing import PushesModel
 from rrhf.training.reference import fill_in_memory, reference_pass
+from rrhf.training.saving import SavingTrainer
 from rrhf.training.two_pass import RandomState, SecondPass, first_pass
 
 log = logging.getLogger("rrhf")
@@ -61,7 +61,7 @@ RATES = {"dropout", "activation_dropout", "layerdrop"}  # as layers call what th
 NAMED = 20  # a message names at most so many records
 
 
-class RRHFTrainer(PushesModel):
+class RRHFTrainer(SavingTrainer):
     """Train a policy so that its length-normalised log-probabilities rank responses as their scores do (Eq. 5).
 
     Args:

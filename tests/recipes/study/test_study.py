@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -571,6 +572,28 @@ def test_results_of_another_reward_get_into_no_file_and_no_folder(file: Path, tm
     place.write_text(before.decode() + json.dumps(theirs) + "\n")
     with pytest.raises(UserError, match="cannot be compared"):
         read_study(place)
+
+
+def test_exports_into_one_file_at_once_lose_nothing(tmp_path: Path) -> None:
+    place = tmp_path / "new" / "lines.jsonl"
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(lambda seed: export([line("PPO", seed)], tmp_path, place), range(24)))
+    assert [each["seed"] for each in read_study(place).lines] == list(range(24))
+    assert [each.name for each in place.parent.iterdir()] == ["lines.jsonl"]
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        export([line("PPO", 0)], tmp_path, tmp_path / "file" / "lines.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("beside", "named"),
+    [(["--learning_rate", "1e-3"], "--learning_rate"), (["--scale", "small"], "--scale"), (["--seeds", "3"], "--seeds"),
+     (["--every_rate", "--page"], "--every_rate, --page"), (["model=other"], "section.key=value")],
+)  # fmt: skip
+def test_a_check_takes_no_settings(file: Path, beside: list[str], named: str, capsys: pytest.CaptureFixture) -> None:
+    """They would be ignored: an arm is run again as its result says."""
+    assert main(["reproduce", "imdb", "--check", f"{file}:1", *beside]) == 2
+    assert f"without {named}: leave that out" in capsys.readouterr().err
 
 
 def test_a_table_and_its_export_at_urls(file: Path, memory: Any) -> None:

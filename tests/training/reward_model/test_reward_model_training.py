@@ -72,6 +72,7 @@ def test_it_learns_the_order_and_its_folder_is_a_reward(backbone: str, tmp_path:
     kept = json.loads((tmp_path / "rm" / "reward-model.json").read_text(encoding="utf-8"))
     assert kept == measures and "<svg" in (tmp_path / "rm" / "calibration.svg").read_text(encoding="utf-8")
     assert not list((tmp_path / "rm").glob("checkpoint-*"))
+    assert len({file.stat().st_mode for file in (tmp_path / "rm").iterdir()}) == 1  # whoever may read one file, may all
 
     # The folder gives the rewards that were measured, and transformers reads the same from it.
     records = list(read_records(held_out))

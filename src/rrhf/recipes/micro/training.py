@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.files import write_text
+from rrhf.models.folders import save_policy
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -51,7 +52,6 @@ def train_in(
 
 def keep(folder: Path, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, done: str, text: str) -> None:
     """Write a trained model into ``folder`` and, last, the file ``done`` that says so; checkpoints go."""
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_policy(model, tokenizer, folder)
     write_text(folder / done, text)
     shutil.rmtree(folder / WORK, ignore_errors=True)

@@ -17,6 +17,7 @@ import numpy as np
 
 from rrhf.common.errors import UserError
 from rrhf.common.files import cache_folder, json_lines, write_text
+from rrhf.common.locks import one_writer
 from rrhf.common.presentation import NONE
 from rrhf.recipes.reproduce.arms import Arm, arm_named
 from rrhf.recipes.reproduce.comparable import require_comparable, require_settings
@@ -235,11 +236,18 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
         UserError: the file is none of results, or those of the file and of the folder are not of one table; the file
             stays as it is.
     """
-    before = _lines_of(file) if file.exists() else []
     places = {str(folder.absolute()): ".", str(cache_folder()): "cache"}
     added = [_portable(result, places, str(folder)) for result in results]
-    _require_one_table([*before, *added], file)  # those that are replaced too: what replaces them is to be the same arm
-    kept = {**by_key(before), **by_key(added)}
+    with one_writer(file.absolute().parent):  # two that add to a file at once would lose the lines of one
+        before = _lines_of(file) if file.exists() else []
+        _require_one_table([*before, *added], file)  # those that are replaced too: what replaces them is the same arm
+        lines = _merged({**by_key(before), **by_key(added)}, file)
+        write_text(file, "\n".join(lines) + "\n")
+    return len(lines)
+
+
+def _merged(kept: Mapping[Any, Line], file: Path) -> list[str]:
+    """The lines of a file of results, in the order of arms, seeds and rates, without the histories nobody reads."""
     study = Study(list(kept.values()), file)
     chosen = {(name, seed, line["learning_rate"]) for name in study.names for seed, line in study.seeds(name).items()}
     lines = []
@@ -251,8 +259,7 @@ def export(results: Sequence[Line], folder: Path, file: Path) -> int:
         if key not in chosen and study.seeds(key[0]) and not was_watched:
             kept_line.pop("history", None)
         lines.append(json.dumps(kept_line, ensure_ascii=False))
-    write_text(file, "\n".join(lines) + "\n")
-    return len(lines)
+    return lines
 
 
 def take(file: Path, place: Place, scale: Scale) -> int:

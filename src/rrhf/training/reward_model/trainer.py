@@ -19,10 +19,10 @@ from rrhf.models.out_of_memory import attempt
 from rrhf.rewards.reward_models.passes import CausalReward, RewardModel
 from rrhf.training.forward import where_scaled
 from rrhf.training.master_weights import refuse_no_masters, settle_precision, use_masters
-from rrhf.training.pushing import PushesModel
 from rrhf.training.reward_model.config import RewardModelConfig
 from rrhf.training.reward_model.data import RankedRecords, RankedRows
 from rrhf.training.reward_model.loss import bradley_terry
+from rrhf.training.saving import SavingTrainer
 from rrhf.training.two_pass import RandomState
 
 log = logging.getLogger("rrhf")
@@ -30,7 +30,7 @@ log = logging.getLogger("rrhf")
 MEASURED_AT_ONCE = 64  # queries whose rows are sorted by length together when they are measured
 
 
-class RewardTrainer(PushesModel):
+class RewardTrainer(SavingTrainer):
     """Train a sequence classification model with one label so that its logits rank responses as their scores do.
 
     Args:

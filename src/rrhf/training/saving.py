@@ -1,4 +1,4 @@
-"""``--push_to_hub``: what a training uploads, which is the model and nothing else of its folder."""
+"""What a training saves, and with ``--push_to_hub`` uploads, which is the model and nothing else of its folder."""
 
 from __future__ import annotations
 
@@ -9,15 +9,19 @@ from typing import Any
 from transformers import Trainer
 
 from rrhf.common.hub import hub_client
-from rrhf.models.folders import MODEL_FILES
+from rrhf.models.folders import MODEL_FILES, open_to_readers
 
 
-class PushesModel(Trainer):
-    """A ``transformers.Trainer`` that uploads the model once, when it is saved at the end.
+class SavingTrainer(Trainer):
+    """A ``transformers.Trainer`` whose weights others may read, and that uploads the model once, at the end.
 
     transformers' own uploads the whole folder, with every checkpoint anew: settings with local paths, windows of OP-k
     and watched answers, which are training data.
     """
+
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        super()._save(output_dir, state_dict)
+        open_to_readers(Path(output_dir or str(self.args.output_dir)))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, before anything is trained.
