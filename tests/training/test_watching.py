@@ -484,7 +484,10 @@ def test_a_judge_that_watches_is_asked_as_the_evaluation_is_told(
             watch_prompts=5, watch_perplexity_model="none",
         )  # fmt: skip
         limits = EndpointLimits(max_requests=4, api_key_env="WATCHING")
-        watch = watch_training(trainer_of(phrase_model(), tmp_path), settings, ModelSettings("start"), limits)
+        trainer = trainer_of(phrase_model(), tmp_path)
+        monkeypatch.setenv("WORLD_SIZE", "2")
+        monkeypatch.setenv("RANK", "0")  # which asks for both, so that the budget is its own
+        watch = watch_training(trainer, settings, ModelSettings("start"), limits)
         assert watch is not None
         with pytest.raises(BudgetReached, match="the budget's 4 requests are spent"):
             watch.measure(0)

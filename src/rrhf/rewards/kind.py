@@ -26,6 +26,7 @@ class RewardContext:
         max_length: most tokens of query and response together, for rewards that are policies; None: their context.
         reference_model: ρ, for rewards that are differences to it.
         remote: how servers are asked, and what they may cost.
+        alone: whether one of a command's processes asks for all of them; else each has its share of ``remote``.
         journals: the folder where answers that were paid for are kept; None: nowhere.
         seed: of what a reward draws, such as the order in which a judge reads responses.
         records: the file of the records that are scored, for rewards that are joined to them; None: not known.
@@ -38,6 +39,7 @@ class RewardContext:
     max_length: int | None = None
     reference_model: str | None = None
     remote: EndpointLimits = field(default_factory=EndpointLimits)
+    alone: bool = False
     journals: Path | None = None
     seed: int = 0
     records: Path | None = None

@@ -21,7 +21,8 @@ class SavingTrainer(Trainer):
 
     def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
         super()._save(output_dir, state_dict)
-        open_to_readers(Path(output_dir or str(self.args.output_dir)))
+        if self.args.should_save:  # all processes are asked, and one writes
+            open_to_readers(Path(output_dir or str(self.args.output_dir)))
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Make the repository, before anything is trained.

@@ -266,6 +266,7 @@ def watch_training(
         dtype=model.dtype,
         text=trainer.args.text,
         remote=remote or EndpointLimits(),
+        alone=True,  # process 0
         journals=Path(trainer.args.output_dir) / FOLDER,
         seed=trainer.args.seed,
     )

@@ -181,6 +181,20 @@ def test_a_stopped_run_keeps_what_it_has(server: bad.Misbehaving, file: Callable
         scored(name, [*RECORDS, Record(query="q", responses=["a 1", "b 2"], id="new")])
 
 
+@pytest.mark.parametrize("alone", [False, True])
+def test_one_of_several_processes_has_its_share(
+    alone: bool, server: bad.Misbehaving, file: Callable[..., str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    limits = EndpointLimits(concurrency=1, max_requests=8)
+    if alone:
+        assert scored(file(), remote=limits, alone=True) == SUMS
+    else:
+        with pytest.raises(BudgetReached, match="the budget's 4 requests are spent"):
+            scored(file(), remote=limits)
+
+
 def test_a_record_that_the_server_will_not_take_has_no_score(
     server: bad.Misbehaving, file: Callable[..., str], caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -21,7 +21,7 @@ from rrhf.common.endpoint import (
     Question,
     RequestRefused,
 )
-from rrhf.common.endpoint_settings import EndpointLimits, share_of_process
+from rrhf.common.endpoint_settings import EndpointLimits
 from rrhf.common.errors import UserError
 from rrhf.common.journal import Journal
 from rrhf.rewards.judges.parse import Refusal, Scores, parse_reply
@@ -86,7 +86,7 @@ class Judge:
 
     Args:
         template: what it is asked.
-        limits: how it is asked, and what it may cost; this process takes its share.
+        limits: how it is asked, and what it may cost.
         folder: where the journal of replies lies; None: replies are kept in memory only.
         seed: of the requests and the frames.
         sleep: waits the given seconds between tries.
@@ -105,7 +105,7 @@ class Judge:
         sleep: Callable[[float], Awaitable[Any]] = asyncio.sleep,
     ) -> None:
         self.template, self.seed = template, seed
-        self.client = EndpointClient(template.endpoint(share_of_process(limits or EndpointLimits())), sleep)
+        self.client = EndpointClient(template.endpoint(limits or EndpointLimits()), sleep)
         self.counts: Counter[str] = Counter()
         self.refusals: Counter[str] = Counter()
         self._folder = folder

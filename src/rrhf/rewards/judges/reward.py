@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rrhf.common.endpoint_settings import EndpointLimits
+from rrhf.common.endpoint_settings import EndpointLimits, share_of_process
 from rrhf.common.remote import fetched
 from rrhf.records.files import read_records
 from rrhf.records.record import Record, query_text
@@ -31,7 +31,7 @@ class JudgeScorer:
 
     def __init__(self, name: str, context: RewardContext) -> None:
         self.name, self.seed = name, context.seed
-        self.judge = open_judge(name, context.remote, context.seed)
+        self.judge = open_judge(name, context.remote, context.seed, context.alone)
         self.template = self.judge.template
 
     def __call__(self, items: Sequence[Item]) -> list[float | None]:
@@ -60,10 +60,14 @@ class JudgeScorer:
             log.info(f"judge {self.name}: {self.judge.summary()}")
 
 
-def open_judge(name: str, limits: EndpointLimits, seed: int) -> Judge:
-    """The judge of a file, ready to be asked. Raises ``UserError`` for faults of the file."""
+def open_judge(name: str, limits: EndpointLimits, seed: int, alone: bool = False) -> Judge:
+    """The judge of a file, ready to be asked within this process's share of ``limits``, or ``alone`` within all.
+
+    Raises:
+        UserError: faults of the file, or budgets of less than one for each process.
+    """
     template = read_template(fetched(name))
-    return Judge(template, limits, _cache_folder(name, template), seed)
+    return Judge(template, limits if alone else share_of_process(limits), _cache_folder(name, template), seed)
 
 
 def _cache_folder(name: str, template: JudgeTemplate) -> Path:
