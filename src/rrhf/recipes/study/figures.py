@@ -46,8 +46,10 @@ def figures(study: Study) -> list[Picture]:
         caption = f"Proxy and gold reward over an RRHF-DP training at the rate {rate:g}"
         found.append(("over-optimisation", caption, over_optimisation(study), (5.0, 3.0)))
     if len([name for name in SOURCES if study.numbers(name, "training_scores", "mean").size]) > 1:
-        caption = "π's reward against the mean and the mean maximum of its training samples, an arm a point"
-        found.append(("sources", caption, sources(study), (7.0, 3.2)))
+        caption = "π's reward against the mean and the mean maximum of its training samples"
+        found.append(
+            ("sources", f"{caption}, an arm a point, with its name where there is room", sources(study), (7.0, 3.2))
+        )
     arms = f"an arm a point{_apart(study)}, with its name where there is room"
     caption = (
         f"Reward against KL to ρ on a scale of its root (of best-of-n a bound), {arms}. Higher at equal KL is better"
@@ -128,13 +130,16 @@ def _band(axes: Axes, each: Sequence[dict[int, float]], colour: str, label: str)
 def sources(study: Study) -> Draw:
     def sources_plot(figure: Figure) -> None:
         for axes, which in zip(figure.subplots(1, 2, sharey=True), ("mean", "max")):
+            points: dict[str, tuple[float, float]] = {}
             for name in SOURCES:
                 scores = study.numbers(name, "training_scores", which)
                 if scores.size:
-                    point = float(scores.mean()), float(np.nanmean(study.rewards(name, "proxy")))
-                    axes.plot(*([value] for value in point), MARKS["proxy"], color=COLOURS["proxy"], markersize=4.5)
-                    axes.annotate(name, point, (4, 3), textcoords="offset points", fontsize=7, color=INK)
+                    points[name] = float(scores.mean()), float(np.nanmean(study.rewards(name, "proxy")))
+                    axes.plot(
+                        *([value] for value in points[name]), MARKS["proxy"], color=COLOURS["proxy"], markersize=4
+                    )
             axes.axline((0.5, 0.5), slope=1, color=INK, linewidth=0.6, linestyle=":")
+            _name(axes, points)
             axes.set_xlabel(f"training samples: {'mean' if which == 'mean' else 'mean maximum'}")
             _grid(axes)
         figure.axes[0].set_ylabel("π's proxy reward")
@@ -143,6 +148,8 @@ def sources(study: Study) -> Draw:
 
 
 def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
+    from matplotlib.ticker import LogLocator
+
     def against_plot(figure: Figure) -> None:
         for axes, reward in _panels(figure, study):
             points: dict[str, tuple[float, float]] = {}
@@ -160,6 +167,10 @@ def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
                 axes.set_xticks([0, *(tick for tick in (2, 10, 25, 50, 100, 200) if tick <= furthest)])
             else:
                 axes.set_xscale("log")
+                values = [value for value, _ in points.values()] or [1.0]
+                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,)))
+                axes.xaxis.set_major_formatter("{x:,g}")
+                axes.xaxis.set_minor_formatter("")
             _name(axes, points)
             axes.set_xlabel(label)
             axes.set_title(f"{reward} reward", fontsize=9)
