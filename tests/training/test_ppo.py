@@ -359,6 +359,7 @@ def test_a_signal_stops_after_the_rollout_and_another_run_is_refused(place: Path
         *command("ppo", "stopped"), cwd=place, faults=[tiny.die("rrhf.training.ppo:PPO._optimise", 5, "TERM")]
     )
     assert stopped.code == 143 and (place / "stopped" / "checkpoint-8").is_dir()
+    assert len({file.stat().st_mode for file in (place / "stopped" / "checkpoint-8").iterdir()}) == 1
     other = tiny.warm(*command("ppo", "stopped", "--clip_range", "0.1", "--gamma", "0.9"), cwd=place)
     assert other.code == 2 and "clip_range was 0.2, is 0.1" in other.err and "gamma was 1.0, is 0.9" in other.err
     tiny.write_rows(place / "other.jsonl", tiny.rows(8, responses=0))

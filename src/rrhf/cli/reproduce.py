@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,13 +28,7 @@ def main(arguments: list[str]) -> int:
     from rrhf.training.callbacks import Stopped
 
     if options.check:
-        shown = {"overrides": "section.key=value"}
-        beside = [shown.get(flag, f"--{flag}") for flag, value in vars(options).items()
-                  if flag not in ("task", "check", "output") and value != parser.get_default(flag)]  # fmt: skip
-        if beside:
-            raise UserError(
-                f"--check runs an arm again as its result says it was run, without {', '.join(beside)}: leave that out"
-            )
+        _refuse_beside_check(options, parser)
         return _check(options.task, options.check, options.output)
     if options.seeds < 1:
         raise UserError(f"--seeds {options.seeds}: must be at least 1")
@@ -81,6 +76,17 @@ def _export(place: Place, file: Path) -> int:
         raise UserError(f"{place.folder}: no arm has ended there: nothing to export")
     print(f"{origin(file)}: {export(results, place.folder, file)} results")
     return 0
+
+
+def _refuse_beside_check(options: Namespace, parser: PlainParser) -> None:
+    """Refuse settings that ``--check`` would ignore."""
+    shown = {"overrides": "section.key=value"}
+    beside = [shown.get(flag, f"--{flag}") for flag, value in vars(options).items()
+              if flag not in ("task", "check", "output") and value != parser.get_default(flag)]  # fmt: skip
+    if beside:
+        raise UserError(
+            f"--check runs an arm again as its result says it was run, without {', '.join(beside)}: leave that out"
+        )
 
 
 def _check(task: str, file: str, output: str | None) -> int:

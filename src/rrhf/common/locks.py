@@ -71,17 +71,24 @@ def wait_until_free(folder: Path, seconds: float) -> None:
 
 
 @contextlib.contextmanager
+def _made(folder: Path) -> Iterator[None]:
+    """Make ``folder`` and say where it, or what is opened in it now, cannot be."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written: {error.strerror}; {elsewhere(error)}") from error
+
+
+@contextlib.contextmanager
 def one_at_a_time(folder: Path) -> Iterator[None]:
     """Wait until no other process, or thread, is in ``folder``, which is made; the others wait for this one.
 
     Raises:
         UserError: the folder cannot be made or written.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _made(folder):
         file = (folder / LOCK).open("a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; {elsewhere(error)}") from error
     with file:
         with contextlib.suppress(OSError):  # a file system without locks
             fcntl.flock(file, fcntl.LOCK_EX)
@@ -97,11 +104,8 @@ def one_writer(folder: Path) -> Iterator[None]:
     Raises:
         UserError: the folder cannot be made or read.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _made(folder):
         place = os.open(folder, os.O_RDONLY)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; {elsewhere(error)}") from error
     try:
         with contextlib.suppress(OSError):  # a file system without locks on folders
             fcntl.flock(place, fcntl.LOCK_EX)
@@ -117,11 +121,8 @@ def only_process(folder: Path, refusal: str) -> Iterator[None]:
     Raises:
         UserError: another is there; ``refusal``, whose ``{who}`` is its id and machine.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
+    with _made(folder):
         file = hold(folder / LOCK, refusal)
-    except OSError as error:
-        raise UserError(f"{folder}: cannot be written: {error.strerror}; {elsewhere(error)}") from error
     try:
         yield
     finally:

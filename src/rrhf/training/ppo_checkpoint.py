@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from rrhf.common.files import fsync_folder, write_text
+from rrhf.models.folders import open_to_readers
 from rrhf.training.folder import last_checkpoint, seal
 from rrhf.training.ppo import PPO
 
@@ -25,6 +26,7 @@ def save_checkpoint(ppo: PPO, folder: Path, history: list[dict[str, Any]]) -> No
     checkpoint = folder / f"checkpoint-{ppo.steps}"
     checkpoint.mkdir(parents=True, exist_ok=True)
     save_file({name: p.detach().contiguous() for name, p in _trained(ppo).items()}, checkpoint / WEIGHTS)
+    open_to_readers(checkpoint)
     torch.save({"optimiser": ppo.optimiser.state_dict(), "schedule": ppo.schedule.state_dict()}, checkpoint / OPTIMISER)
     write_text(checkpoint / STATE, json.dumps(state(ppo, history), indent=1) + "\n")
     seal(checkpoint)

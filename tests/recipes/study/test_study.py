@@ -416,6 +416,22 @@ def test_losses_with_the_cross_entropy_and_without_are_drawn_where_both_ran(file
     assert styles == ["-", "--", "--"]  # RRHF-DP; without: RRHF-DP+no-sft, DPO
 
 
+def test_a_logarithmic_axis_has_plain_numbers_and_names_do_not_overlap(tmp_path: Path) -> None:
+    pictures = {}
+    for factor in (1.5, 1000.0):  # between the nearest and the furthest perplexity
+        runs = [{**line(name, seed), "perplexity": 10.0 * each, "training_scores": {"mean": 0.5, "max": 0.9}}
+                for name, each in (("RRHF-DP", 1.0), ("RRHF-BP", factor)) for seed in (0, 1)]  # fmt: skip
+        for name, _, draw, size in figures(Study(runs, tmp_path)):
+            draw(figure := Figure(figsize=size))
+            figure.draw_without_rendering()
+            pictures[name, factor] = figure.axes[0]
+    shown = {factor: [each.get_text() for each in pictures["perplexity", factor].get_xticklabels()]
+             for factor in (1.5, 1000.0)}  # fmt: skip
+    assert {"10", "100", "1,000", "10,000"} <= set(shown[1000.0]) and "20" not in shown[1000.0]
+    assert {"10", "12", "14"} <= set(shown[1.5])  # decades would be too few
+    assert len(pictures["sources", 1.5].texts) == 1  # both arms lie on one point
+
+
 def test_a_point_of_the_losses_picture_is_the_mean_over_seeds(file: Path) -> None:
     runs = [
         {**line("DPO", seed), "kl": {"mean": 2.0 + seed}, "gold": {"gain": {"mean": 0.1 * seed}}} for seed in (1, 2)

@@ -148,7 +148,7 @@ def sources(study: Study) -> Draw:
 
 
 def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
-    from matplotlib.ticker import LogLocator
+    from matplotlib.ticker import AutoLocator, LogLocator
 
     def against_plot(figure: Figure) -> None:
         for axes, reward in _panels(figure, study):
@@ -168,7 +168,7 @@ def against(study: Study, path: tuple[str, ...], label: str) -> Draw:
             else:
                 axes.set_xscale("log")
                 values = [value for value, _ in points.values()] or [1.0]
-                axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if max(values) < 100 * min(values) else (1,)))
+                axes.xaxis.set_major_locator(AutoLocator() if max(values) < 100 * min(values) else LogLocator())
                 axes.xaxis.set_major_formatter("{x:,g}")
                 axes.xaxis.set_minor_formatter("")
             _name(axes, points)
