@@ -201,6 +201,13 @@ def test_a_result_is_checked_against_its_interval(tmp_path: Path) -> None:
     assert within and sentence == "a, seed 0: reproduced: gain, proxy +0.350 is within [0.200, 0.400]"
     within, sentence = compared(before, result(A, 0, 1e-3, 0.45))
     assert not within and "not reproduced" in sentence and "outside" in sentence
+    rho = {"arm": "start", "seed": 0, "proxy": {"mean": 0.5, "gain": {"mean": 0.0, "low": 0.0, "high": 0.0}},
+           "prompts": {"proxy": [0.4, 0.5, 0.6] * 20}}  # fmt: skip
+    for mean, inside in ((0.51, True), (0.6, False)):  # whose gain is 0 by definition
+        within, sentence = compared(rho, {**rho, "proxy": {**rho["proxy"], "mean": mean}})
+        assert (
+            within == inside and f"reproduced: reward, proxy +{mean:.3f} is {'within' if inside else 'out'}" in sentence
+        )
     other = {**result(A, 0, 1e-3, 0.35), "model": "f00"}
     assert compared({**before, "model": "ba7"}, other)[1].endswith(
         "; but the two differ in the weights of ρ (ba7 and f00)"

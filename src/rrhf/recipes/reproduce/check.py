@@ -10,6 +10,7 @@ from rrhf.common.environment import commit
 from rrhf.common.errors import UserError
 from rrhf.common.files import json_lines, read_object
 from rrhf.common.presentation import number
+from rrhf.evaluation.metrics import mean_interval
 from rrhf.recipes.reproduce.arms import arm_named
 from rrhf.recipes.reproduce.comparable import difference_of, require_settings
 from rrhf.recipes.reproduce.item import plan
@@ -78,13 +79,17 @@ def run_again(place: Place, before: Mapping[str, Any]) -> tuple[bool, str]:
 def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[bool, str]:
     """Whether the gains of ``now`` lie within the intervals of ``before``, and a sentence about them.
 
-    The sentence names what else differs: with another ρ or reward nothing has been run again.
+    ρ itself gains nothing, whatever became of it: of it the rewards are compared. The sentence names what else differs:
+    with another ρ or reward nothing has been run again.
     """
     parts, within = [], True
+    what = "reward" if before["arm"] == "start" else "gain"
     for reward in ("proxy", "gold"):
         if reward not in before:
             continue
         interval, mean = before[reward]["gain"], now[reward]["gain"]["mean"]
+        if what == "reward":
+            interval, mean = mean_interval(before["prompts"][reward], before["seed"]) or interval, now[reward]["mean"]
         inside = interval["low"] <= mean <= interval["high"]
         within &= inside
         parts.append(
@@ -94,4 +99,4 @@ def compared(before: Mapping[str, Any], now: Mapping[str, Any]) -> tuple[bool, s
     where = f"{before['arm']}, seed {before['seed']}"
     if difference := difference_of(before, now):
         parts.append(f"but the two differ in {difference}")
-    return within, f"{where}: {'reproduced' if within else 'not reproduced'}: gain, " + "; ".join(parts)
+    return within, f"{where}: {'reproduced' if within else 'not reproduced'}: {what}, " + "; ".join(parts)
