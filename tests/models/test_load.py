@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Callable
 from importlib import metadata
@@ -306,6 +307,10 @@ def test_a_gguf_file_is_converted_once(tmp_path: Path, cache: Path, monkeypatch:
     monkeypatch.setitem(sys.modules, "gguf", None)  # it is not read again
     assert gguf_as_folder(path) == folder
     assert {file.name: file.stat().st_mtime_ns for file in folder.iterdir()} == times
+    copy = tmp_path / "another environment" / path.name
+    copy.parent.mkdir()
+    shutil.copyfile(path, copy)
+    assert gguf_as_folder(copy) == folder  # nor kept twice
 
 
 def convert(path: str) -> None:
@@ -340,6 +345,12 @@ def test_another_transformers_reads_a_gguf_file_anew(
     installed = metadata.version
     monkeypatch.setattr(metadata, "version", lambda name: "4.0" if name == "transformers" else installed(name))
     assert gguf_as_folder(path) != first
+
+
+def test_a_folder_that_is_named_like_a_gguf_file(tmp_path: Path, cache: Path) -> None:
+    (tmp_path / "tiny.gguf").mkdir()
+    with pytest.raises(UserError, match=r"--model .*tiny\.gguf: cannot be read: .*Is a directory"):
+        gguf_as_folder(tmp_path / "tiny.gguf")
 
 
 @pytest.mark.parametrize("content", [b"", b"this is no GGUF file, only some bytes " * 20, b"GGUF\x03\x00\x00\x00"])

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rrhf.common.errors import UserError, nearest
-from rrhf.common.files import cache_folder, claimed_place, read_object, refuse_existing, replacing
+from rrhf.common.files import cache_folder, checksum_of_file, claimed_place, read_object, refuse_existing, replacing
 from rrhf.common.imports import of_extra
 from rrhf.common.progress import progress
 from rrhf.models.folders import model_folder, refuse_missing_weights, save_policy
@@ -313,17 +313,19 @@ def _tensors(folder: Path) -> Iterator[tuple[str, tuple[int, ...], Callable[[], 
 def gguf_as_folder(path: Path) -> Path:
     """Convert a GGUF file into an ordinary model folder in the cache, and return that folder.
 
-    Each version of transformers converts a file once: older ones read some tokenizers wrongly. The object transformers
-    makes of a GGUF file is marked quantised and refuses to be saved, so its state goes into a fresh model of the same
-    configuration.
+    A file is converted once, wherever its copies lie (in an environment each, say), but by each version of
+    transformers: older ones read some tokenizers wrongly. The object transformers makes of a GGUF file is marked
+    quantised and refuses to be saved, so its state goes into a fresh model of the same configuration.
 
     Raises:
         UserError: no such file, it is no GGUF file that transformers reads, or its rotation is scaled, which it drops.
     """
     if not path.exists():
         raise UserError(f"--model {path}: no such file")
-    state = path.stat()
-    key = f"{path.resolve()}|{state.st_size}|{state.st_mtime_ns}|{metadata.version('transformers')}"
+    try:
+        key = f"{checksum_of_file(path)}|{metadata.version('transformers')}"
+    except OSError as error:
+        raise UserError(f"--model {path}: cannot be read: {error}") from error
     digest = hashlib.sha256(key.encode()).hexdigest()[:16]
     folder = cache_folder() / "gguf" / f"{path.stem}-{digest}"
     if not (folder / "config.json").exists():
