@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import shutil
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing, nullcontext
 from dataclasses import asdict, dataclass, field, replace
@@ -207,8 +207,10 @@ def _build(job: Job, policy: Any, tokenizer: Any) -> Training:
     config, dropped = job.config, Counter[str]()
 
     def records(file: Path, counts: Counter[str] | None = None) -> Iterator[Record]:
-        file = file if job.reference is None else job.reference.files[file]
-        return read_records(file, require="scores", empty_responses="drop", counts=counts)
+        place = file if job.reference is None else job.reference.files[file]
+        if place != file and counts is not None:  # what the copy with the reference's sums has left out already
+            deque(read_records(file, empty_responses="drop", counts=counts), maxlen=0)
+        return read_records(place, require="scores", empty_responses="drop", counts=counts)
 
     trainer = RRHFTrainer(
         model=policy,
