@@ -131,6 +131,7 @@ def test_every_number_of_a_small_evaluation_by_hand() -> None:
     assert result["rewards"][NEGATIVE]["rho"] == {"mean": -2.5, "std": 0.5, "n_unscored": 0}
     assert result["rewards"][NEGATIVE]["gain"]["mean"] == 0.0
     assert result["rewards"][WORDS]["gain"] == result["reward_gain"]
+    assert result["phrases"] == []  # of two texts
     assert (result["seed"], result["perplexity_model"], result["settings"]) == (0, "fixed", {"policy": "top-p"})
     assert rows[1] == {
         "id": "r1",
@@ -143,6 +144,16 @@ def test_every_number_of_a_small_evaluation_by_hand() -> None:
         "pi_rewards": {WORDS: 1.0, NEGATIVE: -1.0},
     }
     json.dumps([result, rows], allow_nan=False)
+
+
+def test_phrases_are_of_the_texts_that_were_measured() -> None:
+    """Without the turns that were cut."""
+    dialogue = [Record(query="\n\nHuman: hi\n\nAssistant:", id=f"r{index}") for index in range(4)]
+    sorry = [("I'm sorry.\n\nHuman: it is all right", "stop")] * 3 + [("yes", "stop")]
+    result, _ = evaluate(dialogue, [("yes", "stop")] * 4, sorry)
+    assert result["phrases"] == [{"phrase": "i'm sorry", "rho": 0.0, "pi": 0.75}]
+    alone, _ = evaluate(dialogue, None, sorry)
+    assert "phrases" not in alone
 
 
 def test_dialogues_are_cut_and_the_uncut_reward_stands_beside() -> None:

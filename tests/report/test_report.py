@@ -459,6 +459,30 @@ def test_terminal_and_card_print_the_same_evaluation_table(tmp_path: Path) -> No
     assert {len(row) for row in evaluation_table(evaluation, str)[1]} == {2}
 
 
+def test_phrases_that_a_policy_came_to_say(tmp_path: Path) -> None:
+    """In the terminal, on the page, and as an alarm from three tenths on; a file by hand harms nothing."""
+    run = make_run(tmp_path / "run", n=10, steps=3)
+    place = run / "evaluation.json"
+    evaluation = json.loads(place.read_text())
+
+    def alarmed(*phrases: Any) -> list[str]:
+        place.write_text(json.dumps(evaluation | {"phrases": list(phrases)}))
+        return [alarm.text for alarm in run_alarms(load_run(run)) if alarm.rule == "phrase"]
+
+    sorry, fine = {"phrase": "<i>'m sorry", "rho": 0.02, "pi": 0.33}, {"phrase": "that's a", "rho": 0.05, "pi": 0.2}
+    (said,) = alarmed(sorry, fine)
+    assert said.startswith("“<i>'m sorry” stands in 33% of π's answers and in 2% of ρ's")
+    page = page_of(run)
+    assert "Phrases that π came to say" in page and "<td>&lt;i&gt;&#39;m sorry</td>" in page
+    assert '<td>that&#39;s a</td><td class="num">5</td><td class="num">20</td>' in page
+    terminal = format_evaluation(evaluation | {"phrases": [sorry, fine]})
+    last = "said more often: “<i>'m sorry” in 33% of π's texts, 2% of ρ's; “that's a” in 20% of π's texts, 5% of ρ's"
+    assert terminal.splitlines()[-1] == last
+    assert alarmed(sorry | {"pi": 0.31}) == [] == alarmed(fine) == alarmed()
+    assert alarmed(None, {"phrase": "a b"}, {"phrase": "a b", "rho": "x", "pi": 0.9}) == []
+    assert "Phrases that π" not in page_of(run) and "said more often" not in format_evaluation(evaluation)
+
+
 @pytest.mark.parametrize(("held_out", "shown"), [(0, []), (1, [0]), (2, [0, 1]), (3, [0, 1, 2]), (9, [0, 3, 6])])
 def test_the_terminals_examples_are_spread_evenly(held_out: int, shown: list[int]) -> None:
     rows = [{"query": f"q{i}", "pi": "a", "pi_rewards": {"f": 0.5}} for i in range(held_out)]

@@ -17,6 +17,7 @@ from rrhf.evaluation.metrics import (
     paired_bootstrap,
     ratio_bootstrap,
 )
+from rrhf.evaluation.phrases import risen_phrases
 from rrhf.records.record import Query, Record
 from rrhf.rewards.functions import RewardFunction
 from rrhf.rewards.kind import RewardContext
@@ -52,6 +53,11 @@ class _Generations:
     whole: list[Text]
     cut: list[Text]
     values: dict[str, Values]
+
+    @property
+    def measured(self) -> list[str]:
+        """The cut texts without their finishes."""
+        return [text for text, _ in self.cut]
 
 
 def evaluate_texts(
@@ -108,6 +114,7 @@ def evaluate_texts(
     by_reward = {reward: _of_reward(reward, models, seed) for reward in names}
     if len(models) == 2:
         result["reward_gain"] = by_reward[names[0]]["gain"]
+        result["phrases"] = risen_phrases(models["rho"].measured, models["pi"].measured)
     result |= {
         "rewards": by_reward, "seed": seed, "perplexity_model": perplexity_model, "settings": settings or {},
         "generations": generations,

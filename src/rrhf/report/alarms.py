@@ -13,7 +13,7 @@ from rrhf.evaluation.held_out import length_correlation
 from rrhf.records.inspection.measures import NO_SIGNAL_SHARE
 from rrhf.report.load import setting
 from rrhf.report.run import Run
-from rrhf.report.tables import interval_side
+from rrhf.report.tables import interval_side, phrases
 from rrhf.training.alarms import Measurement, alarms, measurements
 from rrhf.training.watch_settings import WatchSettings
 
@@ -27,10 +27,21 @@ class Alarm:
     text: str
 
 
+PHRASE_RISE = (
+    0.3  # of π's answers over ρ's that have one phrase: what training for a reward leads to where it is hacked
+)
+
+
 def run_alarms(run: Run) -> list[Alarm]:
     """A run's alarms: in training (``training.alarms``, each when it begins to fire), at its end, of its samples."""
     limits = _limits(run.settings)
-    return [*_in_training(run, limits), *_at_evaluation(run, limits), *_rewards_part(run), *_of_samples(run)]
+    return [
+        *_in_training(run, limits),
+        *_at_evaluation(run, limits),
+        *_rewards_part(run),
+        *_phrase(run),
+        *_of_samples(run),
+    ]
 
 
 def watched(run: Run) -> int:
@@ -113,6 +124,23 @@ def _rewards_part(run: Run) -> list[Alarm]:
             "rewards part",
             f"π earns more by {short_name(run.main_reward)} and less by {', '.join(fallen)}: what training pays for is "
             "not what the other measures. Read the largest losses below; take an earlier checkpoint or another reward",
+        )
+    ]
+
+
+def _phrase(run: Run) -> list[Alarm]:
+    """One phrase has come into many of π's answers, which a reward's mean does not show."""
+    risen = [(phrase, rho, pi) for phrase, rho, pi in phrases(run.evaluation) if pi - rho >= PHRASE_RISE]
+    if not risen:
+        return []
+    phrase, rho, pi = risen[0]
+    return [
+        Alarm(
+            "evaluation",
+            "phrase",
+            f"“{phrase}” stands in {percent(pi, 0)} of π's answers and in {percent(rho, 0)} of ρ's: the reward may pay "
+            "for the expression, whatever was asked. Read the samples below; train for fewer steps or with a "
+            "KL penalty (--kl_beta), or take another reward",
         )
     ]
 

@@ -17,7 +17,7 @@ from rrhf.report.alarms import run_alarms, watched
 from rrhf.report.load import load_run, run_names, with_rounds
 from rrhf.report.results import Results, interval, read_results
 from rrhf.report.run import Generation, Run
-from rrhf.report.tables import MEASURES, MODELS
+from rrhf.report.tables import MEASURES, MODELS, phrases
 
 MAX_ROWS = 500  # before/after texts on the page, all runs together, and half as many pairs
 TEXT_BUDGET = 2_400_000  # bytes of these texts, all runs together: with them a page stays under 5 MB
@@ -151,6 +151,7 @@ def _numbers(runs: Sequence[Run], results: Results) -> dict[str, Any]:
         "matched": rows.matched(runs),
         "accuracy": rows.accuracy_rows(runs, results),
         "agreement": rows.agreement_rows(runs),
+        "phrases": [(run.name, phrases(run.evaluation)) for run in runs if phrases(run.evaluation)],
     }
 
 

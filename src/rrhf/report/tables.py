@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from rrhf.common.presentation import number
+from rrhf.common.presentation import finite, number
 
 MODELS = {"rho": "ρ before", "pi": "π after"}
 
@@ -63,6 +63,17 @@ def evaluation_table(
         cells = [number(evaluation[model].get(measure.key), measure.digits) for model in models]
         rows.append([measure.label, *cells, *[""] * both])
     return ["", *(MODELS[model] for model in models), *["gain [95 % interval]"] * both], rows
+
+
+def phrases(evaluation: Mapping[str, Any]) -> list[tuple[str, float, float]]:
+    """The phrases that π came to say: each with the shares of ρ's and of π's texts that have it."""
+    rows = evaluation.get("phrases")
+    if not isinstance(rows, list):  # of an older version, or by hand
+        return []
+    known = [
+        (row.get("phrase"), finite(row.get("rho")), finite(row.get("pi"))) for row in rows if isinstance(row, dict)
+    ]
+    return [(str(phrase), rho, pi) for phrase, rho, pi in known if phrase and rho is not None and pi is not None]
 
 
 def gain_text(gain: Mapping[str, Any]) -> str:

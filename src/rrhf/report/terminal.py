@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from rrhf.common.presentation import number, short_name, shorten, text_table
-from rrhf.report.tables import MODELS, evaluation_table, models_of
+from rrhf.common.presentation import number, percent, short_name, shorten, text_table
+from rrhf.report.tables import MODELS, evaluation_table, models_of, phrases
 
 STAGES = ("data", "sample", "score", "train", "evaluate", "report")
 
@@ -16,7 +16,12 @@ def format_evaluation(evaluation: Mapping[str, Any]) -> str:
     table = text_table(*evaluation_table(evaluation, short_name))
     n = evaluation[models_of(evaluation)[-1]]["n"]
     under = f"perplexity under {evaluation['perplexity_model']}"
-    return f"{table}\n{n} held-out prompts; {under}; seed {evaluation['seed']}"
+    said = [
+        f"“{phrase}” in {percent(pi, 0)} of π's texts, {percent(rho, 0)} of ρ's"
+        for phrase, rho, pi in phrases(evaluation)
+    ]
+    lines = [table, f"{n} held-out prompts; {under}; seed {evaluation['seed']}"]
+    return "\n".join(lines + ["said more often: " + "; ".join(said)] * bool(said))
 
 
 def format_accuracies(accuracies: Mapping[str, Any]) -> str:

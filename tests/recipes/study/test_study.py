@@ -471,6 +471,27 @@ def test_results_without_a_gold_reward_make_a_page(file: Path, tmp_path: Path) -
     assert (page.parent / "without" / "imdb-micro-no-gold-frontier.svg").exists()
 
 
+def test_phrases_stand_beside_the_arms_whose_runs_counted_them(file: Path) -> None:
+    sorry, sure = ({"phrase": name, "rho": 0.01, "pi": pi} for name, pi in (("i'm sorry", 0.41), ("not sure", 0.81)))
+    counted: dict[tuple[str, int], list[dict[str, Any]]] = {
+        ("RRHF-DP", 0): [sorry], ("RRHF-DP", 1): [sure, sorry], ("PPO", 0): []
+    }  # fmt: skip
+    lines = [
+        {**one, "phrases": counted[one["arm"], one["seed"]]} if (one["arm"], one["seed"]) in counted else one
+        for one in read_study(file).lines
+    ]
+    kept = file.parent / "imdb-micro-phrases.jsonl"
+    export(lines, file, kept)
+    page = file.parent.parent / "phrases.md"
+    write_page([read_study(kept)], page)
+    text = page.read_text()
+    assert "| seconds to make it | phrase |" in text and "2 to 4 words that stand in more of π's texts" in text
+    cells = {name: re.findall(rf"^\| {name} \|.* \| ([^|]*) \|$", text, re.M)[0] for name in ("RRHF-DP", "PPO", "SFT")}
+    assert cells == {"RRHF-DP": "0.60 “i'm sorry”", "PPO": "0.00", "SFT": "–"}
+    write_page([read_study(file)], page)
+    assert "| phrase |" not in page.read_text()
+
+
 def test_differences_are_paired_by_seed_and_prompt(file: Path) -> None:
     study = read_study(file)
     paired = study.difference("RRHF-DP", "SFT", "gold")

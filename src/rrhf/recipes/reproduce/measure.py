@@ -163,7 +163,7 @@ def evaluation_numbers(evaluation: Mapping[str, Any], generations: Path, samples
     """
     pi = evaluation["pi"]
     numbers = {name: pi[name] for name in ("perplexity", "length_mean", "distinct_2")}
-    numbers |= {"n": pi["n"] // samples, "held_out_samples": samples}
+    numbers |= {"n": pi["n"] // samples, "held_out_samples": samples, "phrases": evaluation.get("phrases", [])}
     before, after = (prompt_rewards(generations, model, samples) for model in ("rho", "pi"))
     for name, reward in zip(REWARDS, evaluation["rewards"].values()):
         pairs = zip(before[name], after[name], strict=True)

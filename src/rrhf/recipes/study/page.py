@@ -206,6 +206,8 @@ def _count(number: int, what: str) -> str:
 def _arms(study: Study) -> str:
     header = ["arm", "seeds", "rate", "gain, proxy", "gain, gold", "KL to ρ", "perplexity", "length", "distinct-2",
               "looping", "accuracy of p_i", "seconds to make it"]  # fmt: skip
+    phrases = {name: _phrase(study, name) for name in study.names}
+    with_phrases = any(phrases.values())
     rows = []
     for name in study.names:
         lines = study.seeds(name)
@@ -221,6 +223,7 @@ def _arms(study: Study) -> str:
                 (3, ("looping",)), (3, ("accuracy", "pi", "mean")),
             )),
             number(float(np.median(seconds)), 0),
+            *[phrases[name] or NONE] * with_phrases,
         ])  # fmt: skip
     said = (
         "Of several learning rates an arm stands at the best by proxy reward on prompts kept for that, the mean over "
@@ -228,7 +231,24 @@ def _arms(study: Study) -> str:
         "rate beyond may be better.\n\n"
     )
     several = any(len(study.rates(name)) > 1 for name in study.names)
-    return said * several + markdown_table(header, rows)
+    of_phrases = (
+        "A phrase is the 2 to 4 words that stand in more of π's texts than of ρ's by the largest share of all; that is "
+        "given, as the mean over the seeds (0 where no phrase rose by a tenth), with the first seed's phrase. A policy "
+        "that says one thing whatever was asked has found what its reward pays for. Runs from before this was counted "
+        "have none.\n\n"
+    )
+    table = markdown_table(header + ["phrase"] * with_phrases, rows)
+    return said * several + of_phrases * with_phrases + table
+
+
+def _phrase(study: Study, name: str) -> str:
+    """How much more of π's texts have its seed's phrase than of ρ's, and the first seed's; "" where none counted."""
+    counted = [line["phrases"] for line in study.seeds(name).values() if "phrases" in line]
+    if not counted:
+        return ""
+    rises = [found[0]["pi"] - found[0]["rho"] if found else 0.0 for found in counted]
+    said = [found[0]["phrase"] for found in counted if found]
+    return number(float(np.mean(rises)), 2) + (f" “{said[0]}”" if said else "")
 
 
 def _at_equal_kl(study: Study) -> list[str]:
