@@ -233,9 +233,9 @@ def _arms(study: Study) -> str:
     several = any(len(study.rates(name)) > 1 for name in study.names)
     of_phrases = (
         "A phrase is the 2 to 4 words that stand in more of π's texts than of ρ's by the largest share of all; that is "
-        "given, as the mean over the seeds (0 where no phrase rose by a tenth), with the first seed's phrase. A policy "
-        "that says one thing whatever was asked has found what its reward pays for. Runs from before this was counted "
-        "have none.\n\n"
+        "given, as the mean over the seeds that counted it (0 where no phrase rose by a tenth), with the first one's "
+        "phrase. A policy that says one thing whatever was asked has found what its reward pays for. Runs from before "
+        "this was counted have none.\n\n"
     )
     table = markdown_table(header + ["phrase"] * with_phrases, rows)
     return said * several + of_phrases * with_phrases + table
