@@ -1,4 +1,4 @@
-"""What a run warns of: a collapse in training or at the evaluation, rewards that part, a phrase, samples without a signal."""
+"""What a run warns of: collapse in training or at the evaluation, rewards that part, phrases, samples without signal."""
 
 from __future__ import annotations
 
