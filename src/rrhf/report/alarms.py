@@ -1,4 +1,4 @@
-"""What a run warns of: collapse in training or at the evaluation, rewards that part, phrases, samples without signal."""
+"""What a run warns of: collapse in training or at evaluation, rewards that part, phrases, samples without a signal."""
 
 from __future__ import annotations
 
