@@ -488,6 +488,7 @@ def test_phrases_stand_beside_the_arms_whose_runs_counted_them(file: Path) -> No
     assert "| seconds to make it | phrase |" in text and "2 to 4 words that stand in more of π's texts" in text
     cells = {name: re.findall(rf"^\| {name} \|.* \| ([^|]*) \|$", text, re.M)[0] for name in ("RRHF-DP", "PPO", "SFT")}
     assert cells == {"RRHF-DP": "0.60 “i'm sorry”", "PPO": "0.00", "SFT": "–"}
+    assert "distinct-2 0.80, phrase 0.60 “i'm sorry”; " in text  # beside the claims
     write_page([read_study(file)], page)
     assert "| phrase |" not in page.read_text()
 

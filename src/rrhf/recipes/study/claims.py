@@ -9,6 +9,7 @@ from itertools import pairwise, product
 import numpy as np
 
 from rrhf.common.imports import of_extra
+from rrhf.common.presentation import NONE
 from rrhf.recipes.reproduce.work import rate_rewards
 from rrhf.recipes.study.losses import SAMPLES, by_gain, gained, hinge, losses
 from rrhf.recipes.study.results import Study, making
@@ -48,10 +49,11 @@ def mean(values: np.ndarray, digits: int = 2) -> str:
 
 
 def beside(study: Study, names: Sequence[str]) -> str:
-    """KL, perplexity and variety of arms."""
+    """KL, perplexity and variety of arms, and their phrase where it was counted."""
     return "; ".join(
         f"{name}: KL {mean(study.numbers(name, 'kl', 'mean'))}, perplexity "
         f"{mean(study.numbers(name, 'perplexity'), 1)}, distinct-2 {mean(study.numbers(name, 'distinct_2'))}"
+        + (f", phrase {phrase}" if (phrase := study.phrase(name)) != NONE else "")
         for name in names
         if study.seeds(name)
     )

@@ -206,8 +206,8 @@ def _count(number: int, what: str) -> str:
 def _arms(study: Study) -> str:
     header = ["arm", "seeds", "rate", "gain, proxy", "gain, gold", "KL to ρ", "perplexity", "length", "distinct-2",
               "looping", "accuracy of p_i", "seconds to make it"]  # fmt: skip
-    phrases = {name: _phrase(study, name) for name in study.names}
-    with_phrases = any(phrases.values())
+    phrases = {name: study.phrase(name) for name in study.names}
+    with_phrases = set(phrases.values()) != {NONE}
     rows = []
     for name in study.names:
         lines = study.seeds(name)
@@ -223,7 +223,7 @@ def _arms(study: Study) -> str:
                 (3, ("looping",)), (3, ("accuracy", "pi", "mean")),
             )),
             number(float(np.median(seconds)), 0),
-            *[phrases[name] or NONE] * with_phrases,
+            *[phrases[name]] * with_phrases,
         ])  # fmt: skip
     said = (
         "Of several learning rates an arm stands at the best by proxy reward on prompts kept for that, the mean over "
@@ -239,16 +239,6 @@ def _arms(study: Study) -> str:
     )
     table = markdown_table(header + ["phrase"] * with_phrases, rows)
     return said * several + of_phrases * with_phrases + table
-
-
-def _phrase(study: Study, name: str) -> str:
-    """How much more of π's texts have its seed's phrase than of ρ's, and the first seed's; "" where none counted."""
-    counted = [line["phrases"] for line in study.seeds(name).values() if "phrases" in line]
-    if not counted:
-        return ""
-    rises = [found[0]["pi"] - found[0]["rho"] if found else 0.0 for found in counted]
-    said = [found[0]["phrase"] for found in counted if found]
-    return number(float(np.mean(rises)), 2) + (f" “{said[0]}”" if said else "")
 
 
 def _at_equal_kl(study: Study) -> list[str]:

@@ -129,6 +129,15 @@ class Study:
         chosen = list(lines) if seeds is None else seeds
         return np.array([lines[seed]["prompts"][reward] for seed in chosen], dtype=float)
 
+    def phrase(self, name: str) -> str:
+        """How much more of π's texts have its seed's phrase than of ρ's, and the first seed's; – where none counted."""
+        counted = [line["phrases"] for line in self.seeds(name).values() if "phrases" in line]
+        if not counted:
+            return NONE
+        rises = [found[0]["pi"] - found[0]["rho"] if found else 0.0 for found in counted]
+        said = [found[0]["phrase"] for found in counted if found]
+        return f"{np.mean(rises):.2f}" + (f" “{said[0]}”" if said else "")
+
     def common(self, *names: str) -> list[int]:
         """The seeds that all these arms were run from."""
         each = [set(self.seeds(name)) for name in names]
