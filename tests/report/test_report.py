@@ -460,7 +460,7 @@ def test_terminal_and_card_print_the_same_evaluation_table(tmp_path: Path) -> No
 
 
 def test_phrases_that_a_policy_came_to_say(tmp_path: Path) -> None:
-    """In the terminal, on the page, and as an alarm from three tenths on; a file by hand harms nothing."""
+    """In the terminal, on the page, and as an alarm from a quarter on; a file by hand harms nothing."""
     run = make_run(tmp_path / "run", n=10, steps=3)
     place = run / "evaluation.json"
     evaluation = json.loads(place.read_text())
@@ -478,7 +478,7 @@ def test_phrases_that_a_policy_came_to_say(tmp_path: Path) -> None:
     terminal = format_evaluation(evaluation | {"phrases": [sorry, fine]})
     last = "said more often: “<i>'m sorry” in 33% of π's texts, 2% of ρ's; “that's a” in 20% of π's texts, 5% of ρ's"
     assert terminal.splitlines()[-1] == last
-    assert alarmed(sorry | {"pi": 0.31}) == [] == alarmed(fine) == alarmed()
+    assert alarmed(sorry | {"pi": 0.26}) == [] == alarmed(fine) == alarmed()
     assert alarmed(None, {"phrase": "a b"}, {"phrase": "a b", "rho": "x", "pi": 0.9}) == []
     assert "Phrases that π" not in page_of(run) and "said more often" not in format_evaluation(evaluation)
 

@@ -27,9 +27,7 @@ class Alarm:
     text: str
 
 
-PHRASE_RISE = (
-    0.3  # of π's answers over ρ's that have one phrase: what training for a reward leads to where it is hacked
-)
+PHRASE_RISE = 0.25  # how many more of π's answers than of ρ's have a phrase: a reward that is hacked shows there
 
 
 def run_alarms(run: Run) -> list[Alarm]:
