@@ -8,6 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from rrhf.common.texts import cut_at_first
+from rrhf.records.inspection.diversity import ngrams
 
 TURN_MARKERS = ("Human:", "Assistant:")  # of the HH dialogues
 
@@ -89,7 +90,7 @@ def mean_interval(values: Sequence[float], seed: int) -> dict[str, float] | None
 
 def distinct_n(texts_tokens: Sequence[Sequence[str]], n: int) -> float:
     """Return the share of different n-grams among all n-grams of all texts (Li et al. 2016); 0 where there is none."""
-    grams = [tuple(tokens[i : i + n]) for tokens in texts_tokens for i in range(len(tokens) - n + 1)]
+    grams = [gram for tokens in texts_tokens for gram in ngrams(tokens, n)]
     return len(set(grams)) / len(grams) if grams else 0.0
 
 

@@ -7,6 +7,8 @@ from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
+from rrhf.records.inspection.diversity import ngrams
+
 WORD = re.compile(r"\w+(?:'\w+)*")
 LONGEST = 4  # words
 LEAST_RISE, FEWEST = 0.1, 3  # of the texts, and texts: less is no habit
@@ -51,10 +53,6 @@ def _words(text: str) -> list[str]:
     return WORD.findall(text.lower().replace("’", "'"))
 
 
-def _phrases(words: Sequence[str], size: int) -> list[Phrase]:
-    return [tuple(words[start : start + size]) for start in range(len(words) - size + 1)]
-
-
 def _frequent(texts: Sequence[Sequence[str]], least: float) -> dict[Phrase, set[int]]:
     """The phrases in at least so many texts, and in which; a phrase is looked at where its parts are so frequent."""
     found: dict[Phrase, set[int]] = {}
@@ -62,7 +60,7 @@ def _frequent(texts: Sequence[Sequence[str]], least: float) -> dict[Phrase, set[
     for size in range(1, LONGEST + 1):
         texts_of: dict[Phrase, set[int]] = defaultdict(set)
         for index, words in enumerate(texts):
-            for phrase in _phrases(words, size):
+            for phrase in ngrams(words, size):
                 if size == 1 or (phrase[1:] in shorter and phrase[:-1] in shorter):
                     texts_of[phrase].add(index)
         shorter = {phrase: where for phrase, where in texts_of.items() if len(where) >= least}
@@ -75,6 +73,6 @@ def _count(texts: Sequence[Sequence[str]], wanted: set[Phrase]) -> dict[Phrase, 
     """In how many texts each phrase stands."""
     counts = dict.fromkeys(wanted, 0)
     for words in texts:
-        for phrase in {phrase for size in range(2, LONGEST + 1) for phrase in _phrases(words, size)} & wanted:
+        for phrase in {phrase for size in range(2, LONGEST + 1) for phrase in ngrams(words, size)} & wanted:
             counts[phrase] += 1
     return counts

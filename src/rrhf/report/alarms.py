@@ -17,6 +17,8 @@ from rrhf.report.tables import interval_side, phrases
 from rrhf.training.alarms import Measurement, alarms, measurements
 from rrhf.training.watch_settings import WatchSettings
 
+PHRASE_RISE = 0.25  # how many more of π's answers than of ρ's have a phrase: a reward that is hacked shows there
+
 
 @dataclass(frozen=True)
 class Alarm:
@@ -25,9 +27,6 @@ class Alarm:
     where: str
     rule: str
     text: str
-
-
-PHRASE_RISE = 0.25  # how many more of π's answers than of ρ's have a phrase: a reward that is hacked shows there
 
 
 def run_alarms(run: Run) -> list[Alarm]:
@@ -128,10 +127,6 @@ def _rewards_part(run: Run) -> list[Alarm]:
 
 def _phrase(run: Run) -> list[Alarm]:
     """One phrase has come into many of π's answers, which a reward's mean does not show."""
-    risen = [(phrase, rho, pi) for phrase, rho, pi in phrases(run.evaluation) if pi - rho >= PHRASE_RISE]
-    if not risen:
-        return []
-    phrase, rho, pi = risen[0]
     return [
         Alarm(
             "evaluation",
@@ -140,6 +135,8 @@ def _phrase(run: Run) -> list[Alarm]:
             "for the expression, whatever was asked. Read the samples below; train for fewer steps or with a "
             "KL penalty (--kl_beta), or take another reward",
         )
+        for phrase, rho, pi in phrases(run.evaluation)[:1]  # the one that rose most
+        if pi - rho >= PHRASE_RISE
     ]
 
 

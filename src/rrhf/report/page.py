@@ -151,7 +151,7 @@ def _numbers(runs: Sequence[Run], results: Results) -> dict[str, Any]:
         "matched": rows.matched(runs),
         "accuracy": rows.accuracy_rows(runs, results),
         "agreement": rows.agreement_rows(runs),
-        "phrases": [(run.name, phrases(run.evaluation)) for run in runs if phrases(run.evaluation)],
+        "phrases": [(run.name, found) for run in runs if (found := phrases(run.evaluation))],
     }
 
 

@@ -158,7 +158,7 @@ def test_what_two_processes_leave(shared_out: Path) -> None:
     begun = [line for line in (shared_out / "said.txt").read_text().splitlines() if ": seed 0" in line]
     assert len(begun) == len(ARMS)  # no arm by both
     for name, result in found.items():
-        assert {"proxy", "gold", "kl", "perplexity", "length_mean", "distinct_2"} <= set(result), name
+        assert {"proxy", "gold", "kl", "perplexity", "length_mean", "distinct_2", "phrases"} <= set(result), name
         assert result["proxy"]["start"] == found["start"]["proxy"]["mean"]  # the same texts of ρ for all
     assert found["start"]["kl"]["mean"] == 0 and found["start"]["proxy"]["gain"]["mean"] == 0
     samples = tiny.read_rows(shared_out / "out/arms/best-of-2/seed-0/once/best-of-n/scored.jsonl")

@@ -163,7 +163,9 @@ def evaluation_numbers(evaluation: Mapping[str, Any], generations: Path, samples
     """
     pi = evaluation["pi"]
     numbers = {name: pi[name] for name in ("perplexity", "length_mean", "distinct_2")}
-    numbers |= {"n": pi["n"] // samples, "held_out_samples": samples, "phrases": evaluation.get("phrases", [])}
+    numbers |= {"n": pi["n"] // samples, "held_out_samples": samples}
+    if "phrases" in evaluation:  # one of before they were counted says nothing of them
+        numbers["phrases"] = evaluation["phrases"]
     before, after = (prompt_rewards(generations, model, samples) for model in ("rho", "pi"))
     for name, reward in zip(REWARDS, evaluation["rewards"].values()):
         pairs = zip(before[name], after[name], strict=True)
