@@ -478,6 +478,7 @@ def test_phrases_that_a_policy_came_to_say(tmp_path: Path) -> None:
     terminal = format_evaluation(evaluation | {"phrases": [sorry, fine]})
     last = "said more often: “<i>'m sorry” in 33% of π's texts, 2% of ρ's; “that's a” in 20% of π's texts, 5% of ρ's"
     assert terminal.splitlines()[-1] == last
+    assert len(alarmed(sorry, sorry | {"phrase": "of course"})) == 1  # of the one that rose most
     assert alarmed(sorry | {"pi": 0.26}) == [] == alarmed(fine) == alarmed()
     assert alarmed(None, {"phrase": "a b"}, {"phrase": "a b", "rho": "x", "pi": 0.9}) == []
     assert "Phrases that π" not in page_of(run) and "said more often" not in format_evaluation(evaluation)

@@ -25,6 +25,7 @@ from rrhf.recipes.reproduce.comparable import require_comparable
 from rrhf.recipes.reproduce.item import plan
 from rrhf.recipes.reproduce.measure import (
     drawn_from_all,
+    evaluation_numbers,
     looping,
     prompt_rewards,
     queries_digest,
@@ -521,3 +522,18 @@ def test_a_step_of_each_full_configuration(task: str, tmp_path: Path) -> None:
     assert trained["steps"] == 1
     config = json.loads((tmp_path / f"out/arms/{arm}/seed-0/rate-2e-05/model/config.json").read_text())
     assert config["architectures"] == [{"gpt2": "GPT2LMHeadModel", "llama": "LlamaForCausalLM"}[family]]
+
+
+@pytest.mark.parametrize("counted", [None, [], [{"phrase": "i'm sorry", "rho": 0.0, "pi": 0.5}]])
+def test_an_evaluation_that_counted_no_phrases_says_nothing_of_them(counted: Any, tmp_path: Path) -> None:
+    """One of an older version is not one whose policy came to say nothing."""
+    (tmp_path / "texts.jsonl").write_text(json.dumps({"rho_rewards": {"r": 0.0}, "pi_rewards": {"r": 1.0}}) + "\n")
+    side = {"mean": 0.5, "std": 0.1}
+    evaluation: dict[str, Any] = {
+        "pi": {"perplexity": 9.0, "length_mean": 3.0, "distinct_2": 0.5, "n": 1},
+        "rewards": {"r": {"rho": side, "pi": side}}, "seed": 0,
+    }  # fmt: skip
+    numbers = evaluation_numbers(
+        evaluation if counted is None else evaluation | {"phrases": counted}, tmp_path / "texts.jsonl"
+    )
+    assert numbers.get("phrases") == counted and numbers["proxy"]["gain"]["mean"] == 1.0
